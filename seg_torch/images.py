@@ -1,0 +1,72 @@
+"""Reading and writing pictures: one loading rule for training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from seg_torch.errors import InputError
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image of any mode as upright 8-bit RGB.
+
+    EXIF orientation is applied; 16-bit and floating-point grey is scaled to 8 bit, not clipped
+    (Pillow's own conversion clips); transparency is laid on white; of an animation the current
+    frame counts.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        # 16-bit files open as I;16 or, from PNG in some versions, as I: 65535 is white for both.
+        # Floats are 0 to 1 by convention, and whatever exceeds it says its own range.
+        white = 1.0 if image.mode == "F" else 65535.0
+        white = max(white, float(values.max(initial=0)))
+        image = Image.fromarray(np.rint(values.clip(min=0) / white * 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white_page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white_page, image)
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file of any format that Pillow reads, as upright RGB, uint8 [H, W, 3].
+
+    Raises:
+        InputError: the file is missing, empty, cut off or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(upright_rgb(image))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "the file is empty" if os.path.getsize(path) == 0 else str(error)
+        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
+
+
+def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
+    """Calls ``write(temporary_name)`` and renames the result to ``path``.
+
+    The temporary file lies in the same folder and keeps the suffix, from which writers choose
+    their format. Whatever happens, ``path`` is the old file or the complete new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

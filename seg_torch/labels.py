@@ -1,0 +1,192 @@
+"""What the classes are: their names, their colours, and the id that means "no label".
+
+Everything that shows or stores a mask goes through :class:`Labels`, :func:`decode_segmap` and
+:func:`encode_segmap`, so that a class has the same colour in a sample sheet, a saved PNG and a
+legend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from seg_torch.errors import InputError
+
+IGNORE_INDEX = 255
+
+
+def voc_colour_map(n: int = 256) -> np.ndarray:
+    """The PASCAL VOC colour map, uint8 [n, 3], n <= 256.
+
+    The bits of the class id are dealt in turn to red, green and blue, most significant first
+    (`VOCcolormap.m` of the VOC 2012 development kit).
+    """
+    ids = np.arange(n)
+    palette = np.zeros((n, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+VOC_PALETTE = voc_colour_map()
+VOC_PALETTE.setflags(write=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The classes of a dataset or a model.
+
+    Args:
+        names: one name a class, in the order of the ids; 1 to 255 of them.
+        palette: RGB colours, uint8 [C, 3]; by default the PASCAL VOC colour map.
+        ignore_index: the id of unlabelled pixels in every tensor, 255.
+
+    Raises:
+        InputError: no names, too many, one twice, or a palette of another length.
+    """
+
+    names: tuple[str, ...]
+    palette: np.ndarray = field(default=None)  # type: ignore[assignment]
+    ignore_index: int = IGNORE_INDEX
+
+    def __post_init__(self) -> None:
+        names = tuple(str(name) for name in self.names)
+        if not 1 <= len(names) <= 255:
+            raise InputError(f"{len(names)} class names: masks are 8 bit, so 1 to 255 are possible")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"class names given more than once: {', '.join(twice)}")
+        palette = VOC_PALETTE[: len(names)] if self.palette is None else np.asarray(self.palette)
+        if palette.shape != (len(names), 3) or palette.min() < 0 or palette.max() > 255:
+            raise InputError(
+                f"the palette has shape {palette.shape}, values {palette.min()} to "
+                f"{palette.max()}: {len(names)} names need [{len(names)}, 3] in 0 to 255"
+            )
+        palette = palette.astype(np.uint8)
+        palette.setflags(write=False)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "palette", palette)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __eq__(self, other: object) -> bool:
+        """The same classes in the same order; colours are a matter of taste."""
+        if not isinstance(other, Labels):
+            return NotImplemented
+        return self.names == other.names and self.ignore_index == other.ignore_index
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.ignore_index))
+
+    def to_dict(self) -> dict:
+        """As plain data, for checkpoints and JSON."""
+        return {
+            "names": list(self.names),
+            "palette": self.palette.tolist(),
+            "ignore_index": self.ignore_index,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Labels:
+        """The inverse of :meth:`to_dict`."""
+        return cls(tuple(data["names"]), np.array(data["palette"]), data["ignore_index"])
+
+
+def _colour_table(palette: Labels | np.ndarray | Sequence) -> tuple[np.ndarray, int]:
+    """Colours for all 256 ids, uint8 [256, 3], and the number of classes.
+
+    Ids beyond the palette keep their VOC colour; that of 255, a pale cream, marks ignored pixels.
+    """
+    colours = palette.palette if isinstance(palette, Labels) else np.asarray(palette, np.uint8)
+    table = VOC_PALETTE.copy()
+    table[: len(colours)] = colours
+    return table, len(colours)
+
+
+def decode_segmap(
+    mask: np.ndarray | torch.Tensor, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
+) -> np.ndarray:
+    """Colours a map of class ids by table look-up.
+
+    Args:
+        mask: class ids, any integer type, NumPy or torch, [H, W] or [N, H, W]. 255 is an ignored
+            pixel and becomes VOC's void colour (224, 224, 192) unless the palette has 256 entries.
+        palette: Labels, or RGB colours [C, 3]; by default the PASCAL VOC colour map.
+
+    Returns:
+        uint8 NumPy array [..., H, W, 3].
+
+    Raises:
+        InputError: an id that is neither in the palette nor 255.
+    """
+    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if array.dtype.kind not in "iub":
+        raise InputError(f"a mask holds class ids (integers), this one is {array.dtype}")
+    table, num_classes = _colour_table(palette)
+    ids = array.astype(np.uint8, copy=False)
+    # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
+    in_range = ids is array or not array.size or 0 <= array.min() <= array.max() <= 255
+    known = num_classes == 256 or not ids.size or int((ids + np.uint8(1)).max()) <= num_classes
+    if not (in_range and known):
+        found = np.setdiff1d(array, [*range(num_classes), IGNORE_INDEX])
+        raise InputError(
+            f"the mask holds ids {found[:10].tolist()}, the palette has colours for "
+            f"0 to {num_classes - 1} (and 255 for ignored pixels)"
+        )
+    # Pillow's palette conversion is ten times as fast as NumPy's fancy indexing by rows of three.
+    image = Image.fromarray(ids.reshape(-1, ids.shape[-1] if ids.ndim else 1))
+    image.putpalette(table.tobytes())
+    return np.array(image.convert("RGB")).reshape(*array.shape, 3)
+
+
+def encode_segmap(
+    rgb: np.ndarray | torch.Tensor, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
+) -> np.ndarray:
+    """The inverse of :func:`decode_segmap`: colours back to class ids.
+
+    Args:
+        rgb: uint8 [..., H, W, 3], NumPy or torch.
+        palette: Labels, or RGB colours [C, 3], no colour twice.
+
+    Returns:
+        uint8 NumPy array [..., H, W]; VOC's void colour becomes 255.
+
+    Raises:
+        InputError: a colour that is not in the palette, named with the number of its pixels and
+            the place of the first; or a palette with the same colour for two classes.
+    """
+    array = rgb.detach().cpu().numpy() if isinstance(rgb, torch.Tensor) else np.asarray(rgb)
+    if array.shape[-1:] != (3,) or array.dtype != np.uint8:
+        raise InputError(f"expected uint8 [..., H, W, 3], found {array.dtype} {array.shape}")
+    table, num_classes = _colour_table(palette)
+    ids = np.array([*range(num_classes), *([IGNORE_INDEX] if num_classes < 256 else [])])
+    weights = np.array([1 << 16, 1 << 8, 1], np.int32)
+    keys = table[ids].astype(np.int32) @ weights
+    order = np.argsort(keys, kind="stable")
+    keys, ids = keys[order], ids[order].astype(np.uint8)
+    if (keys[1:] == keys[:-1]).any():
+        double = keys[1:][keys[1:] == keys[:-1]][0]
+        raise InputError(
+            f"the palette gives the colour {(double >> 16, double >> 8 & 255, double & 255)} to "
+            "two classes, so colours cannot be turned back into ids"
+        )
+    codes = array[..., 0].astype(np.int32) << 16
+    codes |= array[..., 1].astype(np.int32) << 8
+    codes |= array[..., 2]
+    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
+    unknown = keys[position] != codes
+    if unknown.any():
+        first = tuple(int(i) for i in np.argwhere(unknown)[0])
+        colour = tuple(int(c) for c in array[first])
+        others = len(np.unique(codes[unknown])) - 1
+        raise InputError(
+            f"colour {colour} at position {first} is not in the palette of {num_classes} classes "
+            f"({int((codes == codes[first]).sum())} pixels; {others} other unknown colours)"
+        )
+    return ids[position]
