@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
+from seg_torch.hardware import available_cpus
 from seg_torch.images import write_atomically
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
@@ -33,13 +33,6 @@ from seg_torch.transforms import resize_image, resize_mask
 log = logging.getLogger(__name__)
 
 Sample = tuple[torch.Tensor, torch.Tensor]
-
-
-def available_cpus() -> int:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -56,6 +49,7 @@ class SegmentationDataModule(LightningDataModule):
         augment: transform of the training samples, see :func:`seg_torch.transforms.augment`.
         cache: keep the decoded and resized samples in memory.
         seed: of order and augmentation.
+        download: ask the dataset to fetch itself, for those that can.
     """
 
     def __init__(
@@ -68,24 +62,29 @@ class SegmentationDataModule(LightningDataModule):
         augment: Callable[..., Any] | None = None,
         cache: bool = False,
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
+        if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"data.batch_size={batch_size}: expected at least 1")
         self.make_dataset = dataset
         self.root = root
+        self.download = download
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.resize = resize
         self.augment = augment
         self.cache = cache
         self.seed = seed
+        self.test_split = "test"
         self._datasets: dict[str, Any] = {}
 
     def dataset(self, split: str) -> Any:
         """The samples of ``train``, ``val`` or ``test`` at their original size."""
         if split not in self._datasets:
-            place = {} if self.root is None else {"root": self.root}
+            place: dict[str, Any] = {} if self.root is None else {"root": self.root}
+            if self.download:
+                place["download"] = True
             dataset = self.make_dataset(split=split, **place)
             if len(dataset) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
@@ -135,7 +134,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader(self.test_split)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         dataset = self._resized(split, resize_labels=False)

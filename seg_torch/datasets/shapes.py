@@ -19,7 +19,7 @@ from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 SHAPES_LABELS = Labels(
-    ("background", "disc", "square", "triangle", "star", "ring", "cross"),
+    ("background", "disc", "square", "triangle", "star", "ring"),
     np.array(
         [
             (38, 40, 54),
@@ -28,11 +28,9 @@ SHAPES_LABELS = Labels(
             (255, 202, 40),
             (102, 187, 106),
             (171, 91, 208),
-            (255, 138, 60),
         ]
     ),
 )
-
 
 
 class Shape(NamedTuple):
@@ -63,9 +61,6 @@ def _distance(shape: Shape, size: int) -> tuple[np.ndarray, tuple[slice, slice]]
         distance = np.hypot(x, y) - 0.85 * outer
     elif name == "ring":
         distance = np.abs(np.hypot(x, y) - 0.69 * outer) - 0.21 * outer
-    elif name == "cross":
-        x, y = np.abs(x), np.abs(y)
-        distance = np.maximum(np.maximum(x, y) - 0.9 * outer, np.minimum(x, y) - 0.26 * outer)
     else:
         # `points` corners at the outer radius, and as many at `waist` times that between them. For
         # regular polygons the waist lies on the straight edge.
@@ -86,7 +81,7 @@ def _scene(rng: np.random.Generator) -> list[Shape]:
     scene: list[Shape] = []
     for _ in range(rng.integers(1, 5)):
         class_id = int(rng.integers(1, len(SHAPES_LABELS)))
-        radius, angle = rng.uniform(0.13, 0.28), rng.uniform(0, 2 * np.pi)
+        radius, angle = rng.uniform(0.17, 0.3), rng.uniform(-0.5, 0.5)
         for x, y in rng.uniform(0.1, 0.9, (20, 2)):
             if all(np.hypot(x - s.x, y - s.y) > 0.75 * (radius + s.radius) for s in scene):
                 scene.append(Shape(class_id, float(x), float(y), radius, angle))
@@ -124,7 +119,7 @@ def _colours(rng: np.random.Generator, vivid: float) -> tuple[np.ndarray, np.nda
     hues = np.array([hue, hue + turn])[:, None] + np.array([0, 2 / 3, 1 / 3])
     # The usual piecewise linear hue wheel: each primary is full for a third of it.
     wheel = np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0, 1)
-    values = np.array([[value], [value * rng.uniform(0.55, 0.8)]])
+    values = np.array([[value], [value * rng.uniform(0.75, 0.9)]])
     rgb = 255 * values * (1 - saturation * vivid * (1 - wheel))
     return rgb[0].astype(np.float32), rgb[1].astype(np.float32)
 
@@ -173,9 +168,11 @@ class Shapes(Dataset):
         for shape in scene:
             distance, window = _distance(shape, self.size)
             shadow = 1 - 0.45 * np.exp(-np.maximum(distance, 0) * (40 / self.size))
+            edge = 1 - 0.35 * np.exp(np.minimum(distance, 0) * (60 / self.size))
             cover = np.clip(0.5 - distance, 0, 1)[..., None]
             below = image[window] * shadow[..., None]
-            image[window] = below + cover * (_paint(rng, self.size, window, vivid=1) - below)
+            above = _paint(rng, self.size, window, vivid=1) * edge[..., None]
+            image[window] = below + cover * (above - below)
         image += 6 * rng.standard_normal(image.shape, np.float32)
         pixels = torch.from_numpy(np.rint(image).clip(0, 255).astype(np.uint8))
         return (

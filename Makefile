@@ -1,0 +1,34 @@
+# Every target sets up what it needs from nothing: Python 3.10 or newer with pip, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup  ## train on the embedded dataset, then colour pictures with the result
+	rm -rf $(DEMO)
+	$(BIN)/python train.py output_dir=$(DEMO)
+	$(BIN)/python -m seg_torch.datasets.shapes $(DEMO)/photos
+	$(BIN)/python predict.py checkpoint=$(DEMO)/checkpoints/best.ckpt input=$(DEMO)/photos output=$(DEMO)/predictions
+	@echo "Samples by epoch:   $(DEMO)/samples/"
+	@echo "Learning curves:    $(DEMO)/curves.png"
+	@echo "Predicted overlays: $(DEMO)/predictions/overlay/"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache

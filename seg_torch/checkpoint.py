@@ -1,0 +1,159 @@
+"""Checkpoints that describe themselves: a Lightning checkpoint plus, as plain data, the labels, the
+preprocessing and the configurations of model and data.
+
+Reading one runs nothing that comes from the file: it is loaded with ``weights_only=True``, and a
+configuration may only name the packages that are listed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from torch import Tensor, nn
+
+from seg_torch.errors import InputError
+from seg_torch.labels import Labels
+from seg_torch.models.network import Network
+
+log = logging.getLogger(__name__)
+
+KEY = "seg_torch"
+KNOWN_PACKAGES = (
+    "seg_torch.models",
+    "seg_torch.datasets",
+    "seg_torch.datamodule",
+    "seg_torch.transforms",
+    "torchvision.models.segmentation",
+    "torchvision.transforms.v2",
+)
+
+
+def describe(
+    network: Network,
+    labels: Labels,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    resize: Sequence[int] | None,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Args:
+        network: for its mean and standard deviation.
+        labels: the classes.
+        model: configuration of the model, plain data with ``_target_``.
+        data: configuration of the data module, likewise.
+        resize: (height, width) at which the network sees images, or ``None``.
+    """
+    return {
+        "version": 1,
+        "labels": labels.to_dict(),
+        "model": model,
+        "data": data,
+        "preprocessing": {
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+            "resize": None if resize is None else [int(side) for side in resize],
+        },
+    }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        InputError: the file is missing, is no checkpoint, or none of seg_torch's.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"checkpoint={path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
+        raise InputError(
+            f"checkpoint={path}: not a checkpoint of seg_torch; expected one that train.py wrote, "
+            "such as runs/.../checkpoints/best.ckpt"
+        )
+    return content
+
+
+def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[Network, Labels]:
+    """The network that a checkpoint describes, with its weights, and its labels.
+
+    Args:
+        content: from :func:`read`.
+        trust: further packages from which the model may come.
+
+    Raises:
+        InputError: the model is from a package that is not known, or the weights do not fit it.
+    """
+    description = content[KEY]
+    labels = Labels.from_dict(description["labels"])
+    config = dict(description["model"])
+    if "weights" in config:
+        config["weights"] = None  # they are in the checkpoint
+    preprocessing = description["preprocessing"]
+    model = instantiate(config, trust, num_classes=len(labels))
+    network = Network(model, preprocessing["mean"], preprocessing["std"])
+    try:
+        network.load_state_dict(network_state(content))
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint's weights do not fit its own model: {error}") from None
+    return network, labels
+
+
+def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the network alone."""
+    prefix = "network."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(prefix)
+    }
+
+
+def load_matching(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Loads the weights whose names and shapes fit; returns (and logs) the names of the others."""
+    own = module.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    module.load_state_dict(fitting, strict=False)
+    skipped = sorted((own.keys() | state.keys()) - fitting.keys())
+    log.info("%d weights taken over, %d skipped: %s", len(fitting), len(skipped), ", ".join(skipped))
+    return skipped
+
+
+def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: Any) -> Any:
+    """Hydra's ``instantiate`` for a configuration from a file, which may come from anywhere.
+
+    Raises:
+        InputError: a ``_target_`` outside the known and trusted packages.
+    """
+    packages = (*KNOWN_PACKAGES, *trust)
+    for target in _targets(config):
+        inside = any(target.startswith(f"{package}.") for package in packages)
+        # The name alone proves little: `seg_torch.models.unet.torch.hub.load` begins well, too.
+        home = getattr(hydra.utils.get_object(target), "__module__", "") if inside else ""
+        if not any(home == package or home.startswith(f"{package}.") for package in packages):
+            raise InputError(
+                f"the checkpoint wants to run {target}, which is outside the packages that "
+                f"checkpoints may use ({', '.join(packages)}); if you trust the file, pass "
+                f"trust=[{target.split('.')[0]}]"
+            )
+    return hydra.utils.instantiate(config, **arguments)
+
+
+def _targets(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [target for value in node.values() for target in _targets(value)]
+    if isinstance(node, (list, tuple)):
+        return [target for value in node for target in _targets(value)]
+    return []

@@ -1,0 +1,136 @@
+"""From the command line to a function: Hydra, short messages, one clean command for each process."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from seg_torch.errors import InputError
+
+log = logging.getLogger(__name__)
+
+CONFIG_FOLDER = Path(__file__).parents[1] / "conf"
+
+
+def entry_point(function: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Runs ``function`` with the configuration that the command line asks for.
+
+    What the user can mend is told in a few lines on standard error, with exit code 2; everything
+    else is a bug and keeps its traceback. A non-zero integer result means exit code 1.
+    """
+    # Otherwise Hydra prints errors itself and the message cannot be improved.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
+    def main(cfg: DictConfig) -> None:
+        result = _run_job(function, cfg)
+        if isinstance(result, int) and result:
+            sys.exit(1)
+
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = _explain(error, config_name)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Calls ``function`` and leaves the process as it was, for the next job of a sweep.
+
+    With several devices Lightning starts the other processes by the command line of this one. In
+    a sweep that would start the sweep again in each of them, so the command line becomes that of
+    the job alone, with its folder, and Hydra's own state is put out of Lightning's sight.
+    """
+    state = HydraConfig.get()
+    argv, environment = sys.argv[:], set(os.environ)
+    sys.argv[1:] = state.overrides.task
+    if "output_dir" in cfg:
+        if state.mode == RunMode.MULTIRUN:
+            cfg.output_dir = state.runtime.output_dir
+        others = [o for o in state.overrides.task if not o.startswith("output_dir=")]
+        sys.argv[1:] = [*others, f"output_dir={cfg.output_dir}"]
+    HydraConfig.instance().cfg = None
+    try:
+        return function(cfg)
+    finally:
+        sys.argv = argv
+        if "LOCAL_RANK" not in environment:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                if name not in environment:
+                    os.environ.pop(name, None)
+
+
+def _explain(error: BaseException, config_name: str) -> str | None:
+    """A message of a few lines for what the user can mend, ``None`` for a bug."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            # From a worker process the message comes with the worker's traceback in front.
+            return str(cause).rsplit(f"{InputError.__name__}: ", 1)[-1].strip()
+        cause = cause.__cause__
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if isinstance(error, ConfigCompositionException) and unknown:
+        key = unknown[1].split("@")[0]
+        near = difflib.get_close_matches(key, _known_keys(config_name, key), 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"there is no setting {key}{hint}"
+    if isinstance(error, HydraException | OmegaConfBaseException | MisconfigurationException):
+        innermost: BaseException = error
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        if innermost is not error and not isinstance(innermost, HydraException):
+            lines.append(f"{type(innermost).__name__}: {innermost}")
+        return "\n".join(lines[:12])
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _known_keys(config_name: str, unknown: str) -> list[str]:
+    """All settings and groups, with the other choices of the command line taken into account."""
+    GlobalHydra.instance().clear()
+    others = [o for o in sys.argv[1:] if "=" in o and not o.lstrip("+~").startswith(unknown)]
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        for overrides in (others, []):
+            try:
+                cfg = hydra.compose(config_name, overrides)
+                break
+            except (HydraException, OmegaConfBaseException):
+                continue
+    groups = [folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()]
+    return groups + _paths(cfg)
+
+
+def _paths(node: DictConfig, prefix: str = "") -> list[str]:
+    paths = []
+    for key in node:
+        paths.append(f"{prefix}{key}")
+        if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                paths += _paths(child, f"{prefix}{key}.")
+    return paths

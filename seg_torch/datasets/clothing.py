@@ -1,0 +1,64 @@
+"""Clothing Co-Parsing: street photographs with every garment labelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    find_root,
+    pair_files,
+    read_mat,
+    val_for_test,
+)
+from seg_torch.labels import Labels
+
+# The names in the dataset's label_list.mat; null, the background, is a class.
+CLOTHING_LABELS = Labels(
+    tuple(
+        "null accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs "
+        "coat dress earrings flats glasses gloves hair hat heels hoodie intimate jacket jeans "
+        "jumper leggings loafers necklace panties pants pumps purse ring romper sandals scarf "
+        "shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater "
+        "sweatshirt swimwear t-shirt tie tights top vest wallet watch wedges".split()
+    )
+)
+
+
+def read_clothing_mask(path: Path) -> np.ndarray:
+    """The variable ``groundtruth`` of an annotation file, uint8 [H, W]."""
+    return np.ascontiguousarray(read_mat(path, "groundtruth"), np.uint8)
+
+
+def clothing(root: str | Path, split: str, limit: int | None = None) -> SegmentationDataset:
+    """Clothing Co-Parsing (Yang, Luo, Lin, CVPR 2014): 1,004 annotated photos, 59 classes.
+
+    ``root`` holds ``photos/*.jpg`` and ``annotations/pixel-level/*.mat``. A fifth of the annotated
+    photos, rounded up, is val and also test; the rest is train. The split is the one of
+    scikit-learn's ``train_test_split(photos, test_size=0.2, random_state=0)`` over the photos in
+    the order of their names.
+
+    Args:
+        root: the dataset's folder.
+        split: "train", "val" or "test".
+        limit: take only the first so many annotated photos, at most.
+
+    Raises:
+        InputError: an unknown split, no such dataset, or an annotation without its photo.
+    """
+    split = val_for_test(split, "Clothing Co-Parsing")
+    folder = find_root(
+        root,
+        "Clothing Co-Parsing",
+        ["photos", "annotations/pixel-level"],
+        "git clone https://github.com/bearpaw/clothing-co-parsing",
+    )
+    pairs = pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")[
+        :limit
+    ]
+    order = np.random.RandomState(0).permutation(len(pairs))  # noqa: NPY002 (scikit-learn's)
+    held_out = -(-len(pairs) // 5)
+    chosen = order[held_out:] if split == "train" else order[:held_out]
+    return SegmentationDataset([pairs[i] for i in chosen], CLOTHING_LABELS, read_clothing_mask)

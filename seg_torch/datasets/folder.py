@@ -1,0 +1,277 @@
+"""Your own images and masks, in two folders and a list of class names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from seg_torch.datasets.base import (
+    Pair,
+    SegmentationDataset,
+    check_split,
+    find_root,
+    read_index_mask,
+    read_list,
+    val_for_test,
+)
+from seg_torch.errors import InputError
+from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+
+# How many masks are read, and how many pairs compared by the sizes in their headers, before
+# training starts. Whatever lies beyond is checked when it is read.
+SAMPLED_MASKS = 20
+COMPARED_SIZES = 500
+
+
+def folder(
+    root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
+) -> SegmentationDataset:
+    """The user's own dataset.
+
+    ``root`` holds ``images/``, ``masks/`` and ``classes.txt``. A mask belongs to the image of the
+    same path without its suffix. ``classes.txt`` has one class a line, ``name`` or ``name R G B``,
+    in the order of the ids; blank lines and ``#`` comments are skipped.
+
+    What a mask holds is told by its kind. RGB and RGBA masks hold the colours of ``classes.txt``
+    (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold class ids; 255
+    is not labelled. Where all colours of ``classes.txt`` are greys, grey masks hold these greys:
+    black-and-white masks need the lines ``background 0 0 0`` and ``object 255 255 255``.
+
+    ``train.txt`` and ``val.txt`` list the names of the splits, with or without suffix; without
+    them the pairs are split at random. ``test.txt`` is optional; without it the test split is val.
+
+    Args:
+        root: the dataset's folder.
+        split: "train", "val" or "test".
+        val_fraction: share of the pairs in val, where no lists are given.
+        seed: of the random split; it does not depend on the seed of the training.
+
+    Raises:
+        InputError: an unknown split, something missing in ``root``, a list with unknown names,
+            pairs that are incomplete, ambiguous or differ in size, or masks that do not fit
+            ``classes.txt``.
+    """
+    check_split(split)
+    source = (
+        "put your photos in images/, masks of the same names in masks/, and write the class names "
+        "to classes.txt, one a line"
+    )
+    home = find_root(root, "A dataset of your own", ["images", "masks"], source)
+    pairs = _pair(home / "images", home / "masks")
+    if not (home / "classes.txt").exists():
+        raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
+    labels, has_colours = read_classes(home / "classes.txt")
+    read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
+    _check_sizes(pairs)
+    _check_sample(SegmentationDataset(pairs, labels, read_mask))
+    if split == "test" and not (home / "test.txt").exists():
+        split = val_for_test(split, str(home))
+    chosen = split_names(home, [pair.name for pair in pairs], split, val_fraction, seed)
+    by_name = {pair.name: pair for pair in pairs}
+    return SegmentationDataset([by_name[name] for name in chosen], labels, read_mask)
+
+
+def read_classes(path: Path) -> tuple[Labels, bool]:
+    """The classes in a ``classes.txt``, and whether it gives their colours.
+
+    Raises:
+        InputError: no classes, a colour above 255, or colours for some classes only.
+    """
+    names, colours = [], []
+    for line in read_list(path):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
+        names.append(match[1] if match else line)
+        if match:
+            colours.append([int(value) for value in match.groups()[1:]])
+    if not names:
+        raise InputError(f"{path}: holds no class names; write one a line")
+    if not colours:
+        return Labels(tuple(names)), False
+    if len(colours) < len(names):
+        raise InputError(
+            f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
+            "(name R G B) or none"
+        )
+    try:
+        return Labels(tuple(names), np.array(colours)), True
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
+    """A mask of colours (RGB, RGBA; grey too, if all the palette is) or of class ids.
+
+    Args:
+        path: the file.
+        palette: the classes' colours, uint8 [C, 3], or None where ``classes.txt`` gives none.
+
+    Returns:
+        uint8 [H, W] of class ids and 255.
+    """
+    try:
+        with Image.open(path) as image:
+            grey = palette is not None and bool((palette == palette[:, :1]).all())
+            if image.mode not in ("RGB", "RGBA") and not (grey and image.mode in ("L", "1")):
+                return read_index_mask(path)
+            if palette is None:
+                raise InputError(
+                    f"{path}: a mask of colours ({image.mode}), but classes.txt gives no colours; "
+                    "write each class as: name R G B"
+                )
+            return encode_segmap(np.array(image.convert("RGB")), palette)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
+
+
+def split_names(
+    root: Path, names: Sequence[str], split: str, val_fraction: float = 0.2, seed: int = 0
+) -> list[str]:
+    """The names that belong to a split.
+
+    They are read from ``train.txt``, ``val.txt`` and ``test.txt`` in ``root``. Where there is
+    neither ``train.txt`` nor ``val.txt``, whatever is not in ``test.txt`` is split at random.
+
+    Raises:
+        InputError: a list with unknown names, ``train.txt`` without ``val.txt`` or the reverse, or
+            too few names to split.
+    """
+    known = set(names) | {re.sub(r"\.\w+$", "", name) for name in names}
+    lists: dict[str, list[str]] = {}
+    for each in ("train", "val", "test"):
+        path = root / f"{each}.txt"
+        if not path.exists():
+            continue
+        listed = [
+            name if name in known else re.sub(r"\.\w+$", "", name) for name in read_list(path)
+        ]
+        unknown = [name for name in listed if name not in known]
+        if unknown:
+            raise InputError(
+                f"{path}: {len(unknown)} names without an image and a mask: {', '.join(unknown[:5])}"
+            )
+        lists[each] = listed
+    if split in lists:
+        return lists[split]
+    if "train" in lists or "val" in lists:
+        raise InputError(f"{root / split}.txt is missing: give train.txt and val.txt, or neither")
+    rest = sorted(set(names) - set(lists.get("test", [])))
+    if len(rest) < 2 or not 0 < val_fraction < 1:
+        raise InputError(
+            f"{root}: {len(rest)} pairs cannot be split into train and val with "
+            f"val_fraction={val_fraction}; at least 2 pairs and a fraction between 0 and 1 are needed"
+        )
+    order = np.random.default_rng(seed).permutation(len(rest))
+    num_val = min(max(round(len(rest) * val_fraction), 1), len(rest) - 1)
+    chosen = order[num_val:] if split == "train" else order[:num_val]
+    return [rest[i] for i in sorted(chosen)]
+
+
+def _pair(images: Path, masks: Path) -> list[Pair]:
+    """All pairs, sorted by name; every image and every mask has to have exactly one partner."""
+    stems: list[dict[str, list[Path]]] = []
+    for home in (images, masks):
+        files: dict[str, list[Path]] = {}
+        for path in sorted(home.rglob("*")):
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                name = path.relative_to(home).with_suffix("").as_posix()
+                files.setdefault(name, []).append(path)
+        stems.append(files)
+    image_files, mask_files = stems
+    if not image_files and not mask_files:
+        raise InputError(f"{images} and {masks} hold no images ({', '.join(SUFFIXES)})")
+    problems = [f"{image_files[n][0]}: no mask" for n in image_files.keys() - mask_files.keys()]
+    problems += [f"{mask_files[n][0]}: no image" for n in mask_files.keys() - image_files.keys()]
+    for files in stems:
+        problems += [
+            f"{paths[0]}: ambiguous, there is also {', '.join(path.name for path in paths[1:])}"
+            for paths in files.values()
+            if len(paths) > 1
+        ]
+    _refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
+    return [Pair(name, image_files[name][0], mask_files[name][0]) for name in sorted(image_files)]
+
+
+def _check_sizes(pairs: Sequence[Pair]) -> None:
+    """Compares the sizes in the headers, the image's as it is seen upright."""
+    problems = []
+    for pair in pairs[:COMPARED_SIZES]:
+        try:
+            with Image.open(pair.image) as image, Image.open(pair.mask) as mask:
+                orientation = image.getexif().get(0x0112, 1)
+                size = image.size[::-1] if orientation >= 5 else image.size
+                if size != mask.size:
+                    problems.append(
+                        f"{pair.mask}: {mask.size[0]} x {mask.size[1]} pixels, its image "
+                        f"{size[0]} x {size[1]}"
+                    )
+        except (OSError, SyntaxError) as error:
+            problems.append(f"{pair.image} or its mask cannot be read: {error}")
+    _refuse(problems, "masks differ in size from their images")
+
+
+def _refuse(problems: Sequence[str], what: str) -> None:
+    if problems:
+        listing = "\n  ".join([*problems[:5], *["..."][: len(problems) > 5]])
+        raise InputError(f"{len(problems)} {what}:\n  {listing}")
+
+
+def _sample(pairs: Sequence[Pair]) -> list[int]:
+    count = min(len(pairs), SAMPLED_MASKS)
+    return np.linspace(0, len(pairs) - 1, count).astype(int).tolist()
+
+
+def _check_sample(dataset: SegmentationDataset) -> None:
+    """Reads some masks, so that most mistakes show before training starts."""
+    sample = _sample(dataset.pairs)
+    values = {int(value) for i in sample for value in np.unique(dataset.mask(i))}
+    if values == {0, IGNORE_INDEX} and len(dataset.labels) > 1:
+        background, *objects = dataset.labels.names
+        raise InputError(
+            f"{dataset.pairs[0].mask} and the other masks hold only 0 and 255, and 255 means "
+            "not labelled: no class but the first would be learnt. If white stands for "
+            f"{objects[0]}, say so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+        )
+
+
+def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
+    """What to write to a missing classes.txt, judged by some of the masks."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for i in _sample(pairs):
+        with Image.open(pairs[i].mask) as mask:
+            pixels = np.array(mask.convert("RGB") if mask.mode in ("RGB", "RGBA") else mask)
+            if mask.mode == "1":
+                pixels = pixels.astype(np.uint8)
+        values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
+        found.update(tuple(int(v) for v in value) for value in values)
+    values_found = sorted(found)
+    if len(values_found[0]) == 1:
+        ids = [value for (value,) in values_found]
+        what = f"the values {', '.join(map(str, ids[:20]))}"
+        classes = max([i for i in ids if i != IGNORE_INDEX], default=0) + 1
+        lines = ["background", *(f"class {i}" for i in range(1, min(classes, 20)))]
+        if ids == [0, IGNORE_INDEX]:
+            lines = ["background 0 0 0", "object 255 255 255"]
+    else:
+        what = f"the colours {', '.join(map(str, values_found[:20]))}"
+        lines = [
+            f"class {i} {' '.join(map(str, value))}" for i, value in enumerate(values_found[:20])
+        ]
+    return (
+        f"{path} is missing: it names the classes, one a line, in the order of their ids. The masks "
+        f"that were looked at hold {what}. So write, with names of your own:\n" + "\n".join(lines)
+    )

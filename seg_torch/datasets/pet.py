@@ -1,0 +1,63 @@
+"""Oxford-IIIT Pet with its trimaps as the labels."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torchvision.datasets import OxfordIIITPet
+
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    find_root,
+    id_table,
+    pair_files,
+    read_list,
+    read_mapped_mask,
+    val_for_test,
+)
+from seg_torch.errors import InputError
+from seg_torch.labels import Labels
+
+PET_LABELS = Labels(("pet", "background", "outline"))
+
+IDS = id_table({1: 0, 2: 1, 3: 2})
+
+
+def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDataset:
+    """Oxford-IIIT Pet (Parkhi, Vedaldi, Zisserman, Jawahar, CVPR 2012): 37 breeds, 3 classes.
+
+    ``root/oxford-iiit-pet`` holds ``images/`` and ``annotations/``, as torchvision lays them out.
+    Train is the list ``trainval.txt`` (3,680 images); val and test are both ``test.txt`` (3,669),
+    since the dataset has no third split.
+
+    Args:
+        root: the folder that holds ``oxford-iiit-pet``.
+        split: "train", "val" or "test".
+        download: fetch it (0.8 GB) into ``root`` where it is missing.
+
+    Raises:
+        InputError: an unknown split, no such dataset, or the download failed.
+    """
+    split = val_for_test(split, "Oxford-IIIT Pet")
+    if download and not (Path(root).expanduser() / "oxford-iiit-pet/annotations").exists():
+        try:
+            OxfordIIITPet(Path(root).expanduser(), download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"Oxford-IIIT Pet could not be downloaded to {root}: {error}"
+            ) from None
+    listing = "trainval.txt" if split == "train" else "test.txt"
+    entries = ("images", "annotations/trimaps", f"annotations/{listing}")
+    folder = find_root(
+        root,
+        "Oxford-IIIT Pet",
+        [f"oxford-iiit-pet/{entry}" for entry in entries],
+        "data.download=true, or images.tar.gz and annotations.tar.gz from "
+        "https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked in oxford-iiit-pet",
+    )
+    folder = folder / "oxford-iiit-pet"
+    # "Abyssinian_100 1 1 1": the name, then class, species and breed.
+    names = [line.split()[0] for line in read_list(folder / "annotations" / listing)]
+    pairs = pair_files(folder / "images", folder / "annotations/trimaps", names=names)
+    return SegmentationDataset(pairs, PET_LABELS, partial(read_mapped_mask, table=IDS))

@@ -1,0 +1,148 @@
+"""PASCAL VOC, and its usual training set enlarged by SBD."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import VOCSegmentation
+
+from seg_torch.datasets.base import (
+    Pair,
+    SegmentationDataset,
+    check_split,
+    find_root,
+    pair_files,
+    read_index_mask,
+    read_list,
+    read_mat,
+    val_for_test,
+)
+from seg_torch.errors import InputError
+from seg_torch.labels import Labels
+
+VOC_LABELS = Labels(
+    (
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    )
+)
+
+YEARS = ("2007", "2008", "2009", "2010", "2011", "2012")
+
+
+def voc(
+    root: str | Path,
+    split: str,
+    year: str = "2012",
+    download: bool = False,
+    halve_val: bool = False,
+) -> SegmentationDataset:
+    """PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes; 2012: 1,464 train, 1,449 val.
+
+    ``root`` holds ``VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}``. The
+    masks are palette PNGs whose indices are the classes; 255 is the rim around objects. Only 2007
+    has public test labels; in the other years the test split is val.
+
+    Args:
+        root: the folder that holds ``VOCdevkit`` (for 2011: ``TrainVal/VOCdevkit``, as its archive
+            unpacks).
+        split: "train", "val" or "test".
+        year: "2007" to "2012".
+        download: fetch it (2012: 2 GB) into ``root`` where it is missing.
+        halve_val: make a test set out of val: its list is shuffled by Python's
+            ``random.Random(42)``; the first half, rounded down, is val, the second test.
+
+    Raises:
+        InputError: an unknown split or year, no such dataset, or the download failed.
+    """
+    check_split(split)
+    year = str(year)  # data.year=2012 on the command line is a number
+    if year not in YEARS:
+        raise InputError(f"unknown VOC year {year!r}; the years are {', '.join(YEARS)}")
+    devkit = f"{'TrainVal/' if year == '2011' else ''}VOCdevkit/VOC{year}"
+    lists = f"{devkit}/ImageSets/Segmentation"
+    has_test = year == "2007" and not halve_val
+    listing = split if has_test or split == "train" else "val"
+    if split == "test" and not (has_test or halve_val):
+        val_for_test(split, f"VOC {year}")
+    if download and not (Path(root).expanduser() / lists / f"{listing}.txt").exists():
+        try:
+            VOCSegmentation(Path(root).expanduser(), year, listing, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"VOC {year} could not be downloaded to {root}: {error}") from None
+    entries = [f"{devkit}/JPEGImages", f"{devkit}/SegmentationClass", f"{lists}/{listing}.txt"]
+    folder = find_root(
+        root,
+        f"PASCAL VOC {year}",
+        entries,
+        f"data.download=true, or http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/",
+    )
+    names = read_list(folder / lists / f"{listing}.txt")
+    if halve_val and split != "train":
+        random.Random(42).shuffle(names)
+        half = len(names) // 2
+        names = names[:half] if split == "val" else names[half:]
+    images, masks = folder / devkit / "JPEGImages", folder / devkit / "SegmentationClass"
+    return SegmentationDataset(pair_files(images, masks, names=names), VOC_LABELS)
+
+
+def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
+    """A VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
+    if path.suffix == ".png":
+        return read_index_mask(path)
+    return np.array(read_mat(path, "GTcls")["Segmentation"][0, 0], np.uint8)
+
+
+def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
+    """VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011): 10,582 train, 1,449 val.
+
+    The training set known as "trainaug": every image of VOC train, SBD train and SBD val that is
+    not in VOC val. Where VOC has a mask of its own for a training image, that one is taken. Val
+    and test are VOC val.
+
+    ``root`` holds ``VOCdevkit/VOC2012`` and SBD, either as its archive unpacks
+    (``benchmark_RELEASE/dataset/{img,cls,train.txt,val.txt}``) or as torchvision's SBDataset leaves
+    it (``{img,cls,train.txt,val.txt}``).
+
+    Raises:
+        InputError: an unknown split, or one of the two datasets is not there.
+    """
+    if check_split(split) or split != "train":
+        return voc(root, split)
+    folder = Path(root).expanduser()
+    bare = (folder / "cls").exists() and not (folder / "benchmark_RELEASE").exists()
+    dataset = "" if bare else "benchmark_RELEASE/dataset/"
+    find_root(
+        root,
+        "SBD",
+        [dataset + entry for entry in ("img", "cls", "train.txt", "val.txt")],
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+        "benchmark.tgz, unpacked there",
+    )
+    own, val = voc(root, "train").pairs, {pair.name for pair in voc(root, "val").pairs}
+    listed = read_list(folder / dataset / "train.txt") + read_list(folder / dataset / "val.txt")
+    names = sorted(set(listed) - val - {pair.name for pair in own})
+    added = pair_files(folder / dataset / "img", folder / dataset / "cls", ".jpg", ".mat", names)
+    pairs: list[Pair] = own + added
+    return SegmentationDataset(pairs, VOC_LABELS, read_voc_or_sbd_mask)

@@ -1,0 +1,47 @@
+"""What this machine is good at: the defaults of the user who sets nothing."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def available_cpus() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def best_device() -> torch.device:
+    """A CUDA GPU, else Apple's, else the processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def best_precision(device_type: str) -> str:
+    """Lightning's name of the fastest precision that trains well on this kind of device.
+
+    bfloat16 where there are instructions for it (without them it is emulated, and slower than
+    float32), float16 on older GPUs, else float32.
+    """
+    if device_type == "cuda":
+        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    if device_type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return "bf16-mixed"
+    return "32-true"
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which a network runs at :func:`best_precision`."""
+    precision = best_precision(device.type)
+    if precision == "32-true":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if "bf16" in precision else torch.float16)

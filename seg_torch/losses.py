@@ -1,0 +1,245 @@
+"""Losses: plain modules that turn logits and a label map into a scalar.
+
+Every loss here leaves pixels labelled `ignore_index` out exactly (their logits get zero gradient),
+returns a finite zero with zero gradients when every pixel is ignored, and computes in float32
+whatever type the model ran in.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seg_torch.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class CrossEntropyLoss(nn.Module):
+    """Cross-entropy per pixel, with optional class weights.
+
+    Args:
+        weights: How much each class counts.
+
+            - `None`: the mean over valid pixels.
+            - A list of C numbers: the weighted mean of `torch.nn.CrossEntropyLoss`, divided by the
+              sum of the weights of the valid pixels.
+            - `"dataset"`: the same, with weights from the number of pixels each class has in the
+              training set. `needs_pixel_counts` is true until `set_pixel_counts` gives them.
+            - `"batch"`: weights from each image by itself, (total - count_c) / total, where total
+              is the image's number of valid pixels and count_c its pixels of class c. As in the
+              source, the weighted loss is averaged over valid pixels, not divided by the sum of the
+              weights. Source: Ganegedara, TensorFlow in Action (2022), chapter 8.
+        balance: The formula behind `weights="dataset"`, where freq_c = count_c / total.
+
+            - `"inverse"`: total / (number of present classes * count_c).
+            - `"median_frequency"`: median(freq) / freq_c over the present classes. Source: Eigen &
+              Fergus (2015), section 6.3.2; there freq_c is relative to the images that contain
+              class c, here to the whole training set.
+
+            A class without a pixel in the training set gets weight 0.
+        ignore_index: Target value of the pixels to leave out.
+
+    Raises:
+        InputError: `weights` or `balance` is not one of the above.
+    """
+
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        weights: Sequence[float] | Literal["dataset", "batch"] | None = None,
+        balance: Literal["inverse", "median_frequency"] = "inverse",
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if isinstance(weights, str) and weights not in ("dataset", "batch"):
+            raise InputError(
+                f"loss.weights is {weights!r}; use null, dataset, batch or a list with one number "
+                "per class"
+            )
+        if balance not in ("inverse", "median_frequency"):
+            raise InputError(f"loss.balance is {balance!r}; use inverse or median_frequency")
+        self.balance = balance
+        self.ignore_index = ignore_index
+        self.per_image = weights == "batch"
+        self.needs_pixel_counts = weights == "dataset"
+        self.weighted = weights is not None and not self.per_image
+        listed = [] if weights is None or isinstance(weights, str) else [float(w) for w in weights]
+        if any(not 0 <= w < float("inf") for w in listed):
+            raise InputError(f"loss.weights is {listed}; every weight must be finite and >= 0")
+        self.register_buffer("class_weights", torch.tensor(listed), persistent=False)
+
+    def set_pixel_counts(self, counts: Tensor) -> None:
+        """Derive the weights of `weights="dataset"` from the training set.
+
+        Args:
+            counts: Integer [C], pixels per class in the training set, ignored pixels left out.
+        """
+        present = counts > 0
+        present_counts = counts[present].double()
+        if self.balance == "inverse":
+            present_weights = present_counts.mean() / present_counts
+        else:
+            present_weights = present_counts.quantile(0.5) / present_counts
+        class_weights = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+        class_weights[present] = present_weights
+        self.class_weights = class_weights.to(self.class_weights)
+        self.needs_pixel_counts = False
+        rounded = [round(weight, 4) for weight in class_weights.tolist()]
+        logger.info("class weights (%s): %s", self.balance, rounded)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            logits: Float [N, C, H, W].
+            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `ignore_index`.
+
+        Returns:
+            Scalar, float32.
+
+        Raises:
+            InputError: The shapes do not fit, there is only one class, the number of class weights
+                is not C, or (on the CPU) the target holds another value.
+            RuntimeError: `weights="dataset"` and `set_pixel_counts` was not called.
+        """
+        _check_shapes(logits, target)
+        if self.needs_pixel_counts:
+            raise RuntimeError(
+                'CrossEntropyLoss(weights="dataset") has no pixel counts yet: call '
+                "set_pixel_counts(counts) with the training set's pixels per class"
+            )
+        num_classes = logits.shape[1]
+        if self.weighted and len(self.class_weights) != num_classes:
+            raise InputError(
+                f"{len(self.class_weights)} class weights for {num_classes} classes; "
+                "give loss.weights one number per class"
+            )
+        target = target.long()
+        with torch.autocast(logits.device.type, enabled=False):
+            try:
+                # reduction="none" is the one that CUDA computes deterministically.
+                pixel_loss = F.cross_entropy(
+                    logits.float(),
+                    target,
+                    weight=self.class_weights if self.weighted else None,
+                    ignore_index=self.ignore_index,
+                    reduction="none",
+                )
+            except IndexError as error:
+                raise InputError(
+                    f"the labels hold the values {target.unique().tolist()}; allowed are "
+                    f"0..{num_classes - 1} and {self.ignore_index} (ignored)"
+                ) from error
+            counts = _count_pixels(target, num_classes, self.ignore_index)
+            if self.weighted:
+                total = (counts.sum(0) * self.class_weights).sum()
+            else:
+                total = counts.sum()
+            if self.per_image:
+                image_total = counts.sum(1, keepdim=True)
+                image_weights = (image_total - counts) / image_total.clamp(min=1)
+                # An ignored pixel may look up any weight: its loss is zero.
+                ids = target.masked_fill(target == self.ignore_index, 0).flatten(1)
+                pixel_loss = pixel_loss * image_weights.gather(1, ids).view_as(pixel_loss)
+            return pixel_loss.sum() / torch.where(total > 0, total, 1)
+
+
+class DiceLoss(nn.Module):
+    """Soft multi-class Dice loss.
+
+    1 - mean_c (2 sum(p_c t_c) + smooth) / (sum(p_c) + sum(t_c) + smooth), where p are the softmax
+    probabilities, t the one-hot labels and the sums run over all valid pixels of the batch. The
+    mean runs over the classes that the batch's labels contain. Source: Milletari, Navab & Ahmadi,
+    V-Net (2016), section 3, without the squares in the denominator.
+
+    Args:
+        smooth: Added to numerator and denominator; keeps the gradient of rare classes bounded.
+        ignore_index: Target value of the pixels to leave out.
+    """
+
+    def __init__(self, smooth: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.smooth = smooth
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            logits: Float [N, C, H, W].
+            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `ignore_index`.
+
+        Returns:
+            Scalar, float32, in [0, 1].
+
+        Raises:
+            InputError: The shapes do not fit or there is only one class.
+        """
+        _check_shapes(logits, target)
+        with torch.autocast(logits.device.type, enabled=False):
+            probabilities = logits.float().softmax(dim=1)
+            valid = (target != self.ignore_index).unsqueeze(1)
+            class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
+            # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
+            # deterministic on CUDA.
+            is_class = (target.long().unsqueeze(1) == class_ids) & valid
+            intersection = torch.where(is_class, probabilities, 0).sum((0, 2, 3))
+            predicted = torch.where(valid, probabilities, 0).sum((0, 2, 3))
+            labelled = is_class.sum((0, 2, 3))
+            dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
+            present = labelled > 0
+            return torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
+
+
+class WeightedSum(nn.Module):
+    """Weighted sum of several losses.
+
+    Args:
+        losses: Modules called with (logits, target).
+        weights: One factor per loss.
+
+    Raises:
+        InputError: The two lists differ in length.
+    """
+
+    def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        if len(losses) != len(weights):
+            raise InputError(
+                f"{len(losses)} losses and {len(weights)} weights; give loss.weights one number "
+                "per loss"
+            )
+        self.losses = nn.ModuleList(losses)
+        self.weights = [float(weight) for weight in weights]
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Add the losses up: float [N, C, H, W] and integer [N, H, W] to a float32 scalar."""
+        terms = zip(self.weights, self.losses, strict=True)
+        return torch.stack([weight * loss(logits, target) for weight, loss in terms]).sum()
+
+
+def _check_shapes(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim != 4 or target.shape != logits[:, 0].shape:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)} "
+            "do not belong together; expected [N, C, H, W] and [N, H, W]"
+        )
+    if logits.shape[1] == 1:
+        raise InputError(
+            "the model has one output channel, and a softmax over one class is always 1; "
+            "use two classes, background and foreground (num_classes=2)"
+        )
+
+
+def _count_pixels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Count valid pixels per image and class: int64 [N, H, W] -> int64 [N, C]."""
+    num_bins = num_classes + 1  # the last one collects ignored pixels
+    first_bins = torch.arange(len(target), device=target.device).view(-1, 1, 1) * num_bins
+    bins = target.masked_fill(target == ignore_index, num_classes) + first_bins
+    counts = torch.bincount(bins.flatten(), minlength=len(target) * num_bins)
+    return counts.view(len(target), num_bins)[:, :num_classes]
