@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
+    if not zipfile.is_zipfile(path):  # what torch.save writes; anything else is not worth parsing
+        raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

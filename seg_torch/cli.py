@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,12 @@ import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -32,19 +39,26 @@ def entry_point(function: Callable[[DictConfig], Any], config_name: str) -> None
     """Runs ``function`` with the configuration that the command line asks for.
 
     What the user can mend is told in a few lines on standard error, with exit code 2; everything
-    else is a bug and keeps its traceback. A non-zero integer result means exit code 1.
+    else is a bug and keeps its traceback. A result that is true means failures: exit code 1.
     """
     # Otherwise Hydra prints errors itself and the message cannot be improved.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
     def main(cfg: DictConfig) -> None:
-        result = _run_job(function, cfg)
-        if isinstance(result, int) and result:
-            sys.exit(1)
+        with _short_messages(config_name):
+            _check_values(cfg, config_name)
+            if _run_job(function, cfg):
+                sys.exit(1)
 
-    try:
+    with _short_messages(config_name):
         main()
+
+
+@contextmanager
+def _short_messages(config_name: str) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -62,6 +76,11 @@ def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     a sweep that would start the sweep again in each of them, so the command line becomes that of
     the job alone, with its folder, and Hydra's own state is put out of Lightning's sight.
     """
+    # Lightning's advertisements and notes on its own insides.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*treespec.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
     state = HydraConfig.get()
     argv, environment = sys.argv[:], set(os.environ)
     sys.argv[1:] = state.overrides.task
@@ -94,9 +113,13 @@ def _explain(error: BaseException, config_name: str) -> str | None:
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         key = unknown[1].split("@")[0]
-        near = difflib.get_close_matches(key, _known_keys(config_name, key), 3, 0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return f"there is no setting {key}{hint}"
+        return f"there is no setting {key}{_did_you_mean(key, _known_keys(config_name, key))}"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, choice = str(error.missing_cfg_file).rsplit("/", 1)
+        hint = _did_you_mean(choice, error.options)
+        return f"there is no {group}={choice}{hint}\nThere are: {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {str(error).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException | MisconfigurationException):
         innermost: BaseException = error
         while innermost.__cause__ is not None:
@@ -110,7 +133,29 @@ def _explain(error: BaseException, config_name: str) -> str | None:
     return None
 
 
-def _known_keys(config_name: str, unknown: str) -> list[str]:
+def _did_you_mean(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, 2, 0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _check_values(cfg: DictConfig, config_name: str) -> None:
+    """Refuses a required value that is missing and a text where a number belongs."""
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise InputError(f"{', '.join(sorted(missing))} must be given")
+    overrides = HydraConfig.get().overrides.task
+    groups = {folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
+    choices = [o for o in overrides if o.split("=")[0] in groups]
+    usual = hydra.compose(config_name, choices)
+    for key in (o.split("=")[0] for o in overrides):
+        before = None if key in groups else OmegaConf.select(usual, key, default=None)
+        now = OmegaConf.select(cfg, key) if isinstance(before, int | float) else None
+        if isinstance(now, str):
+            kind = "true or false" if isinstance(before, bool) else "a number"
+            raise InputError(f"{key}={now}: expected {kind}, such as {str(before).lower()}")
+
+
+def _known_keys(config_name: str, unknown: str) -> set[str]:
     """All settings and groups, with the other choices of the command line taken into account."""
     GlobalHydra.instance().clear()
     others = [o for o in sys.argv[1:] if "=" in o and not o.lstrip("+~").startswith(unknown)]
@@ -122,7 +167,7 @@ def _known_keys(config_name: str, unknown: str) -> list[str]:
             except (HydraException, OmegaConfBaseException):
                 continue
     groups = [folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()]
-    return groups + _paths(cfg)
+    return {*groups, *_paths(cfg)}
 
 
 def _paths(node: DictConfig, prefix: str = "") -> list[str]:

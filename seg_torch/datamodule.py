@@ -156,6 +156,7 @@ class SegmentationDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
+            generator=torch.Generator(),  # else each epoch would draw from the global one
             **arguments,
         )
 

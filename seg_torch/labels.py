@@ -51,7 +51,7 @@ class Labels:
     """
 
     names: tuple[str, ...]
-    palette: np.ndarray = field(default=None)  # type: ignore[assignment]
+    palette: np.ndarray = field(default=None)  # type: ignore[arg-type]
     ignore_index: int = IGNORE_INDEX
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ def encode_segmap(
     order = np.argsort(keys, kind="stable")
     keys, ids = keys[order], ids[order].astype(np.uint8)
     if (keys[1:] == keys[:-1]).any():
-        double = keys[1:][keys[1:] == keys[:-1]][0]
+        double = int(keys[1:][keys[1:] == keys[:-1]][0])
         raise InputError(
             f"the palette gives the colour {(double >> 16, double >> 8 & 255, double & 255)} to "
             "two classes, so colours cannot be turned back into ids"

@@ -135,18 +135,15 @@ class CrossEntropyLoss(nn.Module):
                     f"the labels hold the values {target.unique().tolist()}; allowed are "
                     f"0..{num_classes - 1} and {self.ignore_index} (ignored)"
                 ) from error
-            counts = _count_pixels(target, num_classes, self.ignore_index)
-            if self.weighted:
-                total = (counts.sum(0) * self.class_weights).sum()
-            else:
-                total = counts.sum()
+            valid = target != self.ignore_index
+            ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
             if self.per_image:
-                image_total = counts.sum(1, keepdim=True)
-                image_weights = (image_total - counts) / image_total.clamp(min=1)
-                # An ignored pixel may look up any weight: its loss is zero.
-                ids = target.masked_fill(target == self.ignore_index, 0).flatten(1)
-                pixel_loss = pixel_loss * image_weights.gather(1, ids).view_as(pixel_loss)
-            return pixel_loss.sum() / torch.where(total > 0, total, 1)
+                counts = _count_pixels(ids, valid, num_classes)
+                totals = counts.sum(dim=1, keepdim=True)
+                image_weights = (totals - counts) / totals.clamp(min=1)
+                pixel_loss = pixel_loss * image_weights.gather(1, ids.flatten(1)).view_as(ids)
+            divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
+            return pixel_loss.sum() / torch.where(divisor > 0, divisor, 1)
 
 
 class DiceLoss(nn.Module):
@@ -236,10 +233,8 @@ def _check_shapes(logits: Tensor, target: Tensor) -> None:
         )
 
 
-def _count_pixels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Count valid pixels per image and class: int64 [N, H, W] -> int64 [N, C]."""
-    num_bins = num_classes + 1  # the last one collects ignored pixels
-    first_bins = torch.arange(len(target), device=target.device).view(-1, 1, 1) * num_bins
-    bins = target.masked_fill(target == ignore_index, num_classes) + first_bins
-    counts = torch.bincount(bins.flatten(), minlength=len(target) * num_bins)
-    return counts.view(len(target), num_bins)[:, :num_classes]
+def _count_pixels(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+    """Count valid pixels per image and class: int64 and bool [N, H, W] -> int64 [N, C]."""
+    image_ids = torch.arange(len(ids), device=ids.device).view(-1, 1, 1)
+    bins = (image_ids * num_classes + ids)[valid]
+    return torch.bincount(bins, minlength=len(ids) * num_classes).view(-1, num_classes)

@@ -1,6 +1,7 @@
 """One streaming confusion matrix, and every score derived from it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class ConfusionMatrix(torchmetrics.Metric):
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
         super().__init__()
         if ignore_index < 0:
-            raise InputError(f"ignore_index is {ignore_index}; label maps hold values from 0 to 255")
+            raise InputError(f"ignore_index is {ignore_index}; it must be 0 or more, such as 255")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -69,10 +70,10 @@ class ConfusionMatrix(torchmetrics.Metric):
 
         # A row for every label value up to the highest one: ignored labels fall into a row of their
         # own and wrong ones show up without another pass over the pixels. On the CPU 16-bit bins
-        # take half the time of 64-bit ones.
+        # take less than half the time of 64-bit ones.
         num_rows = max(highest + 1, num_classes)
         narrow = num_rows * num_classes <= torch.iinfo(torch.int16).max
-        dtype = torch.int16 if narrow else torch.int64
+        dtype = torch.int16 if narrow else torch.int32
         bins = target.to(dtype) * num_classes + prediction.to(dtype)
         counts = torch.bincount(bins.flatten(), minlength=num_rows * num_classes)
         counts = counts.view(num_rows, num_classes)
@@ -80,7 +81,7 @@ class ConfusionMatrix(torchmetrics.Metric):
             counts[self.ignore_index] = 0
         if highest >= num_classes and counts[num_classes:].any():
             raise self._bad_labels(target)
-        self.matrix += counts[:num_classes]
+        self.matrix = self.matrix + counts[:num_classes]
 
     def compute(self) -> Tensor:
         """Return the counts so far: int64 [C, C], rows label, columns prediction."""
@@ -138,7 +139,7 @@ def scores(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
-def report(matrix: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+def report(matrix: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """Arrange the scores of a confusion matrix as plain data for a JSON file.
 
     Args:
@@ -150,18 +151,16 @@ def report(matrix: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
         `precision`, `recall`, `dice`, `pixels`) and `confusion_matrix` (a list of rows). A score
         that is not defined is `None`.
     """
-    values = {
-        key: [None if math.isnan(v) else v for v in value.tolist()] if value.ndim else value.item()
-        for key, value in scores(matrix).items()
-    }
-    scalars = {
-        key: None if math.isnan(value) else value
-        for key, value in values.items()
-        if not isinstance(value, list)
-    }
+    results = scores(matrix)
+    scalars = {key: _plain(value) for key, value in results.items() if value.ndim == 0}
     per_class_keys = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
     per_class = {
-        name: {key: values[key][class_id] for key in per_class_keys}
+        name: {key: _plain(results[key][class_id]) for key in per_class_keys}
         for class_id, name in enumerate(names)
     }
     return {**scalars, "per_class": per_class, "confusion_matrix": matrix.tolist()}
+
+
+def _plain(value: Tensor) -> float | None:
+    number = value.item()
+    return None if math.isnan(number) else number

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -33,6 +34,7 @@ class SegmentationTask(LightningModule):
         aux_weight: weight of the loss of the auxiliary head, where there is one.
         description: what :mod:`seg_torch.checkpoint` needs to build the network again.
         pixel_counts_cache: file for the class counts of losses that are weighted by them.
+        seed: of what is random inside the network, such as dropout.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SegmentationTask(LightningModule):
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
         pixel_counts_cache: Path | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -55,6 +58,7 @@ class SegmentationTask(LightningModule):
         self.aux_weight = aux_weight
         self.description = description
         self.pixel_counts_cache = pixel_counts_cache
+        self.seed = seed
         self.confusion = ConfusionMatrix(len(labels), labels.ignore_index)
         self.validation_loss = MeanMetric()
         self.test_report: dict[str, Any] | None = None
@@ -65,6 +69,11 @@ class SegmentationTask(LightningModule):
                 if getattr(loss, "needs_pixel_counts", False):
                     counts = self.trainer.datamodule.pixel_counts(self.pixel_counts_cache)
                     loss.set_pixel_counts(counts.to(self.device))
+
+    def on_train_epoch_start(self) -> None:
+        # By epoch, so that a resumed run goes on with the numbers of an uninterrupted one.
+        entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
 
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         images, masks = batch
@@ -125,3 +134,9 @@ class SegmentationTask(LightningModule):
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         if self.description is not None:
             state[checkpoint.KEY] = self.description
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        # The schedule is as long as this run, which may go on for more epochs than the first.
+        for scheduler in state["lr_schedulers"]:
+            for key in ("total_steps", "total_iters", "_schedule_phases"):
+                scheduler.pop(key, None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -31,8 +32,8 @@ from seg_torch.visualize import save_confusion_matrix
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """Trains, keeps the best, and scores it on the test set. Returns the scores."""
+def train(cfg: DictConfig) -> None:
+    """Trains, keeps the best, and scores it on the test set."""
     folder = Path(cfg.output_dir)
     resume, start_from = _starting_point(cfg)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -48,12 +49,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         labels,
         loss=instantiate(cfg.loss, _convert_="all"),
         optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler),
+        scheduler=instantiate(cfg.scheduler) or None,
         aux_weight=cfg.aux_weight,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
         pixel_counts_cache=folder / "pixel_counts.json",
+        seed=cfg.seed,
     )
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -95,10 +97,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if best.best_model_path:
         content = checkpoint.read(trainer.strategy.broadcast(best.best_model_path))
         network.load_state_dict(checkpoint.network_state(content))
-    return _score(trainer, task, data, folder, "test")
+    _score(trainer, task, data, folder, "test")
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
+def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint on the data that it was trained with, or on other data."""
     if cfg.checkpoint is None:
         raise InputError("evaluate.py needs checkpoint=FILE, such as runs/.../checkpoints/best.ckpt")
@@ -121,7 +123,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         )
     trainer = build_trainer(cfg.trainer, [])
     task = SegmentationTask(network, labels)
-    return _score(trainer, task, data, Path(cfg.output_dir), cfg.split)
+    _score(trainer, task, data, Path(cfg.output_dir), cfg.split)
 
 
 def build_trainer(
@@ -146,14 +148,17 @@ def build_trainer(
     options["enable_progress_bar"] = bool(progress)
     options["accelerator"] = accelerator
 
-    trainer = Trainer(
-        **options,
-        callbacks=callbacks + progress,
-        logger=logger,
-        use_distributed_sampler=False,  # the data module shards without padding
-        enable_model_summary=False,
-        sync_batchnorm=accelerator in ("cuda", "gpu"),
-    )
+    try:
+        trainer = Trainer(
+            **options,
+            callbacks=callbacks + progress,
+            logger=logger,
+            use_distributed_sampler=False,  # the data module shards without padding
+            enable_model_summary=False,
+            sync_batchnorm=accelerator in ("cuda", "gpu"),
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise InputError(f"trainer: {error}") from error
     if trainer.world_size > 1 and trainer.is_global_zero:
         on_gpus = trainer.strategy.root_device.type == "cuda"
         log.info("%d processes%s", trainer.world_size, ", synchronised BatchNorm" * on_gpus)
@@ -162,7 +167,7 @@ def build_trainer(
 
 def _score(
     trainer: Trainer, task: SegmentationTask, data: SegmentationDataModule, folder: Path, split: str
-) -> dict[str, Any]:
+) -> None:
     """Scores a task, prints the table and writes ``<split>_metrics.json``."""
     trainer.test(task, datamodule=data, verbose=False)
     report = task.test_report
@@ -175,7 +180,6 @@ def _score(
         save_confusion_matrix(matrix, task.labels, folder / f"{split}_confusion_matrix.png")
         print_scores(report, f"{split}: {len(data.dataset(split))} images")
         log.info("scores: %s", path)
-    return report
 
 
 def print_scores(report: dict[str, Any], title: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
 from seg_torch.images import read_image
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,10 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
         names = sorted(path.name for path in folder.iterdir())
         more = ", ..." if len(names) > 8 else ""
         found = f"it holds {', '.join(names[:8])}{more}" if names else "the folder is empty"
+    gap = f"; missing: {', '.join(missing)}" if len(missing) < len(entries) else ""
     raise InputError(
         f"{dataset} was not found in {folder.absolute()}: {found}.\n"
-        f"Expected there: {', '.join(entries)}; missing: {', '.join(missing)}.\n"
+        f"Expected there: {', '.join(entries)}{gap}.\n"
         f"To get it: {source}. If it is somewhere else, say where: data.root=FOLDER"
     )
 
@@ -116,23 +118,30 @@ def pair_files(
     return [Pair(name, image_files[name], mask_files[name]) for name in chosen]
 
 
+@contextmanager
+def open_mask(path: str | Path) -> Iterator[Image.Image]:
+    """Opens a mask; whatever goes wrong while it is read becomes an InputError."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
+
+
 def read_index_mask(path: str | Path) -> np.ndarray:
     """The ids in a grey or palette image, uint8 [H, W]: indices, never luminance.
 
     Raises:
         InputError: the file is missing, no image, or has several channels.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
-                raise InputError(
-                    f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
-                )
-            ids = np.array(image)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
+    with open_mask(path) as image:
+        if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+            raise InputError(
+                f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
+            )
+        ids = np.array(image)
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
@@ -141,6 +150,24 @@ def read_index_mask(path: str | Path) -> np.ndarray:
             )
         ids = ids.astype(np.uint8)
     return ids
+
+
+def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
+    """The ids of the colours in an image, uint8 [H, W].
+
+    Args:
+        path: an image of any mode; transparency is ignored.
+        palette: the classes' colours, uint8 [C, 3].
+
+    Raises:
+        InputError: the file is missing, no image, or holds a colour that no class has.
+    """
+    with open_mask(path) as image:
+        rgb = np.array(image.convert("RGB"))
+    try:
+        return encode_segmap(rgb, palette)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:

@@ -41,7 +41,9 @@ IDS = id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
 
 
 def camvid(root: str | Path, split: str) -> SegmentationDataset:
-    """CamVid (Brostow, Fauqueur, Cipolla, 2009), 480 x 360, 11 classes: 367 train, 101 val, 233 test.
+    """CamVid (Brostow, Fauqueur, Cipolla, 2009) with 11 classes, 480 x 360 pixels.
+
+    367 train, 101 val, 233 test.
 
     ``root`` holds ``train/``, ``trainannot/``, ``val/``, ... and the lists ``train.txt``, ...
     of image and mask, whose ``/SegNet/CamVid/`` prefix is ignored. Without a list the folders

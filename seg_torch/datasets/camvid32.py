@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from seg_torch.datasets.base import SegmentationDataset, find_root, pair_files, val_for_test
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    check_split,
+    find_root,
+    pair_files,
+    read_colour_mask,
+    val_for_test,
+)
 from seg_torch.datasets.folder import split_names
-from seg_torch.errors import InputError
-from seg_torch.labels import Labels, encode_segmap
+from seg_torch.labels import Labels
 
 CAMVID32_CLASSES = {
     "Animal": (64, 128, 64),
@@ -49,21 +55,6 @@ CAMVID32_CLASSES = {
 CAMVID32_LABELS = Labels(tuple(CAMVID32_CLASSES), np.array(list(CAMVID32_CLASSES.values())))
 
 
-def read_camvid32_mask(path: Path) -> np.ndarray:
-    """A colour-coded label image as class ids, uint8 [H, W].
-
-    Raises:
-        InputError: the file is no image, or holds a colour that no class has.
-    """
-    try:
-        with Image.open(path) as image:
-            return encode_segmap(np.array(image.convert("RGB")), CAMVID32_LABELS)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
-
-
 def camvid32(root: str | Path, split: str) -> SegmentationDataset:
     """CamVid (Brostow, Fauqueur, Cipolla, 2009), 960 x 720, 701 images, 32 classes with Void.
 
@@ -74,6 +65,7 @@ def camvid32(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: an unknown split, no such dataset, or an image without its mask.
     """
+    check_split(split)
     folder = find_root(
         root,
         "CamVid (32 classes)",
@@ -86,4 +78,5 @@ def camvid32(root: str | Path, split: str) -> SegmentationDataset:
     images, masks = folder / "701_StillsRaw_full", folder / "LabeledApproved_full"
     pairs = {pair.name: pair for pair in pair_files(images, masks, ".png", "_L.png")}
     chosen = split_names(folder, list(pairs), split)
-    return SegmentationDataset([pairs[n] for n in chosen], CAMVID32_LABELS, read_camvid32_mask)
+    read_mask = partial(read_colour_mask, palette=CAMVID32_LABELS.palette)
+    return SegmentationDataset([pairs[n] for n in chosen], CAMVID32_LABELS, read_mask)

@@ -16,15 +16,14 @@ from seg_torch.datasets.base import (
 from seg_torch.labels import Labels
 
 # The names in the dataset's label_list.mat; null, the background, is a class.
-CLOTHING_LABELS = Labels(
-    tuple(
-        "null accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs "
-        "coat dress earrings flats glasses gloves hair hat heels hoodie intimate jacket jeans "
-        "jumper leggings loafers necklace panties pants pumps purse ring romper sandals scarf "
-        "shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater "
-        "sweatshirt swimwear t-shirt tie tights top vest wallet watch wedges".split()
-    )
+NAMES = (
+    "null accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs "
+    "coat dress earrings flats glasses gloves hair hat heels hoodie intimate jacket jeans "
+    "jumper leggings loafers necklace panties pants pumps purse ring romper sandals scarf "
+    "shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater "
+    "sweatshirt swimwear t-shirt tie tights top vest wallet watch wedges"
 )
+CLOTHING_LABELS = Labels(tuple(NAMES.split()))
 
 
 def read_clothing_mask(path: Path) -> np.ndarray:
@@ -55,10 +54,9 @@ def clothing(root: str | Path, split: str, limit: int | None = None) -> Segmenta
         ["photos", "annotations/pixel-level"],
         "git clone https://github.com/bearpaw/clothing-co-parsing",
     )
-    pairs = pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")[
-        :limit
-    ]
-    order = np.random.RandomState(0).permutation(len(pairs))  # noqa: NPY002 (scikit-learn's)
+    pairs = pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")
+    pairs = pairs[:limit]
+    order = np.random.RandomState(0).permutation(len(pairs))  # scikit-learn's generator
     held_out = -(-len(pairs) // 5)
     chosen = order[held_out:] if split == "train" else order[:held_out]
     return SegmentationDataset([pairs[i] for i in chosen], CLOTHING_LABELS, read_clothing_mask)

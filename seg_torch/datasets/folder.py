@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,14 @@ from seg_torch.datasets.base import (
     SegmentationDataset,
     check_split,
     find_root,
+    open_mask,
+    read_colour_mask,
     read_index_mask,
     read_list,
     val_for_test,
 )
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
+from seg_torch.labels import IGNORE_INDEX, Labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
@@ -66,11 +67,11 @@ def folder(
     )
     home = find_root(root, "A dataset of your own", ["images", "masks"], source)
     pairs = _pair(home / "images", home / "masks")
+    _check_sizes(pairs)
     if not (home / "classes.txt").exists():
         raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
     labels, has_colours = read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
-    _check_sizes(pairs)
     _check_sample(SegmentationDataset(pairs, labels, read_mask))
     if split == "test" and not (home / "test.txt").exists():
         split = val_for_test(split, str(home))
@@ -96,21 +97,21 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             colours.append([int(value) for value in match.groups()[1:]])
     if not names:
         raise InputError(f"{path}: holds no class names; write one a line")
-    if not colours:
-        return Labels(tuple(names)), False
-    if len(colours) < len(names):
+    if 0 < len(colours) < len(names):
         raise InputError(
             f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
             "(name R G B) or none"
         )
     try:
-        return Labels(tuple(names), np.array(colours)), True
+        if colours:
+            return Labels(tuple(names), np.array(colours)), True
+        return Labels(tuple(names)), False
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
-    """A mask of colours (RGB, RGBA; grey too, if all the palette is) or of class ids.
+    """A mask of colours or of class ids, told apart by the kind of the file as in :func:`folder`.
 
     Args:
         path: the file.
@@ -119,23 +120,17 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     Returns:
         uint8 [H, W] of class ids and 255.
     """
-    try:
-        with Image.open(path) as image:
-            grey = palette is not None and bool((palette == palette[:, :1]).all())
-            if image.mode not in ("RGB", "RGBA") and not (grey and image.mode in ("L", "1")):
-                return read_index_mask(path)
-            if palette is None:
-                raise InputError(
-                    f"{path}: a mask of colours ({image.mode}), but classes.txt gives no colours; "
-                    "write each class as: name R G B"
-                )
-            return encode_segmap(np.array(image.convert("RGB")), palette)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError as error:
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
+    with open_mask(path) as image:
+        mode = image.mode
+    all_grey = palette is not None and bool((palette == palette[:, :1]).all())
+    if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
+        return read_index_mask(path)
+    if palette is None:
+        raise InputError(
+            f"{path}: a mask of colours ({mode}), but classes.txt gives no colours; write each "
+            "class as: name R G B"
+        )
+    return read_colour_mask(path, palette)
 
 
 def split_names(
@@ -150,7 +145,7 @@ def split_names(
         InputError: a list with unknown names, ``train.txt`` without ``val.txt`` or the reverse, or
             too few names to split.
     """
-    known = set(names) | {re.sub(r"\.\w+$", "", name) for name in names}
+    known = set(names)
     lists: dict[str, list[str]] = {}
     for each in ("train", "val", "test"):
         path = root / f"{each}.txt"
@@ -162,7 +157,8 @@ def split_names(
         unknown = [name for name in listed if name not in known]
         if unknown:
             raise InputError(
-                f"{path}: {len(unknown)} names without an image and a mask: {', '.join(unknown[:5])}"
+                f"{path}: {len(unknown)} names without an image and a mask: "
+                f"{', '.join(unknown[:5])}"
             )
         lists[each] = listed
     if split in lists:
@@ -172,8 +168,8 @@ def split_names(
     rest = sorted(set(names) - set(lists.get("test", [])))
     if len(rest) < 2 or not 0 < val_fraction < 1:
         raise InputError(
-            f"{root}: {len(rest)} pairs cannot be split into train and val with "
-            f"val_fraction={val_fraction}; at least 2 pairs and a fraction between 0 and 1 are needed"
+            f"{root}: {len(rest)} pairs cannot be split with val_fraction={val_fraction}; it "
+            "takes 2 pairs and a fraction between 0 and 1"
         )
     order = np.random.default_rng(seed).permutation(len(rest))
     num_val = min(max(round(len(rest) * val_fraction), 1), len(rest) - 1)
@@ -221,7 +217,7 @@ def _check_sizes(pairs: Sequence[Pair]) -> None:
                     )
         except (OSError, SyntaxError) as error:
             problems.append(f"{pair.image} or its mask cannot be read: {error}")
-    _refuse(problems, "masks differ in size from their images")
+    _refuse(problems, "pairs cannot be used, an image and its mask have to be of one size")
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:
@@ -250,18 +246,17 @@ def _check_sample(dataset: SegmentationDataset) -> None:
 
 def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
     """What to write to a missing classes.txt, judged by some of the masks."""
-    found: Counter[tuple[int, ...]] = Counter()
+    found: set[tuple[int, ...]] = set()
     for i in _sample(pairs):
-        with Image.open(pairs[i].mask) as mask:
-            pixels = np.array(mask.convert("RGB") if mask.mode in ("RGB", "RGBA") else mask)
-            if mask.mode == "1":
-                pixels = pixels.astype(np.uint8)
+        with open_mask(pairs[i].mask) as mask:
+            kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
+            pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
-        found.update(tuple(int(v) for v in value) for value in values)
+        found |= {tuple(int(v) for v in value) for value in values}
     values_found = sorted(found)
     if len(values_found[0]) == 1:
         ids = [value for (value,) in values_found]
-        what = f"the values {', '.join(map(str, ids[:20]))}"
+        what = f"the values {', '.join(map(str, ids[:20]))} (255 means not labelled)"
         classes = max([i for i in ids if i != IGNORE_INDEX], default=0) + 1
         lines = ["background", *(f"class {i}" for i in range(1, min(classes, 20)))]
         if ids == [0, IGNORE_INDEX]:
@@ -272,6 +267,7 @@ def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
             f"class {i} {' '.join(map(str, value))}" for i, value in enumerate(values_found[:20])
         ]
     return (
-        f"{path} is missing: it names the classes, one a line, in the order of their ids. The masks "
-        f"that were looked at hold {what}. So write, with names of your own:\n" + "\n".join(lines)
+        f"{path} is missing: it names the classes, one a line, in the order of their ids. The "
+        f"masks that were looked at hold {what}. So write, with names of your own:\n"
+        + "\n".join(lines)
     )

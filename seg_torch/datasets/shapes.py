@@ -1,7 +1,7 @@
 """Textured shapes, drawn on the fly: the dataset that needs no download.
 
-The class is the shape. Colours and textures are random and the same for all classes, so a model
-has to learn outlines; the shapes overlap, turn and vary in size.
+The class is the shape: colours and textures are drawn alike for all classes. The shapes are cut
+like stones and lit from the upper left; they overlap, turn and vary in size.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _distance(shape: Shape, size: int) -> tuple[np.ndarray, tuple[slice, slice]]
         # regular polygons the waist lies on the straight edge.
         points, waist = {"triangle": (3, 0.5), "square": (4, 0.5**0.5), "star": (5, 0.45)}[name]
         sector = np.pi / points
-        angle = np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
+        angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
         radius = np.hypot(x, y)
         x, y = radius * np.cos(angle), radius * np.sin(angle)
         # From the corner (outer, 0) along the edge to the waist at the angle of half a sector.
@@ -81,7 +81,7 @@ def _scene(rng: np.random.Generator) -> list[Shape]:
     scene: list[Shape] = []
     for _ in range(rng.integers(1, 5)):
         class_id = int(rng.integers(1, len(SHAPES_LABELS)))
-        radius, angle = rng.uniform(0.17, 0.3), rng.uniform(-0.5, 0.5)
+        radius, angle = rng.uniform(0.17, 0.3), rng.uniform(0, 2 * np.pi)
         for x, y in rng.uniform(0.1, 0.9, (20, 2)):
             if all(np.hypot(x - s.x, y - s.y) > 0.75 * (radius + s.radius) for s in scene):
                 scene.append(Shape(class_id, float(x), float(y), radius, angle))
@@ -124,14 +124,19 @@ def _colours(rng: np.random.Generator, vivid: float) -> tuple[np.ndarray, np.nda
     return rgb[0].astype(np.float32), rgb[1].astype(np.float32)
 
 
-def _paint(rng: np.random.Generator, size: int, window: tuple[slice, slice], vivid: float):
+def _paint(
+    rng: np.random.Generator, size: int, window: tuple[slice, slice], vivid: float
+) -> np.ndarray:
+    """A random texture in random colours, float32 RGB over the window in 0 to 255."""
     light, dark = _colours(rng, vivid)
     return dark + _texture(rng, size, window)[..., None] * (light - dark)
 
 
 class Shapes(Dataset):
-    """See :func:`shapes`. Items are ``(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask
-    uint8 [size, size])``."""
+    """What :func:`shapes` returns.
+
+    Items are ``(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask uint8 [size, size])``.
+    """
 
     labels = SHAPES_LABELS
 
@@ -168,10 +173,12 @@ class Shapes(Dataset):
         for shape in scene:
             distance, window = _distance(shape, self.size)
             shadow = 1 - 0.45 * np.exp(-np.maximum(distance, 0) * (40 / self.size))
-            edge = 1 - 0.35 * np.exp(np.minimum(distance, 0) * (60 / self.size))
+            # The surface falls with the distance to the outline, so polygons have facets.
+            slope_y, slope_x = np.gradient(distance)
+            light = 1 - 0.25 * (slope_x + slope_y)
             cover = np.clip(0.5 - distance, 0, 1)[..., None]
             below = image[window] * shadow[..., None]
-            above = _paint(rng, self.size, window, vivid=1) * edge[..., None]
+            above = _paint(rng, self.size, window, vivid=1) * light[..., None]
             image[window] = below + cover * (above - below)
         image += 6 * rng.standard_normal(image.shape, np.float32)
         pixels = torch.from_numpy(np.rint(image).clip(0, 255).astype(np.uint8))
@@ -186,6 +193,7 @@ def shapes(
 ) -> Shapes:
     """Overlapping shapes on a textured ground, each with a rim of ignored pixels.
 
+    Six classes: background, disc, square, triangle, star and ring; one to four shapes an image.
     Nothing is stored: a sample follows from ``(seed, split, index)`` by a generator of its own, so
     it is the same on every machine and in every worker process.
 

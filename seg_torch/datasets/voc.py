@@ -9,7 +9,6 @@ import numpy as np
 from torchvision.datasets import VOCSegmentation
 
 from seg_torch.datasets.base import (
-    Pair,
     SegmentationDataset,
     check_split,
     find_root,
@@ -58,7 +57,9 @@ def voc(
     download: bool = False,
     halve_val: bool = False,
 ) -> SegmentationDataset:
-    """PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes; 2012: 1,464 train, 1,449 val.
+    """PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes.
+
+    2012 has 1,464 train and 1,449 val images.
 
     ``root`` holds ``VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}``. The
     masks are palette PNGs whose indices are the classes; 255 is the rim around objects. Only 2007
@@ -115,7 +116,9 @@ def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
 
 
 def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
-    """VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011): 10,582 train, 1,449 val.
+    """VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011).
+
+    10,582 train, 1,449 val.
 
     The training set known as "trainaug": every image of VOC train, SBD train and SBD val that is
     not in VOC val. Where VOC has a mask of its own for a training image, that one is taken. Val
@@ -128,7 +131,8 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: an unknown split, or one of the two datasets is not there.
     """
-    if check_split(split) or split != "train":
+    check_split(split)
+    if split != "train":
         return voc(root, split)
     folder = Path(root).expanduser()
     bare = (folder / "cls").exists() and not (folder / "benchmark_RELEASE").exists()
@@ -144,5 +148,4 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
     listed = read_list(folder / dataset / "train.txt") + read_list(folder / dataset / "val.txt")
     names = sorted(set(listed) - val - {pair.name for pair in own})
     added = pair_files(folder / dataset / "img", folder / dataset / "cls", ".jpg", ".mat", names)
-    pairs: list[Pair] = own + added
-    return SegmentationDataset(pairs, VOC_LABELS, read_voc_or_sbd_mask)
+    return SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)

@@ -1,0 +1,80 @@
+"""DeepLabv3."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from torchvision.models import segmentation as tv
+
+from seg_torch.errors import InputError
+from seg_torch.models.weights import load_torchvision_weights
+
+_BACKBONES = {
+    "resnet50": (tv.deeplabv3_resnet50, tv.DeepLabV3_ResNet50_Weights),
+    "resnet101": (tv.deeplabv3_resnet101, tv.DeepLabV3_ResNet101_Weights),
+    "mobilenet_v3_large": (
+        tv.deeplabv3_mobilenet_v3_large,
+        tv.DeepLabV3_MobileNet_V3_Large_Weights,
+    ),
+}
+
+
+class DeepLabV3(tv.DeepLabV3):
+    """torchvision's DeepLabv3, which also explains why it cannot train on a batch of one."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute logits.
+
+        Args:
+            x: Float [N, 3, H, W].
+
+        Returns:
+            `out`, and `aux` if there is an auxiliary head: float [N, C, H, W].
+
+        Raises:
+            InputError: In training, N is 1.
+        """
+        pooled_norm = self.classifier[0].convs[-1][2]
+        # One image pools to one value per channel, which has no variance. SyncBatchNorm takes the
+        # variance over the images of all processes.
+        if len(x) == 1 and pooled_norm.training and not isinstance(pooled_norm, nn.SyncBatchNorm):
+            raise InputError(
+                "DeepLabv3 cannot train on a batch of one image: its image pooling normalises over "
+                "the batch; use data.batch_size=2 or more"
+            )
+        return super().forward(x)
+
+
+def deeplabv3(
+    num_classes: int,
+    backbone: str = "resnet101",
+    weights: str | Path | None = "COCO_WITH_VOC_LABELS_V1",
+    aux: bool = True,
+) -> DeepLabV3:
+    """Build torchvision's DeepLabv3; output stride 8 with a ResNet, 16 with a MobileNet.
+
+    Source: Chen, Papandreou, Schroff & Adam, Rethinking Atrous Convolution for Semantic Image
+    Segmentation (2017).
+
+    Args:
+        num_classes: Number of classes C.
+        backbone: `resnet50`, `resnet101` or `mobilenet_v3_large`.
+        weights: `COCO_WITH_VOC_LABELS_V1` (COCO images of the 21 Pascal VOC classes), the path of a
+            state dict, or `None` for random ones. A last layer for another number of classes is
+            new, and the skipped keys are logged.
+        aux: Add an auxiliary head on an earlier stage, for training.
+
+    Returns:
+        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": the same, if `aux`}.
+
+    Raises:
+        InputError: Unknown backbone or weights, or weights that cannot be had.
+    """
+    if backbone not in _BACKBONES:
+        raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
+    builder, published = _BACKBONES[backbone]
+    # weights_backbone: its default would be downloaded even with weights=None.
+    parts = builder(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
+    model = DeepLabV3(parts.backbone, parts.classifier, parts.aux_classifier)
+    if weights is not None:
+        load_torchvision_weights(model, weights, published, ("classifier.4.", "aux_classifier."))
+    return model

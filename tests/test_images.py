@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from seg_torch.errors import InputError
+from seg_torch.images import read_image, write_atomically
+
+RED = [200, 30, 40]
+
+
+def written(image: Image.Image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    path = written(Image.fromarray(pixels), tmp_path / "a.png")
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    assert (image == pixels).all()
+
+
+def test_grey_fills_all_three_channels(tmp_path):
+    path = written(Image.fromarray(np.array([[0, 77]], np.uint8)), tmp_path / "a.png")
+    assert read_image(path).tolist() == [[[0, 0, 0], [77, 77, 77]]]
+
+
+def test_black_and_white_is_0_and_255(tmp_path):
+    path = written(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), tmp_path / "a.png")
+    assert read_image(path).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_a_palette_image_is_read_by_its_colours(tmp_path):
+    image = Image.fromarray(np.array([[1, 0]], np.uint8))
+    image.putpalette([0, 0, 0, *RED])
+    assert read_image(written(image, tmp_path / "a.png")).tolist() == [[RED, [0, 0, 0]]]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rgba = np.array([[[*RED, 255], [*RED, 0]]], np.uint8)
+    path = written(Image.fromarray(rgba), tmp_path / "a.png")
+    assert read_image(path).tolist() == [[RED, [255, 255, 255]]]
+
+
+def test_a_transparent_palette_entry_is_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
+    image.putpalette([0, 0, 0, *RED])
+    path = written(image, tmp_path / "a.png", transparency=0)
+    assert read_image(path).tolist() == [[[255, 255, 255], RED]]
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta, all yellow: red
+    red, green, blue = read_image(written(cmyk, tmp_path / "a.tif"))[4, 4]
+    assert red > 250
+    assert green < 5
+    assert blue < 5
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)  # 257 times 0, 1, 128, 255
+    path = written(Image.fromarray(values), tmp_path / f"a.{suffix}")
+    assert read_image(path)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_floats_run_from_0_to_1(tmp_path):
+    values = np.array([[0, 0.2, 1]], np.float32)
+    path = written(Image.fromarray(values), tmp_path / "a.tif")
+    assert read_image(path)[0, :, 0].tolist() == [0, 51, 255]
+
+
+def test_exif_orientation_6_is_turned_clockwise(tmp_path):
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[0, 0] = RED  # stored at the top left, seen at the top right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = read_image(written(Image.fromarray(pixels), tmp_path / "a.png", exif=exif))
+    assert image.shape == (3, 2, 3)
+    assert image[0, 1].tolist() == RED
+    assert int(image.sum()) == sum(RED)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png: no such file"):
+        read_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "the file is empty"), (b"no image at all", "cannot be read")]
+)
+def test_what_is_no_image_is_refused_by_name(tmp_path, content, reason):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"broken\.jpg.*{reason}"):
+        read_image(path)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = written(Image.fromarray(noise), tmp_path / "cut.png")
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(InputError, match=r"cut\.png: cannot be read"):
+        read_image(path)
+
+
+def test_writing_creates_folders_and_replaces_the_file(tmp_path):
+    path = tmp_path / "new" / "a.png"
+    for colour in ("red", "blue"):
+        write_atomically(path, Image.new("RGB", (2, 2), colour).save)
+    assert read_image(path)[0, 0].tolist() == [0, 0, 255]
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_when_writing_fails_the_old_file_stays(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail_half_way(name):
+        with open(name, "w") as file:
+            file.write("ne")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fail_half_way)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -1,0 +1,106 @@
+"""Joint transforms: labels are never invented, image and mask never part."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from seg_torch.errors import InputError
+from seg_torch.transforms import RandomScaleCrop, augment, resize_mask
+
+TRANSFORMS = {
+    "all": augment(crop=(40, 56)),
+    "crop": augment(crop=(40, 56), scale=None, flip=0, jitter=None),
+    "enlarge": augment(crop=(40, 56), scale=(2, 2), flip=0, jitter=None),
+    "shrink": augment(crop=(90, 120), scale=(0.5, 0.5), flip=0, jitter=None),
+    "flip": augment(flip=1, jitter=None),
+    "nothing": augment(flip=0, jitter=None),
+}
+
+
+def sample(height: int = 64, width: int = 80) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """An image whose red channel is ten times its mask, so that both can be compared."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(1, 9, (height // 16, width // 16), generator=generator)
+    mask = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1).to(torch.uint8)
+    return tv_tensors.Image(torch.stack([mask * 10, mask, mask])), tv_tensors.Mask(mask)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_no_transform_invents_a_label(name):
+    image, mask = sample()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out_image, out_mask = TRANSFORMS[name](image, mask)
+        assert isinstance(out_image, tv_tensors.Image)
+        assert isinstance(out_mask, tv_tensors.Mask)
+        assert out_image.dtype == out_mask.dtype == torch.uint8
+        assert out_image.shape[1:] == out_mask.shape
+        assert set(out_mask.unique().tolist()) <= {*mask.unique().tolist(), 255}
+
+
+@pytest.mark.parametrize("name", ["crop", "enlarge", "shrink", "flip"])
+def test_image_and_mask_stay_aligned(name):
+    image, mask = sample()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out_image, out_mask = TRANSFORMS[name](image, mask)
+        # Away from the borders of the blocks, which interpolation blurs, red is ten times the id.
+        ids = out_mask[None].float()
+        highest = torch.nn.functional.max_pool2d(ids, 5, 1, 2)
+        lowest = -torch.nn.functional.max_pool2d(-ids, 5, 1, 2)
+        inside = ((highest == lowest) & (ids != 255))[0]
+        # Nor at the border of the window, where less than a pixel of a block may be left.
+        inside[[0, -1]] = inside[:, [0, -1]] = False
+        assert inside.sum() > 100
+        assert torch.equal(out_image[0][inside], out_mask[inside] * 10)
+
+
+def test_padding_is_ignored_and_the_rest_is_whole():
+    image, mask = sample(32, 32)
+    out_image, out_mask = RandomScaleCrop((96, 96), scale=None)(image, mask)
+    assert (out_mask != 255).sum() == 32 * 32
+    assert (out_image[:, out_mask == 255] == torch.tensor([[124], [116], [104]])).all()
+    assert torch.equal(out_mask[out_mask != 255].view(32, 32), mask)
+
+
+def test_scale_reaches_both_ends_of_its_range():
+    transform = RandomScaleCrop((100, 100), scale=(0.5, 2.0))
+    heights = [transform.make_params([torch.zeros(3, 100, 100)])["h"] for _ in range(300)]
+    assert min(heights) < 60
+    assert max(heights) > 180
+
+
+def test_crop_reaches_every_corner():
+    transform = RandomScaleCrop((10, 10), scale=None)
+    places = [transform.make_params([torch.zeros(3, 12, 12)]) for _ in range(200)]
+    assert {(p["top"], p["left"]) for p in places} == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_mask_resize_takes_the_pixel_under_the_centre():
+    mask = torch.arange(6, dtype=torch.uint8).view(1, 6)
+    # Centres of two pixels over six lie at 1.5 and 4.5: between pixels 1 and 2, and 4 and 5.
+    assert resize_mask(mask, (1, 2)).tolist() == [[1, 4]]
+    assert resize_mask(mask, (1, 3)).tolist() == [[1, 3, 5]]
+    assert resize_mask(mask[:, :2], (1, 6)).tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_jitter_leaves_the_mask_alone():
+    image, mask = sample()
+    torch.manual_seed(0)
+    out_image, out_mask = augment(flip=0, jitter=0.5)(image, mask)
+    assert torch.equal(out_mask, mask)
+    assert not torch.equal(out_image, image)
+
+
+@pytest.mark.parametrize("arguments", [{"crop": 32}, {"crop": (32, 32, 3)}, {"crop": (0, 5)}])
+def test_a_crop_of_another_form_is_refused(arguments):
+    with pytest.raises(InputError, match=r"augment\.crop.*\[height, width\]"):
+        augment(**arguments)
+
+
+def test_flip_mirrors_both():
+    image, mask = sample()
+    out_image, out_mask = augment(flip=1, jitter=None)(image, mask)
+    assert np.array_equal(out_image, np.asarray(image)[..., ::-1])
+    assert np.array_equal(out_mask, np.asarray(mask)[..., ::-1])
