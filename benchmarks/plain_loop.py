@@ -7,6 +7,7 @@ bfloat16, channels_last, all data decoded and resized in memory; scored at the t
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ torch.manual_seed(0)
 
 def load(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     images, masks = [], []
-    for line in open(f"{root}/{split}.txt"):
+    for line in Path(root, f"{split}.txt").read_text().splitlines():
         image, mask = (f"{root}/{name.split('CamVid/')[1]}" for name in line.split())
         picture = Image.open(image).convert("RGB").resize(size, Image.Resampling.BILINEAR)
         images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))

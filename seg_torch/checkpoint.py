@@ -129,7 +129,9 @@ def load_matching(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     module.load_state_dict(fitting, strict=False)
     skipped = sorted((own.keys() | state.keys()) - fitting.keys())
-    log.info("%d weights taken over, %d skipped: %s", len(fitting), len(skipped), ", ".join(skipped))
+    log.info(
+        "%d weights taken over, %d skipped: %s", len(fitting), len(skipped), ", ".join(skipped)
+    )
     return skipped
 
 

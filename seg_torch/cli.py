@@ -1,4 +1,4 @@
-"""From the command line to a function: Hydra, short messages, one clean command for each process."""
+"""From the command line to a function: Hydra, short messages, a clean command a process."""
 
 from __future__ import annotations
 
@@ -77,10 +77,12 @@ def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     the job alone, with its folder, and Hydra's own state is put out of Lightning's sight.
     """
     # Lightning's advertisements and notes on its own insides.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*treespec.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # all processes hold the same scores
     state = HydraConfig.get()
     argv, environment = sys.argv[:], set(os.environ)
     sys.argv[1:] = state.overrides.task
@@ -88,7 +90,7 @@ def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         if state.mode == RunMode.MULTIRUN:
             cfg.output_dir = state.runtime.output_dir
         others = [o for o in state.overrides.task if not o.startswith("output_dir=")]
-        sys.argv[1:] = [*others, f"output_dir={cfg.output_dir}"]
+        sys.argv[1:] = [*others, f"output_dir='{cfg.output_dir}'"]
     HydraConfig.instance().cfg = None
     try:
         return function(cfg)
@@ -167,15 +169,12 @@ def _known_keys(config_name: str, unknown: str) -> set[str]:
             except (HydraException, OmegaConfBaseException):
                 continue
     groups = [folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()]
-    return {*groups, *_paths(cfg)}
+    plain: dict = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    return {*groups, *_paths(plain)}
 
 
-def _paths(node: DictConfig, prefix: str = "") -> list[str]:
-    paths = []
-    for key in node:
-        paths.append(f"{prefix}{key}")
-        if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                paths += _paths(child, f"{prefix}{key}.")
-    return paths
+def _paths(node: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")

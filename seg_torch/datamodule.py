@@ -54,7 +54,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: Callable[..., Dataset],
+        dataset: Callable[..., Any],
         root: str | None = None,
         batch_size: int = 8,
         num_workers: int | None = None,
@@ -141,7 +141,7 @@ class SegmentationDataModule(LightningDataModule):
         batches = evaluation_batches(len(dataset), self.batch_size, *self._rank_and_world())
         return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
 
-    def _resized(self, split: str, resize_labels: bool) -> Dataset:
+    def _resized(self, split: str, resize_labels: bool) -> _Resized | _Cached:
         samples = _Resized(self.dataset(split), self.resize, resize_labels)
         return _Cached(samples) if self.cache else samples
 

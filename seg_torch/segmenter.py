@@ -56,7 +56,7 @@ class Segmentation:
             Path(folder, "overlay", f"{name}.jpg"), lambda path: picture.save(path, quality=92)
         )
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         return self.overlay()._repr_png_()
 
 

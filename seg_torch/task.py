@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from seg_torch import checkpoint
 from seg_torch.datamodule import Sample
 from seg_torch.labels import Labels
+from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import ConfusionMatrix, report, scores
 from seg_torch.models.network import Network
 
@@ -60,15 +61,15 @@ class SegmentationTask(LightningModule):
         self.pixel_counts_cache = pixel_counts_cache
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels), labels.ignore_index)
-        self.validation_loss = MeanMetric()
+        self.validation_loss = MeanMetric(nan_strategy="disable")
         self.test_report: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.loss is not None:
             for loss in self.loss.modules():
-                if getattr(loss, "needs_pixel_counts", False):
-                    counts = self.trainer.datamodule.pixel_counts(self.pixel_counts_cache)
-                    loss.set_pixel_counts(counts.to(self.device))
+                if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
+                    data = self.trainer.datamodule  # type: ignore[attr-defined]
+                    loss.set_pixel_counts(data.pixel_counts(self.pixel_counts_cache))
 
     def on_train_epoch_start(self) -> None:
         # By epoch, so that a resumed run goes on with the numbers of an uninterrupted one.
@@ -76,6 +77,7 @@ class SegmentationTask(LightningModule):
         torch.manual_seed(int(entropy.generate_state(1)[0]))
 
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
+        assert self.loss is not None
         images, masks = batch
         outputs = self.network(images)
         loss = self.loss(outputs["out"], masks)

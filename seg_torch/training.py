@@ -103,7 +103,9 @@ def train(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint on the data that it was trained with, or on other data."""
     if cfg.checkpoint is None:
-        raise InputError("evaluate.py needs checkpoint=FILE, such as runs/.../checkpoints/best.ckpt")
+        raise InputError(
+            "evaluate.py needs checkpoint=FILE, such as runs/.../checkpoints/best.ckpt"
+        )
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
     content = checkpoint.read(cfg.checkpoint)
@@ -223,9 +225,7 @@ def _starting_point(cfg: DictConfig) -> tuple[bool, dict[str, Any] | None]:
         if now != then
     ]
     if differing:
-        log.info(
-            "fine-tuning from %s (%s differs)", cfg.checkpoint, " and ".join(differing)
-        )
+        log.info("fine-tuning from %s (%s differs)", cfg.checkpoint, " and ".join(differing))
         return False, content
     log.info("resuming %s after epoch %d", cfg.checkpoint, content["epoch"] + 1)
     return True, content

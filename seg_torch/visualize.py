@@ -1,4 +1,4 @@
-"""Pictures of masks, scores and learning curves. Pillow images out, in the colours of the labels."""
+"""Pictures of masks, scores and learning curves, in the colours of the labels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
-def overlay(
-    image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5
-) -> Image.Image:
+def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5) -> Image.Image:
     """The colours of the classes laid over a picture; ignored pixels stay as they are.
 
     Args:
@@ -81,7 +79,9 @@ def sample_sheet(
     for image, mask, prediction in zip(images, masks, predictions, strict=True):
         size = (tile, max(1, round(tile * image.shape[0] / image.shape[1])))
         # Shrinking averages colours, enlarging must not: pixels of small masks stay visible.
-        colour_filter = Image.Resampling.BOX if size[0] < image.shape[1] else Image.Resampling.NEAREST
+        colour_filter = (
+            Image.Resampling.BOX if size[0] < image.shape[1] else Image.Resampling.NEAREST
+        )
         rows.append(
             [
                 Image.fromarray(image).resize(size, Image.Resampling.LANCZOS),

@@ -22,7 +22,7 @@ SMALL_DATA = (
 SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.precision=32")
 
 
-@pytest.fixture()
+@pytest.fixture
 def compose() -> Callable[..., DictConfig]:
     """``compose("train", "model=fcn", ...)``: the configuration of that command line."""
 
@@ -34,7 +34,7 @@ def compose() -> Callable[..., DictConfig]:
     return compose
 
 
-@pytest.fixture()
+@pytest.fixture
 def small(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., DictConfig]:
     """``small("train", ...)``: the same, on small images, small networks and two epochs."""
 

@@ -260,12 +260,15 @@ def test_deeplabv3_with_frozen_batchnorm_trains_on_a_batch_of_one():
     assert model(images(1, 3, 32, 32))["out"].requires_grad
 
 
-def test_a_frozen_encoder_does_not_move_in_training():
+# Lightning trains a model in the modes it was built with, and calls train() after a validation.
+@pytest.mark.parametrize("call_train", [False, True])
+def test_a_frozen_encoder_does_not_move_in_training(call_train):
     model = unet(NUM_CLASSES, "resnet18", weights=None, freeze_encoder=True)
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     decoder_before = model.classifier.weight.clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()
+    if call_train:
+        model.eval().train()
     model(images(2, 3, 32, 32))["out"].square().mean().backward()
     optimizer.step()
     assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())

@@ -24,12 +24,12 @@ class Threshold(nn.Module):
         return torch.cat([-brightness, brightness], 1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def segmenter() -> Segmenter:
     return Segmenter(Network(Threshold(), mean=(0, 0, 0), std=(1, 1, 1)), LABELS, device="cpu")
 
 
-@pytest.fixture()
+@pytest.fixture
 def picture() -> np.ndarray:
     image = np.zeros((48, 64, 3), np.uint8)
     image[:, 40:] = 250

@@ -84,7 +84,10 @@ def test_evaluation_and_prediction_agree_whatever_the_batch_size(small, compose,
     for i, (image, _) in enumerate(samples):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(photos / f"{i}.png")
     output = tmp_path / "out"
-    assert predict(compose("predict", f"checkpoint={best}", f"input={photos}", f"output={output}")) == 0
+    assert (
+        predict(compose("predict", f"checkpoint={best}", f"input={photos}", f"output={output}"))
+        == 0
+    )
     matrix = np.zeros((6, 6), np.int64)
     for i, (_, mask) in enumerate(samples):
         with Image.open(output / "mask" / f"{i}.png") as file:
@@ -105,8 +108,8 @@ def test_a_seed_gives_the_same_run_twice_and_another_seed_another(small, tmp_pat
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-class Interrupt(Exception):
-    """Stands for a power cut."""
+class PowerCutError(Exception):
+    pass
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path, monkeypatch):
@@ -115,12 +118,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path, monkeypat
 
     def cut(self, *arguments):
         if self.current_epoch == 2:
-            raise Interrupt
+            raise PowerCutError
 
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr("seg_torch.task.SegmentationTask.on_validation_epoch_start", cut)
-        with pytest.raises(Interrupt):
+        with pytest.raises(PowerCutError):
             train(small("train", f"output_dir={folder}", *options))
     assert len(history(folder)) == 2
     last = f"checkpoint={folder / 'checkpoints/last.ckpt'}"
@@ -186,12 +189,18 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_best(small, tmp_path
 
 @pytest.mark.parametrize("weights_from", ["dataset", "batch", "[1,2,1,1,1,1]"])
 def test_class_weights_of_every_origin_train(small, tmp_path, weights_from):
-    train(small("train", "loss=weighted_ce", f"loss.weights={weights_from}", "trainer.max_epochs=1"))
+    train(
+        small("train", "loss=weighted_ce", f"loss.weights={weights_from}", "trainer.max_epochs=1")
+    )
     assert (tmp_path / "run/pixel_counts.json").exists() == (weights_from == "dataset")
 
 
-@pytest.mark.parametrize("scheduler", sorted(p.stem for p in (CONFIG_FOLDER / "scheduler").iterdir()))
-@pytest.mark.parametrize("optimizer", sorted(p.stem for p in (CONFIG_FOLDER / "optimizer").iterdir()))
+@pytest.mark.parametrize(
+    "scheduler", sorted(p.stem for p in (CONFIG_FOLDER / "scheduler").iterdir())
+)
+@pytest.mark.parametrize(
+    "optimizer", sorted(p.stem for p in (CONFIG_FOLDER / "optimizer").iterdir())
+)
 def test_every_optimizer_trains_with_every_schedule(small, tmp_path, optimizer, scheduler):
     options = (f"optimizer={optimizer}", f"scheduler={scheduler}", "+data.dataset.size=32")
     train(small("train", *options[:2], "trainer.max_epochs=1", "trainer.limit_train_batches=2"))

@@ -101,6 +101,7 @@ class UNet(nn.Module):
             self.decoder.append(DecoderStage(in_channels, skip_channels, out_channels))
             in_channels = out_channels
         self.classifier = nn.Conv2d(in_channels, num_classes, 1)
+        self.train()
 
     def train(self, mode: bool = True) -> "UNet":
         """Set training mode, except for the statistics of a frozen encoder."""
@@ -140,8 +141,8 @@ def unet(
 
     Args:
         num_classes: Number of classes C.
-        encoder: Name of a timm model with feature maps at strides 4 to 32 or more, such as
-            `resnet34`, `mobilenetv2_100`, `convnext_tiny` or, with a weight tag,
+        encoder: Name of a convolutional timm model whose strides double, such as
+            `resnet34`, `mobilenetv2_100`, `convnext_tiny` or, with the tag of its weights,
             `resnet50.a1_in1k`.
         weights: Of the encoder: `imagenet` (what timm publishes under the name), the path of a
             state dict of the timm model, or `None` for random ones.
