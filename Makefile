@@ -16,8 +16,10 @@ setup: .venv/installed
 demo: setup  ## train on the embedded dataset, then colour pictures with the result
 	rm -rf $(DEMO)
 	$(BIN)/python train.py output_dir=$(DEMO)
-	$(BIN)/python -m seg_torch.datasets.shapes $(DEMO)/photos
-	$(BIN)/python predict.py checkpoint=$(DEMO)/checkpoints/best.ckpt input=$(DEMO)/photos output=$(DEMO)/predictions
+	$(BIN)/python -c "from seg_torch.datasets import shapes, write_folder as write; \
+	    test = shapes('test', test=12); write(test, test.labels, '$(DEMO)/data')"
+	$(BIN)/python predict.py checkpoint=$(DEMO)/checkpoints/best.ckpt \
+	    input=$(DEMO)/data/images output=$(DEMO)/predictions
 	@echo "Samples by epoch:   $(DEMO)/samples/"
 	@echo "Learning curves:    $(DEMO)/curves.png"
 	@echo "Predicted overlays: $(DEMO)/predictions/overlay/"

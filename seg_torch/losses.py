@@ -138,10 +138,7 @@ class CrossEntropyLoss(nn.Module):
             valid = target != self.ignore_index
             ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
             if self.per_image:
-                counts = _count_pixels(ids, valid, num_classes)
-                totals = counts.sum(dim=1, keepdim=True)
-                image_weights = (totals - counts) / totals.clamp(min=1)
-                pixel_loss = pixel_loss * image_weights.gather(1, ids.flatten(1)).view_as(ids)
+                pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum() / torch.where(divisor > 0, divisor, 1)
 
@@ -156,12 +153,26 @@ class DiceLoss(nn.Module):
 
     Args:
         smooth: Added to numerator and denominator; keeps the gradient of rare classes bounded.
+        weights: `"batch"` instead takes all classes together, where each pixel counts with the
+            weight of its class that `CrossEntropyLoss(weights="batch")` gives it. Source:
+            Ganegedara, TensorFlow in Action (2022), listing 8.15.
         ignore_index: Target value of the pixels to leave out.
+
+    Raises:
+        InputError: `weights` is not one of the above.
     """
 
-    def __init__(self, smooth: float = 1.0, ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        smooth: float = 1.0,
+        weights: Literal["batch"] | None = None,
+        ignore_index: int = 255,
+    ) -> None:
         super().__init__()
+        if weights not in (None, "batch"):
+            raise InputError(f"loss.weights is {weights!r}; the Dice loss takes null or batch")
         self.smooth = smooth
+        self.per_image = weights == "batch"
         self.ignore_index = ignore_index
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -185,6 +196,14 @@ class DiceLoss(nn.Module):
             # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
             # deterministic on CUDA.
             is_class = (target.long().unsqueeze(1) == class_ids) & valid
+            if self.per_image:
+                ids = target.long().masked_fill(~valid[:, 0], 0)
+                weights = _weights_by_image(ids, valid[:, 0], logits.shape[1]) * valid[:, 0]
+                right = torch.where(is_class, probabilities, 0).sum(1)
+                # Over all classes, probabilities and labels both add up to one a pixel.
+                numerator = 2 * (weights * right).sum() + self.smooth
+                denominator = 2 * weights.sum() + self.smooth
+                return (denominator - numerator) / torch.where(denominator > 0, denominator, 1)
             intersection = torch.where(is_class, probabilities, 0).sum((0, 2, 3))
             predicted = torch.where(valid, probabilities, 0).sum((0, 2, 3))
             labelled = is_class.sum((0, 2, 3))
@@ -231,6 +250,23 @@ def _check_shapes(logits: Tensor, target: Tensor) -> None:
             "the model has one output channel, and a softmax over one class is always 1; "
             "use two classes, background and foreground (num_classes=2)"
         )
+
+
+def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+    """Weigh each pixel by its class: (total - count) / total of its image's valid pixels.
+
+    Args:
+        ids: int64 [N, H, W], class ids; any of them where not valid.
+        valid: bool [N, H, W].
+        num_classes: Number of classes C.
+
+    Returns:
+        Float32 [N, H, W].
+    """
+    counts = _count_pixels(ids, valid, num_classes)
+    totals = counts.sum(dim=1, keepdim=True)
+    weights = (totals - counts) / totals.clamp(min=1)
+    return weights.gather(1, ids.flatten(1)).view_as(ids)
 
 
 def _count_pixels(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:

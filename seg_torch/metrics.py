@@ -1,4 +1,4 @@
-"""One streaming confusion matrix, and every score derived from it."""
+"""One streaming confusion matrix, and every score derived from it; average precision apart."""
 
 import math
 from collections.abc import Sequence
@@ -94,6 +94,63 @@ class ConfusionMatrix(torchmetrics.Metric):
         )
 
 
+class AveragePrecision(torchmetrics.Metric):
+    """Average precision of each class against all others, over the pixels of a whole dataset.
+
+    The sum over n of (R_n - R_n-1) P_n, as in scikit-learn's `average_precision_score`: R_n and P_n
+    are recall and precision of the pixels that score at least the n-th highest value. Scores are
+    rounded to multiples of 1 / `resolution` and counted, so the memory does not grow with the
+    dataset, and the result is the same for every batch size and number of processes.
+
+    Args:
+        num_classes: Number of classes C.
+        ignore_index: Label of the pixels to leave out.
+        resolution: Steps between the scores 0 and 1.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, resolution: int = 1024) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.resolution = resolution
+        # By class, whether the label is that class, and score.
+        empty = torch.zeros(num_classes, 2, resolution + 1, dtype=torch.int64)
+        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            probabilities: Float [N, C, H, W] in [0, 1].
+            target: Integer [N, H, W], class ids in 0..C-1 or `ignore_index`.
+        """
+        valid = target != self.ignore_index
+        labels = target[valid]
+        num_scores = self.resolution + 1
+        counts = []
+        for class_id in range(self.num_classes):  # class by class: a C-th of the memory
+            scores = probabilities[:, class_id][valid]
+            bins = (scores * self.resolution).round().long() + num_scores * (labels == class_id)
+            counts.append(torch.bincount(bins, minlength=2 * num_scores).view(2, num_scores))
+        self.counts = self.counts + torch.stack(counts)
+
+    def compute(self) -> Tensor:
+        """Return float64 [C] on the CPU, in [0, 1], or nan for a class that no label names."""
+        # Both cumulative from the highest score down.
+        true_positives = self.counts[:, 1].cpu().flip(1).cumsum(1)
+        selected = self.counts.sum(1).cpu().flip(1).cumsum(1)
+        precision = true_positives / selected.clamp(min=1).double()
+        labelled = true_positives[:, -1:].double()
+        recall = true_positives / labelled  # 0 / 0 is the nan that the docstring promises
+        return (recall.diff(dim=1, prepend=0 * labelled) * precision).sum(1)
+
+
 def scores(matrix: Tensor) -> dict[str, Tensor]:
     """Derive every score from a confusion matrix.
 
@@ -139,21 +196,29 @@ def scores(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
-def report(matrix: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def report(
+    matrix: Tensor, names: Sequence[str], average_precision: Tensor | None = None
+) -> dict[str, Any]:
     """Arrange the scores of a confusion matrix as plain data for a JSON file.
 
     Args:
         matrix: Integer [C, C], rows label, columns prediction.
         names: The C class names.
+        average_precision: Float [C], where it was computed.
 
     Returns:
         The scalars of `scores` under their names, `per_class` (class name -> `iou`, `accuracy`,
-        `precision`, `recall`, `dice`, `pixels`) and `confusion_matrix` (a list of rows). A score
-        that is not defined is `None`.
+        `precision`, `recall`, `dice`, `pixels`) and `confusion_matrix` (a list of rows); with
+        `average_precision` also that of each class, and `mean_average_precision`. A score that is
+        not defined is `None`.
     """
     results = scores(matrix)
+    per_class_keys = ["iou", "accuracy", "precision", "recall", "dice", "pixels"]
+    if average_precision is not None:
+        results["average_precision"] = average_precision
+        results["mean_average_precision"] = average_precision.nanmean()
+        per_class_keys.append("average_precision")
     scalars = {key: _plain(value) for key, value in results.items() if value.ndim == 0}
-    per_class_keys = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
     per_class = {
         name: {key: _plain(results[key][class_id]) for key in per_class_keys}
         for class_id, name in enumerate(names)

@@ -18,7 +18,7 @@ from seg_torch import checkpoint
 from seg_torch.datamodule import Sample
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
-from seg_torch.metrics import ConfusionMatrix, report, scores
+from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
 from seg_torch.models.network import Network
 
 
@@ -36,6 +36,7 @@ class SegmentationTask(LightningModule):
         description: what :mod:`seg_torch.checkpoint` needs to build the network again.
         pixel_counts_cache: file for the class counts of losses that are weighted by them.
         seed: of what is random inside the network, such as dropout.
+        average_precision: score it in tests, too.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SegmentationTask(LightningModule):
         description: dict[str, Any] | None = None,
         pixel_counts_cache: Path | None = None,
         seed: int = 0,
+        average_precision: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -61,6 +63,9 @@ class SegmentationTask(LightningModule):
         self.pixel_counts_cache = pixel_counts_cache
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels), labels.ignore_index)
+        self.average_precision = (
+            AveragePrecision(len(labels), labels.ignore_index) if average_precision else None
+        )
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.test_report: dict[str, Any] | None = None
 
@@ -116,9 +121,15 @@ class SegmentationTask(LightningModule):
         for images, masks in groups:
             logits = self.network.logits(images, masks.shape[-2:])
             self.confusion.update(logits.argmax(1), masks)
+            if self.average_precision is not None:
+                self.average_precision.update(logits.softmax(1), masks)
 
     def on_test_epoch_end(self) -> None:
-        self.test_report = report(self.confusion.compute(), self.labels.names)
+        average_precision = None
+        if self.average_precision is not None:
+            average_precision = self.average_precision.compute()
+            self.average_precision.reset()
+        self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

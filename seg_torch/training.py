@@ -74,6 +74,7 @@ def train(cfg: DictConfig) -> None:
     trainer = build_trainer(
         cfg.trainer,
         [best, History(folder), SampleSheet(folder), StopOnNan(), last, SaveOnInterrupt(folder)]
+        + [instantiate(node) for node in cfg.callbacks.values()]
         + ([LearningRateMonitor("step")] if logger else []),
         logger,
     )
@@ -124,7 +125,7 @@ def evaluate(cfg: DictConfig) -> None:
             f"has the {len(found)} classes {_shortened(found)}"
         )
     trainer = build_trainer(cfg.trainer, [])
-    task = SegmentationTask(network, labels)
+    task = SegmentationTask(network, labels, average_precision=cfg.average_precision)
     _score(trainer, task, data, Path(cfg.output_dir), cfg.split)
 
 
@@ -186,8 +187,10 @@ def _score(
 
 def print_scores(report: dict[str, Any], title: str) -> None:
     """A table of the scores, a row a class."""
-    columns = ("iou", "dice", "accuracy", "precision")
-    means = ("mean_iou", "mean_dice", "mean_accuracy", "mean_precision")
+    columns = ["iou", "dice", "accuracy", "precision"]
+    if "mean_average_precision" in report:
+        columns.append("average_precision")
+    means = [f"mean_{column}" for column in columns]
     table = Table(title=title)
     table.add_column("class")
     for name in (*columns, "pixels"):

@@ -92,7 +92,7 @@ def augment(
     crop: Sequence[int] | None = None,
     scale: Sequence[float] | None = (0.5, 2.0),
     flip: float = 0.5,
-    jitter: float | None = 0.25,
+    jitter: float | Sequence[float] | None = 0.25,
     hue: float = 0.05,
 ) -> v2.Transform:
     """The training transform: random scale and crop, horizontal flip, colour jitter.
@@ -101,8 +101,8 @@ def augment(
         crop: (height, width) of the window; ``None`` leaves size and scale as they are.
         scale: range of the random factor, ``None`` for none; needs ``crop``.
         flip: probability of a horizontal flip.
-        jitter: largest relative change of brightness, contrast and saturation; ``None`` for no
-            change of colour at all.
+        jitter: largest relative change of brightness, contrast and saturation, one number for all
+            or three; ``None`` for no change of colour at all.
         hue: largest change of hue, as a share of the colour circle.
     """
     steps: list[v2.Transform] = []
@@ -111,7 +111,10 @@ def augment(
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
-        steps.append(v2.ColorJitter(jitter, jitter, jitter, hue))
+        brightness, contrast, saturation = (
+            (jitter, jitter, jitter) if isinstance(jitter, int | float) else jitter
+        )
+        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
     return v2.Compose(steps or [v2.Identity()])
 
 

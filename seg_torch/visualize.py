@@ -33,20 +33,47 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
     return blended
 
 
-def legend(labels: Labels, ids: Sequence[int] | None = None, width: int = 640) -> Image.Image:
+def additive_overlay(
+    image: np.ndarray, mask: np.ndarray, labels: Labels, strength: float = 0.6
+) -> Image.Image:
+    """The colours of the classes added to a picture: image x 1.0 + colours x ``strength``.
+
+    Sums above 255 become 255, as in OpenCV's ``addWeighted``; ignored pixels stay as they are.
+
+    Args:
+        image: RGB, uint8 [H, W, 3].
+        mask: class ids, uint8 [H, W].
+        labels: whose palette to use.
+        strength: factor of the colours, 0 or more.
+    """
+    colours = decode_segmap(mask, labels).astype(np.float32)
+    colours[mask == IGNORE_INDEX] = 0
+    return Image.fromarray(np.rint(image + strength * colours).clip(max=255).astype(np.uint8))
+
+
+def legend(
+    labels: Labels,
+    ids: Sequence[int] | None = None,
+    width: int = 640,
+    columns: int | None = None,
+) -> Image.Image:
     """A swatch and the name of each class, in as many columns as ``width`` pixels hold.
 
     Args:
         labels: the classes.
         ids: those to show, by default all.
         width: of the picture in pixels.
+        columns: instead of ``width``: so many columns, and a picture as wide as they need.
     """
     ids = range(len(labels)) if ids is None else ids
     font = ImageFont.load_default(14)
     swatch, gap, line = 16, 6, 24
     widest = max((font.getlength(labels.names[i]) for i in ids), default=0)
     column = int(gap + swatch + gap + widest + 2 * gap)
-    columns = max(1, min(len(ids) or 1, width // column))
+    if columns is None:
+        columns = max(1, min(len(ids) or 1, width // column))
+    else:
+        width = columns * column
     rows = -(-len(ids) // columns)
     page = Image.new("RGB", (max(width, column), rows * line + gap), PAPER)
     draw = ImageDraw.Draw(page)

@@ -827,3 +827,16 @@ def test_real_clothing_is_read_as_scipy_reads_it(real):
         image, mask = val[i]
         assert (mask.numpy() == loadmat(pair.mask)["groundtruth"]).all()
         assert (image.permute(1, 2, 0).numpy() == read_image(pair.image)).all()
+
+
+def test_a_written_folder_reads_back_as_the_same_samples(tmp_path):
+    samples = [datasets.shapes("test", size=32)[i] for i in range(4)]
+    labels = datasets.shapes("test").labels
+    datasets.write_folder(samples, labels, tmp_path)
+    parts = [datasets.folder(tmp_path, split) for split in ("train", "val")]
+    assert parts[0].labels.names == labels.names
+    assert np.array_equal(parts[0].labels.palette, labels.palette)
+    read = {pair.name: part[i] for part in parts for i, pair in enumerate(part.pairs)}
+    for name, (image, mask) in zip(sorted(read), samples, strict=True):
+        assert torch.equal(read[name][0], image)
+        assert torch.equal(read[name][1], mask)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from seg_torch.datasets.base import (
     Pair,
@@ -22,7 +23,8 @@ from seg_torch.datasets.base import (
     val_for_test,
 )
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.images import write_atomically
+from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
@@ -78,6 +80,28 @@ def folder(
     chosen = split_names(home, [pair.name for pair in pairs], split, val_fraction, seed)
     by_name = {pair.name: pair for pair in pairs}
     return SegmentationDataset([by_name[name] for name in chosen], labels, read_mask)
+
+
+def write_folder(
+    samples: Iterable[tuple[Tensor, Tensor]], labels: Labels, root: str | Path
+) -> None:
+    """Writes samples as PNG files in the layout that :func:`folder` reads.
+
+    Args:
+        samples: images uint8 [3, H, W] with masks uint8 [H, W], such as a dataset of this package.
+        labels: their classes.
+        root: where ``images/``, ``masks/`` and ``classes.txt`` go; what lies there already under
+            the same names is replaced.
+    """
+    for number, (image, mask) in enumerate(samples):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for kind, content in (("images", picture), ("masks", palette_image(mask.numpy(), labels))):
+            write_atomically(Path(root, kind, f"{number:04d}.png"), content.save)
+    lines = [
+        f"{name} {red} {green} {blue}\n"
+        for name, (red, green, blue) in zip(labels.names, labels.palette.tolist(), strict=True)
+    ]
+    write_atomically(Path(root, "classes.txt"), lambda path: Path(path).write_text("".join(lines)))
 
 
 def read_classes(path: Path) -> tuple[Labels, bool]:

@@ -1,9 +1,11 @@
 """DeepLabv3."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models import segmentation as tv
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from seg_torch.errors import InputError
 from seg_torch.models.weights import load_torchvision_weights
@@ -49,6 +51,7 @@ def deeplabv3(
     backbone: str = "resnet101",
     weights: str | Path | None = "COCO_WITH_VOC_LABELS_V1",
     aux: bool = True,
+    atrous_rates: Sequence[int] = (12, 24, 36),
 ) -> DeepLabV3:
     """Build torchvision's DeepLabv3; output stride 8 with a ResNet, 16 with a MobileNet.
 
@@ -58,10 +61,13 @@ def deeplabv3(
     Args:
         num_classes: Number of classes C.
         backbone: `resnet50`, `resnet101` or `mobilenet_v3_large`.
-        weights: `COCO_WITH_VOC_LABELS_V1` (COCO images of the 21 Pascal VOC classes), the path of a
-            state dict, or `None` for random ones. A last layer for another number of classes is
-            new, and the skipped keys are logged.
+        weights: `COCO_WITH_VOC_LABELS_V1` (COCO images of the 21 Pascal VOC classes), `imagenet`
+            (the backbone's alone, IMAGENET1K_V1), the path of a state dict, or `None` for random
+            ones. A last layer for another number of classes is new, and the skipped keys are
+            logged.
         aux: Add an auxiliary head on an earlier stage, for training.
+        atrous_rates: Of the three 3x3 convolutions of the pyramid; the published weights were
+            trained with the default, which the paper gives for output stride 8.
 
     Returns:
         Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": the same, if `aux`}.
@@ -72,9 +78,22 @@ def deeplabv3(
     if backbone not in _BACKBONES:
         raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
     builder, published = _BACKBONES[backbone]
-    # weights_backbone: its default would be downloaded even with weights=None.
-    parts = builder(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
-    model = DeepLabV3(parts.backbone, parts.classifier, parts.aux_classifier)
-    if weights is not None:
+    try:
+        parts = builder(
+            weights=None,
+            # Its default would be downloaded even with weights=None.
+            weights_backbone="IMAGENET1K_V1" if weights == "imagenet" else None,
+            num_classes=num_classes,
+            aux_loss=aux,
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot download the ImageNet weights of {backbone} ({error}); start from random ones "
+            "with model.weights=null, or give model.weights=FILE"
+        ) from error
+    in_channels = parts.classifier[0].convs[0][0].in_channels
+    classifier = DeepLabHead(in_channels, num_classes, atrous_rates)
+    model = DeepLabV3(parts.backbone, classifier, parts.aux_classifier)
+    if weights not in (None, "imagenet"):
         load_torchvision_weights(model, weights, published, ("classifier.4.", "aux_classifier."))
     return model

@@ -1,0 +1,112 @@
+"""A training set made eight times as large beforehand, in the manner of TensorFlow tutorials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tvf
+
+from seg_torch.transforms import resize_image, resize_mask
+
+VARIANTS = (
+    "original",
+    "brightness",
+    "gamma",
+    "hue",
+    "central crop",
+    "horizontal flip",
+    "vertical flip",
+    "rotation",
+)
+
+
+def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place: Any) -> Any:
+    """Any dataset with its training split as an :class:`EightFold`; val and test as they are.
+
+    Args:
+        dataset: ``dataset(split=..., **place)`` gives the samples.
+        split: "train", "val" or "test".
+        side: height and width of the training samples.
+        place: ``root`` and ``download``, handed on.
+    """
+    samples = dataset(split=split, **place)
+    return EightFold(samples, side) if split == "train" else samples
+
+
+class EightFold(Dataset):
+    """All samples as they are, then all of them in each of seven variants: 8 x n samples.
+
+    Images are resized to ``side`` x ``side`` first. The variants compute what TensorFlow computes
+    on images in [0, 1] (``tf.image``: ``adjust_brightness(0.1)``, ``adjust_gamma(gamma=0.1)``,
+    ``adjust_hue(-0.1)``, ``central_crop(0.7)`` and ``resize`` back, ``flip_left_right``,
+    ``flip_up_down``, ``rot90``, which turns counter-clockwise). The result is rounded to the
+    nearest of 256 levels, an error of 1/510 at most, and what brightness lifts above 1 becomes 1;
+    TensorFlow goes on with floats up to 1.1.
+
+    Args:
+        dataset: samples (image uint8 [3, H, W], mask uint8 [H, W]) with ``labels`` and ``mask(i)``.
+        side: height and width of the result; one number, since a rotation exchanges the two.
+
+    Attributes:
+        labels: the classes.
+    """
+
+    def __init__(self, dataset: Any, side: int) -> None:
+        self.dataset = dataset
+        self.size = (side, side)
+        self.labels = dataset.labels
+
+    def __len__(self) -> int:
+        return len(VARIANTS) * len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        variant, original = divmod(index, len(self.dataset))
+        image, mask = self.dataset[original]
+        image = change_colours(resize_image(image, self.size), VARIANTS[variant])
+        image = resize_image(change_place(image, VARIANTS[variant]), self.size)
+        return tv_tensors.Image(image), tv_tensors.Mask(self._mask(mask, VARIANTS[variant]))
+
+    def mask(self, index: int) -> np.ndarray:
+        """The mask alone, uint8 [side, side]."""
+        variant, original = divmod(index, len(self.dataset))
+        mask = torch.from_numpy(self.dataset.mask(original))
+        return self._mask(mask, VARIANTS[variant]).numpy()
+
+    def _mask(self, mask: torch.Tensor, variant: str) -> torch.Tensor:
+        # By nearest neighbour both times. The tutorial resizes bilinearly, which averages ids: an
+        # edge between hair (19) and background (0) becomes a bracelet (9).
+        return resize_mask(change_place(resize_mask(mask, self.size), variant), self.size)
+
+
+def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
+    """The image of a variant: uint8 [3, H, W] -> uint8 [3, H, W]."""
+    scaled = image / 255
+    if variant == "brightness":
+        scaled = scaled + 0.1
+    elif variant == "gamma":
+        scaled = scaled**0.1
+    elif variant == "hue":
+        scaled = tvf.adjust_hue(scaled, -0.1)
+    else:
+        return image
+    return (scaled * 255).round().clamp(max=255).to(torch.uint8)
+
+
+def change_place(pixels: torch.Tensor, variant: str) -> torch.Tensor:
+    """The pixels of a variant, image or mask: [..., S, S] -> the same, the crop [..., s, s]."""
+    if variant == "central crop":
+        side = pixels.shape[-1]
+        margin = int((side - side * 0.7) / 2)
+        return pixels[..., margin : side - margin, margin : side - margin]
+    if variant == "horizontal flip":
+        return pixels.flip(-1)
+    if variant == "vertical flip":
+        return pixels.flip(-2)
+    if variant == "rotation":
+        return pixels.rot90(1, (-2, -1))
+    return pixels
