@@ -104,7 +104,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     if "weights" in config:
         config["weights"] = None  # they are in the checkpoint
     preprocessing = description["preprocessing"]
-    model = instantiate(config, trust, num_classes=len(labels))
+    model = instantiate(config, trust, num_classes=len(labels), _convert_="all")
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
         network.load_state_dict(network_state(content))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from seg_torch.errors import InputError
+
+# How the names of files begin that are still being written; a killed process may leave some.
+PARTIAL = ".partial-"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -39,16 +44,40 @@ def read_image(path: str | Path) -> np.ndarray:
     """An image file of any format that Pillow reads, as upright RGB, uint8 [H, W, 3].
 
     Raises:
-        InputError: the file is missing, empty, cut off or no image.
+        InputError: the file is missing, empty, cut off, no image, or larger than Pillow allows.
     """
     try:
         with Image.open(path) as image:
             return np.array(upright_rgb(image))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: {error} If you trust the file, raise the limit (predict.py: max_pixels=N)"
+        ) from None
+    except Exception as error:  # a damaged file can make Pillow's readers fail in any way
         reason = "the file is empty" if os.path.getsize(path) == 0 else str(error)
-        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
+        raise InputError(
+            f"{path}: cannot be read as an image: {reason or type(error).__name__}"
+        ) from None
+
+
+@contextmanager
+def pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Lets images of up to so many pixels be read; ``None`` leaves Pillow's limit, 179 million.
+
+    Pillow refuses larger ones because a small file can claim to be an image that fills the memory.
+    It also warns of those of half the size, which is no news here.
+    """
+    usual = Image.MAX_IMAGE_PIXELS
+    if pixels is not None:
+        Image.MAX_IMAGE_PIXELS = -(-pixels // 2)  # Pillow refuses what has more than twice that
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
@@ -59,7 +88,7 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=path.suffix)
     os.close(handle)
     try:
         write(temporary)

@@ -24,31 +24,51 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
         labels: whose palette to use.
         alpha: weight of the colours, 0 to 1.
     """
-    colours = Image.fromarray(decode_segmap(mask, labels))
-    photo = Image.fromarray(image)
-    blended = Image.blend(photo, colours, alpha)
-    ignored = mask == IGNORE_INDEX
-    if ignored.any():
-        blended.paste(photo, mask=Image.fromarray(ignored))
-    return blended
+    height, width = mask.shape
+    page = Image.new("RGB", (width, height))
+    for top in range(0, height, 256):  # bands, since the whole would take several copies
+        rows = slice(top, top + 256)
+        photo = Image.fromarray(image[rows])
+        blended = Image.blend(photo, Image.fromarray(decode_segmap(mask[rows], labels)), alpha)
+        ignored = mask[rows] == IGNORE_INDEX
+        if ignored.any():
+            blended.paste(photo, mask=Image.fromarray(ignored))
+        page.paste(blended, (0, top))
+    return page
 
 
-def additive_overlay(
-    image: np.ndarray, mask: np.ndarray, labels: Labels, strength: float = 0.6
+def side_by_side(
+    image: np.ndarray, masks: dict[str, tuple[np.ndarray, Labels]], column: int = 640
 ) -> Image.Image:
-    """The colours of the classes added to a picture: image x 1.0 + colours x ``strength``.
-
-    Sums above 255 become 255, as in OpenCV's ``addWeighted``; ignored pixels stay as they are.
+    """A picture beside its overlays, each with a title and a legend of the classes that occur.
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        mask: class ids, uint8 [H, W].
-        labels: whose palette to use.
-        strength: factor of the colours, 0 or more.
+        masks: class ids, uint8 [H, W], and the labels, by title.
+        column: largest width of each picture in pixels.
     """
-    colours = decode_segmap(mask, labels).astype(np.float32)
-    colours[mask == IGNORE_INDEX] = 0
-    return Image.fromarray(np.rint(image + strength * colours).clip(max=255).astype(np.uint8))
+    width = min(column, image.shape[1])
+    size = (width, max(1, round(width * image.shape[0] / image.shape[1])))
+    # Narrow pictures get a wider column: titles and legends have to be read.
+    column, header, gap = max(width, 200), 24, 4
+    pictures = {"photo": Image.fromarray(image)}
+    keys = []
+    for title, (mask, labels) in masks.items():
+        pictures[title] = overlay(image, mask, labels)
+        occurring = Image.fromarray(mask).histogram()[: len(labels)]
+        keys.append(legend(labels, [i for i, n in enumerate(occurring) if n], column))
+    page_width = max(len(pictures) * (column + gap) - gap, *(key.width for key in keys))
+    page_height = header + size[1] + gap + max(key.height for key in keys)
+    page = Image.new("RGB", (page_width, page_height), PAPER)
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(14)
+    for i, (title, picture) in enumerate(pictures.items()):
+        left = i * (column + gap)
+        draw.text((left + column / 2, header / 2), title, INK, font, anchor="mm")
+        page.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, header))
+        if i > 0:
+            page.paste(keys[i - 1], (left, header + size[1] + gap))
+    return page
 
 
 def legend(

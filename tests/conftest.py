@@ -12,10 +12,10 @@ from seg_torch.cli import CONFIG_FOLDER
 
 # Small enough for two processor cores, and still every part of the real thing.
 SMALL_DATA = (
-    "+data.dataset.size=32",
-    "+data.dataset.train=12",
-    "+data.dataset.val=5",
-    "+data.dataset.test=3",
+    "data.dataset.size=32",
+    "data.dataset.train=12",
+    "data.dataset.val=5",
+    "data.dataset.test=3",
     "data.batch_size=4",
     "data.num_workers=0",
 )

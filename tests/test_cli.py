@@ -140,7 +140,7 @@ def test_an_error_in_a_worker_process_keeps_its_short_message(command, tmp_path)
 
 def test_an_output_folder_that_cannot_be_written_is_refused(command, tmp_path):
     (tmp_path / "file").touch()
-    small = "+data.dataset.size=32 data.num_workers=0 trainer.accelerator=cpu"
+    small = "data.dataset.size=32 data.num_workers=0 trainer.accelerator=cpu"
     code, message = command(f"train output_dir=file/run {small}")
     assert code == 2
     assert "file/run" in message
@@ -149,8 +149,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(command, tmp_path):
 def test_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(command, tmp_path):
     """Each process would start the sweep again if it were told the sweep's command line."""
     line = (
-        "-m loss=ce,dice output_dir=sweep +data.dataset.size=32 +data.dataset.train=8 "
-        "+data.dataset.val=5 +data.dataset.test=5 data.batch_size=2 data.num_workers=0 "
+        "-m loss=ce,dice output_dir=sweep data.dataset.size=32 data.dataset.train=8 "
+        "data.dataset.val=5 data.dataset.test=5 data.batch_size=2 data.num_workers=0 "
         "trainer.max_epochs=1 trainer.accelerator=cpu trainer.devices=2 trainer.precision=32"
     )
     subprocess.run(

@@ -4,9 +4,11 @@ import colorsys
 import csv
 import json
 import math
+import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import make_data
@@ -14,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from seg_torch import checkpoint, datasets
+from seg_torch import Segmenter, datasets
 from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.datamodule import EpochSampler
-from seg_torch.datasets.camvid32 import CAMVID32_LABELS
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
 from seg_torch.labels import Labels
+from seg_torch.models import deeplabv3
 from seg_torch.task import SegmentationTask
 from seg_torch.training import evaluate, train
 
@@ -55,27 +58,36 @@ BRIEF = (
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
 )
+DATA = sorted(
+    path.stem
+    for path in (CONFIG_FOLDER / "data").iterdir()
+    if path.stem not in ("default", "from_checkpoint")
+)
 
 
 @pytest.fixture
-def run(compose, tmp_path):
-    """run("voc", ...): trains briefly on the tiny copy of a dataset; returns the folder."""
+def run(compose, tmp_path) -> Iterator[Callable[..., Path]]:
+    """run("voc", ...): trains briefly on the tiny copy of a dataset; returns the run's folder."""
     folder = tmp_path / "run"
 
     def run(dataset: str, *overrides: str) -> Path:
         if dataset != "shapes":
             getattr(make_data, f"make_{dataset}")(tmp_path / "data")
-            overrides = (f"data.root={tmp_path / 'data'}", *overrides)
+            overrides = (*overrides, f"data.root={tmp_path / 'data'}")
         train(compose("train", f"output_dir={folder}", *BRIEF, *overrides))
         return folder
 
     yield run
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # up to half a gigabyte
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # hundreds of megabytes
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
+def history(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def scores(folder: Path) -> dict:
+    return json.loads((folder / "test_metrics.json").read_text())
 
 
 def touch(*paths: Path) -> None:
@@ -84,31 +96,334 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-def test_every_experiment_is_tested():
+def test_every_experiment_is_in_the_table_above():
     assert set(EXPERIMENTS) == {path.stem for path in (CONFIG_FOLDER / "experiment").iterdir()}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_trains_and_is_scored(run, name):
+def test_an_experiment_trains_is_scored_and_predicts(run, name):
     dataset, small = EXPERIMENTS[name]
     folder = run(dataset, f"experiment={name}", "model.weights=null", *small)
-    assert math.isfinite(float(rows(folder)[0]["train_loss"]))
-    labels = getattr(datasets, dataset)(folder.parent / "data", "val").labels
-    report = json.loads((folder / "test_metrics.json").read_text())
-    assert tuple(report["per_class"]) == labels.names
-    description = checkpoint.read(folder / "checkpoints" / "best.ckpt")[checkpoint.KEY]
-    network, _ = checkpoint.build_network({**description_of(description), **weights_of(folder)})
-    assert network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))["out"].shape[1] == len(labels)
-
-
-DATA = sorted(
-    path.stem
-    for path in (CONFIG_FOLDER / "data").iterdir()
-    if path.stem not in ("default", "from_checkpoint")
-)
+    assert math.isfinite(float(history(folder)[0]["train_loss"]))
+    segmenter = Segmenter.load(folder / "checkpoints/best.ckpt")
+    names = getattr(datasets, dataset)(folder.parent / "data", "val").labels.names
+    assert segmenter.labels.names == tuple(scores(folder)["per_class"]) == names
+    mask = segmenter.predict(np.zeros((70, 90, 3), np.uint8)).mask
+    assert mask.shape == (70, 90)
+    assert mask.max() < len(names)
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_config_fits_a_step(run, name):
-    folder = run(name, f"data={name}", "model=unet_random", "data.augment.crop=[32,32]")
-    assert rows(folder)[0]["step"] == ("2" if name != "camvid32" else "2")
+    small = ["data.resize=[32,32]", "data.augment.crop=[32,32]", "trainer.limit_train_batches=1"]
+    folder = run(name, f"data={name}", "model=unet_random", *small)
+    assert history(folder)[0]["step"] == "1"
+
+
+# What each experiment promises
+
+
+def test_scaled_to_0_1_means_neither_mean_nor_deviation(compose):
+    for name in ("clothing_unet_densenet121", "pet_unet_mobilenetv2", "voc_deeplabv3_resnet50"):
+        preprocessing = compose("train", f"experiment={name}").preprocessing
+        assert (preprocessing.mean, preprocessing.std) == ([0, 0, 0], [1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["clothing_unet_densenet121", "pet_unet_mobilenetv2"])
+def test_the_frozen_encoder_does_not_move_in_training_and_the_decoder_does(run, monkeypatch, name):
+    states = []
+
+    def keep(self: SegmentationTask) -> None:
+        states.append({k: v.clone() for k, v in self.network.model.state_dict().items()})
+
+    monkeypatch.setattr(SegmentationTask, "on_train_start", keep)
+    monkeypatch.setattr(SegmentationTask, "on_train_end", keep)
+    dataset, small = EXPERIMENTS[name]
+    run(dataset, f"experiment={name}", "model.weights=null", *small)
+    before, after = states
+    encoder = [key for key in before if key.startswith("encoder.")]
+    assert any("running_mean" in key for key in encoder)
+    assert all(torch.equal(before[key], after[key]) for key in encoder)
+    decoder = [key for key in before if key not in encoder]
+    assert all(not torch.equal(before[key], after[key]) for key in decoder)
+
+
+def test_camvid32_sees_33_outputs_and_whole_pictures(compose):
+    cfg = compose("train", "experiment=camvid32_hrnet_w48", "model.weights=null")
+    assert (cfg.model.encoder, cfg.data.augment.crop) == ("hrnet_w48", [720, 960])
+    cfg.model.encoder = "hrnet_w18_small"
+    model = instantiate(cfg.model, num_classes=32).eval()
+    assert model.head[-1].out_channels == 33
+    assert model(torch.zeros(1, 3, 32, 32))["out"].shape[1] == 32
+
+
+def test_clothing_is_the_first_1000_photos_split_as_scikit_learn_does(compose, tmp_path):
+    for i in range(1, 1005):
+        touch(tmp_path / f"photos/{i:04}.jpg", tmp_path / f"annotations/pixel-level/{i:04}.mat")
+    cfg = compose("train", "experiment=clothing_unet_densenet121", f"data.root={tmp_path}")
+    data = instantiate(cfg.data, _convert_="all")
+    names = [f"{i:04}" for i in range(1, 1001)]
+    expected_train, expected_val = train_test_split(names, test_size=0.2, random_state=0)
+    assert [pair.name for pair in data.dataset("train").dataset.pairs] == expected_train
+    assert [pair.name for pair in data.dataset("val").pairs] == expected_val
+    assert len(data.dataset("train")) == 6400
+    assert cfg.trainer.limit_train_batches == 800 // 64 == 12
+    assert len(data.train_dataloader()) == 6400 // 64
+
+
+def test_pet_takes_57_steps_an_epoch(compose, tmp_path):
+    home = tmp_path / "oxford-iiit-pet"
+    names = [f"Abyssinian_{i}" for i in range(3680)]
+    make_data.write_lines(home / "annotations/trainval.txt", [f"{name} 1 1 1" for name in names])
+    for name in names:
+        touch(home / f"images/{name}.jpg", home / f"annotations/trimaps/{name}.png")
+    cfg = compose("train", "experiment=pet_unet_mobilenetv2", f"data.root={tmp_path}")
+    loader = instantiate(cfg.data, _convert_="all").train_dataloader()
+    assert isinstance(loader.batch_sampler, EpochSampler)
+    assert len(loader) == 57
+
+
+def test_the_class_weights_of_pet_are_an_override(run):
+    small = EXPERIMENTS["pet_unet_mobilenetv2"][1]
+    weights = ["loss=weighted_ce", "loss.weights=[0.4,0.4,0.2]", "model.weights=null"]
+    assert len(history(run("pet", "experiment=pet_unet_mobilenetv2", *weights, *small))) == 1
+
+
+def test_voc_val_is_halved_after_pythons_shuffle_with_seed_42(compose, tmp_path):
+    home = tmp_path / "VOCdevkit/VOC2012"
+    names = [f"2007_{i:06}" for i in range(1449)]
+    make_data.write_lines(home / "ImageSets/Segmentation/val.txt", names)
+    for name in names:
+        touch(home / f"JPEGImages/{name}.jpg", home / f"SegmentationClass/{name}.png")
+    cfg = compose("train", "experiment=voc_deeplabv3_resnet50", f"data.root={tmp_path}")
+    data = instantiate(cfg.data, _convert_="all")
+    random.Random(42).shuffle(names)
+    assert [pair.name for pair in data.dataset("val").pairs] == names[:724]
+    assert [pair.name for pair in data.dataset("test").pairs] == names[724:]
+
+
+def test_the_loss_of_voc_deeplabv3_resnet50_is_the_books_by_hand(compose):
+    loss = instantiate(compose("train", "experiment=voc_deeplabv3_resnet50").loss)
+    # Two classes, 2 x 2 pixels, three of class 0 and one of class 1: they weigh (4 - 3) / 4 and
+    # (4 - 1) / 4. With logits (ln 3, 0) the probabilities are 3/4 and 1/4 everywhere.
+    logits = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    target = torch.tensor([[[0, 0], [0, 1]]], dtype=torch.uint8)
+    cross_entropy = (3 * 1 / 4 * -math.log(3 / 4) + 3 / 4 * -math.log(1 / 4)) / 4
+    # Listing 8.15: sums over pixels and classes of t p w and of (t + p) w.
+    intersection = 3 * (3 / 4 * 1 / 4) + 1 / 4 * 3 / 4
+    union = 3 * ((1 + 3 / 4) + (0 + 1 / 4)) * 1 / 4 + ((0 + 3 / 4) + (1 + 1 / 4)) * 3 / 4
+    dice = 1 - (2 * intersection + 1) / (union + 1)
+    assert loss(logits, target).item() == pytest.approx(cross_entropy + dice, rel=1e-6)
+
+
+def test_the_void_rim_of_voc_is_in_neither_part_of_the_loss(compose):
+    loss = instantiate(compose("train", "experiment=voc_deeplabv3_resnet50").loss)
+    logits = torch.randn(1, 21, 4, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(21, (1, 4, 4), generator=torch.Generator().manual_seed(1))
+    with_rim = torch.nn.functional.pad(target, (1, 1, 1, 1), value=255)
+    enlarged = torch.nn.functional.pad(logits, (1, 1, 1, 1), value=5.0)
+    torch.testing.assert_close(loss(enlarged, with_rim), loss(logits, target))
+
+
+def test_voc_deeplabv3_resnet50_has_the_atrous_rates_of_the_book(compose):
+    cfg = compose("train", "experiment=voc_deeplabv3_resnet50")
+    assert cfg.model.backbone == "resnet50"
+    model = deeplabv3(21, "mobilenet_v3_large", None, atrous_rates=cfg.model.atrous_rates)
+    rates = [m.dilation[0] for m in model.classifier.modules() if isinstance(m, nn.Conv2d)]
+    assert rates == [1, 6, 12, 18, 1, 1, 1, 1]  # 1x1, three 3x3, pooled, projection, 3x3, logits
+
+
+def test_a_stalled_loss_lowers_the_rate_after_3_epochs_and_ends_the_run_after_6(run, monkeypatch):
+    def stalled(self: SegmentationTask, groups: list, batch_index: int) -> None:
+        self.confusion.update(*2 * [torch.zeros(1, dtype=torch.int64)])
+        self.validation_loss.update(torch.tensor(1.0))
+
+    monkeypatch.setattr(SegmentationTask, "validation_step", stalled)
+    monkeypatch.setattr("seg_torch.training.SampleSheet.on_validation_end", lambda *_: None)
+    no_files = partial(ModelCheckpoint, save_top_k=0)
+    monkeypatch.setattr("seg_torch.training.ModelCheckpoint", no_files)
+    small = ["data.resize=[32,32]", "data.augment.crop=[32,32]", "trainer.max_epochs=25"]
+    model = ["model.weights=null", "model.backbone=mobilenet_v3_large"]
+    folder = run("voc", "experiment=voc_deeplabv3_resnet50", *model, *small)
+    # The first epoch sets the best loss; the fourth is the third without a better one.
+    rates = [float(row["learning_rate"]) for row in history(folder)]
+    np.testing.assert_allclose(rates, [1e-4] * 4 + [1e-5] * 3)
+
+
+def test_the_published_weights_can_be_scored_without_training(run):
+    small = ["model.weights=null", *EXPERIMENTS["voc_deeplabv3_resnet101"][1]]
+    folder = run("voc", "experiment=voc_deeplabv3_resnet101", *small, "trainer.max_epochs=0")
+    assert sum(row["pixels"] for row in scores(folder)["per_class"].values()) > 0
+
+
+def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_path):
+    small = ["data.dataset.size=32", "data.dataset.train=4", "data.dataset.test=3"]
+    best = run("shapes", *small) / "checkpoints/best.ckpt"
+    reports = []
+    for size in (1, 3):
+        options = [f"checkpoint={best}", f"data.batch_size={size}", "data.num_workers=0"]
+        folder = tmp_path / f"evaluation{size}"
+        settings = ["trainer.accelerator=cpu", "trainer.precision=32", f"output_dir={folder}"]
+        evaluate(compose("evaluate", *options, *settings, "average_precision=true"))
+        reports.append(scores(folder))
+    for report in reports:
+        values = [row["average_precision"] for row in report["per_class"].values()]
+        known = [value for value in values if value is not None]
+        assert report["mean_average_precision"] == pytest.approx(np.mean(known))
+    means = [report["mean_average_precision"] for report in reports]
+    assert means[0] == pytest.approx(means[1], abs=1e-4)
+    assert "mean_average_precision" not in scores(best.parents[1])
+
+
+# The eight-fold training set, each variant computed with other means
+
+
+class Noise:
+    """Three square pictures of noise with masks."""
+
+    labels = Labels(("a", "b", "c"))
+
+    def __init__(self, side: int) -> None:
+        rng = np.random.default_rng(0)
+        self.images = rng.integers(0, 256, (3, 3, side, side), np.uint8)
+        self.masks = rng.integers(0, 3, (3, side, side), np.uint8)
+        self.masks[:, 0] = 255
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def mask(self, index: int) -> np.ndarray:
+        return self.masks[index]
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        image, mask = (torch.from_numpy(a[index].copy()) for a in (self.images, self.masks))
+        return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+
+SIDE = 20
+NOISE = Noise(SIDE)
+EIGHT = EightFold(NOISE, SIDE)
+
+
+def variant(name: str, index: int = 1) -> tuple[Tensor, Tensor]:
+    return EIGHT[VARIANTS.index(name) * len(NOISE) + index]
+
+
+def to_levels(values: np.ndarray) -> np.ndarray:
+    """Values on a scale of 0 to 1 to the nearest of 256 levels."""
+    return np.floor(np.minimum(values, 1) * 255 + 0.5)
+
+
+def test_the_eightfold_set_has_each_sample_in_each_variant_once():
+    assert len(EIGHT) == 8 * len(NOISE) == 24
+    pictures = {image.numpy().tobytes() for image, _ in map(EIGHT.__getitem__, range(24))}
+    assert len(pictures) == 24
+    with pytest.raises(IndexError):
+        EIGHT[24]
+    assert EIGHT.labels is NOISE.labels
+
+
+def test_only_the_training_split_is_eightfold(tmp_path):
+    make_data.make_clothing(tmp_path)
+    sizes = [
+        len(datasets.eightfold(datasets.clothing, split, 32, root=tmp_path))
+        for split in ("train", "val", "test")
+    ]
+    assert sizes == [8 * 4, 2, 2]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_8_bit_and_its_mask_is_that_of_the_item(name):
+    image, mask = variant(name)
+    assert isinstance(image, tv_tensors.Image)
+    assert isinstance(mask, tv_tensors.Mask)
+    assert image.dtype == mask.dtype == torch.uint8
+    assert image.shape == (3, SIDE, SIDE)
+    assert set(mask.unique().tolist()) <= {0, 1, 2, 255}
+    assert (EIGHT.mask(VARIANTS.index(name) * len(NOISE) + 1) == mask.numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["original", "brightness", "gamma", "hue"])
+def test_a_change_of_colours_leaves_the_mask_alone(name):
+    assert (variant(name)[1].numpy() == NOISE.masks[1]).all()
+
+
+def test_brightness_adds_a_tenth_and_stops_at_white():
+    # 0.1 of 255 is 25.5, which makes x + 25.5 a tie for every x; both neighbours are right.
+    difference = variant("brightness")[0].numpy() - np.minimum(NOISE.images[1] + 25.5, 255)
+    assert np.abs(difference).max() <= 0.5
+
+
+def test_gamma_is_the_tenth_root():
+    expected = to_levels((NOISE.images[1] / 255.0) ** 0.1)
+    assert (variant("gamma")[0].numpy() == expected).all()
+    assert to_levels(np.array([1 / 255, 0.0])).tolist() == [1, 0]
+    assert to_levels(np.array([(1 / 255) ** 0.1])).tolist() == [147]  # the darkest grey but black
+
+
+def test_hue_turns_back_by_a_tenth_of_the_circle():
+    pixels = NOISE.images[1].reshape(3, -1).T / 255.0
+    turned = []
+    for pixel in pixels:
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        turned.append(colorsys.hsv_to_rgb((hue - 0.1) % 1, saturation, value))
+    expected = 255 * np.array(turned).T.reshape(3, SIDE, SIDE)
+    # Half a level of rounding, and float32 against Python's doubles.
+    assert np.abs(variant("hue")[0].numpy() - expected).max() < 0.51
+
+
+def test_the_central_crop_is_enlarged_to_the_old_size():
+    # int((20 - 20 * 0.7) / 2) = 3 pixels go on each side: 14 x 14 are left. TensorFlow's and
+    # NumPy's bilinear value at the centre of new pixel i, which lies at (i + 1/2) 14/20 - 1/2.
+    window = NOISE.images[1][:, 3:17, 3:17].astype(float)
+    at = np.clip((np.arange(SIDE) + 0.5) * 14 / 20 - 0.5, 0, 13)
+    across = np.array([[np.interp(at, range(14), row) for row in c] for c in window])
+    expected = np.array([[np.interp(at, range(14), col) for col in c.T] for c in across])
+    image, mask = variant("central crop")
+    assert np.abs(image.numpy() - expected.transpose(0, 2, 1)).max() <= 1  # two roundings
+    nearest = 3 + ((np.arange(SIDE) + 0.5) * 14 / 20).astype(int)
+    assert (mask.numpy() == NOISE.masks[1][np.ix_(nearest, nearest)]).all()
+
+
+def test_the_crop_of_128_pixels_is_tensorflows_of_90():
+    # int((128 - 89.6) / 2) = 19 on each side, so that 90 rather than 89.6 are left.
+    mask = np.full((128, 128), 1, np.uint8)
+    mask[19:109, 19:109] = 0
+    noise = Noise(128)
+    noise.masks[0] = mask
+    cropped = EightFold(noise, 128).mask(4 * 3)
+    assert VARIANTS[4] == "central crop"
+    assert not cropped.any()
+    noise.masks[0, 19] = 1
+    assert EightFold(noise, 128).mask(4 * 3)[0].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("horizontal flip", np.fliplr),
+        ("vertical flip", np.flipud),
+        ("rotation", np.rot90),  # by 90 degrees, counter-clockwise
+    ],
+)
+def test_flips_and_rotation_move_image_and_mask_alike(name, expected):
+    image, mask = variant(name)
+    assert (mask.numpy() == expected(NOISE.masks[1])).all()
+    for channel in range(3):
+        assert (image[channel].numpy() == expected(NOISE.images[1][channel])).all()
+    if name == "rotation":
+        assert mask[-1, 0] == NOISE.masks[1][0, 0]  # the upper left corner is now the lower left
+
+
+# Real data
+
+
+@pytest.mark.slow
+def test_real_clothing_trains(compose, tmp_path):
+    if "SEG_TORCH_DATA" not in os.environ:
+        pytest.skip("SEG_TORCH_DATA does not name a folder with the real datasets")
+    options = ["model.weights=null", "model.freeze_encoder=false", "trainer.max_epochs=3"]
+    experiment = "experiment=clothing_unet_densenet121"
+    train(compose("train", experiment, *options, f"output_dir={tmp_path / 'run'}"))
+    rows = history(tmp_path / "run")
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])

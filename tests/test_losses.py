@@ -27,6 +27,7 @@ LOSSES = {
     "ce_dataset": dataset_weighted,
     "ce_batch": lambda: CrossEntropyLoss(weights="batch"),
     "dice": DiceLoss,
+    "dice_batch": lambda: DiceLoss(weights="batch"),
     "ce_dice": lambda: WeightedSum([CrossEntropyLoss(), DiceLoss()], [1.0, 0.5]),
 }
 
@@ -218,6 +219,23 @@ def test_dice_by_hand():
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_batch_weighted_dice_by_hand():
+    # Weights as above: 1/4 for three pixels, 3/4 for the fourth, and 0 for the second image's.
+    # Intersection: 3 * 1/4 * 3/4 + 3/4 * 1/4 = 3/4; labels and predictions: 3/2 each.
+    expected = 1 - (2 * 3 / 4 + 1) / (3 / 2 + 3 / 2 + 1)
+    value = DiceLoss(smooth=1.0, weights="batch")(TWO_IMAGES, TWO_LABELS)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_batch_weighted_dice_of_one_class_only_is_a_finite_zero(batch):
+    logits, target = batch  # one class has weight (n - n) / n = 0
+    for smooth in (0.0, 1.0):
+        loss = DiceLoss(smooth=smooth, weights="batch")
+        value, gradient = value_and_gradient(loss, logits, torch.ones_like(target))
+        assert value == 0
+        assert torch.all(gradient == 0)
+
+
 def test_dice_leaves_absent_classes_out():
     # One class, certain and right: its Dice is 1, and the absent ones do not drag the mean down.
     logits = torch.zeros(1, 3, 8, 8)
@@ -261,6 +279,8 @@ def test_impossible_settings_are_refused():
         CrossEntropyLoss(weights="dataset", balance="median")
     with pytest.raises(InputError, match="finite"):
         CrossEntropyLoss(weights=[1.0, float("nan")])
+    with pytest.raises(InputError, match="'dataset'; the Dice loss takes null or batch"):
+        DiceLoss(weights="dataset")
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0, 1.0], "batch"])

@@ -4,12 +4,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, jaccard_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    jaccard_score,
+    precision_recall_fscore_support,
+)
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from seg_torch.errors import InputError
-from seg_torch.metrics import ConfusionMatrix, report, scores
+from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
 
 NUM_CLASSES = 5
 
@@ -262,3 +267,83 @@ def test_report_is_plain_json_with_null_for_undefined():
         "dice": None,
         "pixels": 0,
     }
+
+
+def random_probabilities(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Probabilities that favour the label, float [7, C, 13, 17], and labels with ignored pixels."""
+    _, target = random_maps(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(7, NUM_CLASSES, 13, 17, generator=generator)
+    is_class = target.unsqueeze(1) == torch.arange(NUM_CLASSES).view(1, -1, 1, 1)
+    return (logits + 1.5 * is_class).softmax(1), target
+
+
+def average_precision_of(probabilities: Tensor, target: Tensor, batch_size: int = 7) -> Tensor:
+    metric = AveragePrecision(NUM_CLASSES)
+    batches = zip(probabilities.split(batch_size), target.split(batch_size), strict=True)
+    for batch in batches:
+        metric.update(*batch)
+    return metric.compute()
+
+
+def scikit_average_precision(probabilities: Tensor, target: Tensor) -> list[float]:
+    valid = target != 255
+    columns = [probabilities[:, c][valid].numpy() for c in range(NUM_CLASSES)]
+    return [average_precision_score(target[valid] == c, s) for c, s in enumerate(columns)]
+
+
+def test_average_precision_is_scikit_learns_but_for_the_rounding_of_scores():
+    probabilities, target = random_probabilities()
+    expected = scikit_average_precision(probabilities, target)
+    assert 0.3 < min(expected) < max(expected) < 0.9
+    np.testing.assert_allclose(average_precision_of(probabilities, target), expected, atol=2e-3)
+
+
+def test_average_precision_of_rounded_scores_is_exactly_scikit_learns():
+    probabilities, target = random_probabilities()
+    rounded = (probabilities * 1024).round() / 1024
+    rounded[:, :, 0], rounded[:, :, 1] = 0, 1  # both ends, and many ties
+    expected = scikit_average_precision(rounded, target)
+    np.testing.assert_allclose(average_precision_of(rounded, target), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_average_precision_does_not_depend_on_the_batch_size(batch_size):
+    probabilities, target = random_probabilities()
+    whole = average_precision_of(probabilities, target)
+    assert torch.equal(average_precision_of(probabilities, target, batch_size), whole)
+
+
+def test_average_precision_by_hand():
+    # By falling score: right, wrong, right, so precision 1 at recall 1/2 and 2/3 at recall 1.
+    probabilities = torch.tensor([0.75, 0.5, 0.25]).view(1, 1, 1, 3)
+    probabilities = torch.cat([probabilities, 1 - probabilities], 1)
+    metric = AveragePrecision(2)
+    metric.update(probabilities, torch.tensor([[[0, 1, 0]]]))
+    assert metric.compute()[0].item() == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
+
+
+def test_a_class_without_labels_has_no_average_precision():
+    probabilities, target = random_probabilities()
+    target[target == 2] = 255
+    values = average_precision_of(probabilities, target)
+    assert values.isnan().tolist() == [False, False, True, False, False]
+    empty = average_precision_of(probabilities, torch.full_like(target, 255))
+    assert empty.isnan().all()
+
+
+def test_average_precision_memory_does_not_grow():
+    metric = AveragePrecision(NUM_CLASSES)
+    shape = metric.counts.shape
+    for seed in range(3):
+        metric.update(*random_probabilities(seed))
+    assert metric.counts.shape == shape
+    assert metric.counts.dtype == torch.int64
+
+
+def test_report_holds_average_precision_where_it_is_given():
+    matrix = torch.tensor([[3, 1], [0, 4]])
+    result = report(matrix, ("road", "sky"), torch.tensor([0.5, float("nan")]))
+    assert result["mean_average_precision"] == 0.5
+    assert result["per_class"]["road"]["average_precision"] == 0.5
+    assert result["per_class"]["sky"]["average_precision"] is None

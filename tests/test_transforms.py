@@ -93,6 +93,18 @@ def test_jitter_leaves_the_mask_alone():
     assert not torch.equal(out_image, image)
 
 
+def test_jitter_takes_brightness_contrast_and_saturation_apart():
+    image, mask = sample()
+    grey = tv_tensors.Image(image[:1].expand(3, -1, -1).clone())
+    saturated = augment(flip=0, jitter=(0, 0, 0.5), hue=0)(grey, mask)[0].int()
+    assert (saturated - grey).abs().max() <= 1  # grey has no saturation to change
+    torch.manual_seed(0)
+    brightened = augment(flip=0, jitter=(0.5, 0, 0), hue=0)(grey, mask)[0]
+    ratios = brightened / grey
+    assert abs(ratios.mean() - 1) > 0.1
+    assert ratios.std() < 0.05  # one factor for all pixels, but for rounding
+
+
 @pytest.mark.parametrize("arguments", [{"crop": 32}, {"crop": (32, 32, 3)}, {"crop": (0, 5)}])
 def test_a_crop_of_another_form_is_refused(arguments):
     with pytest.raises(InputError, match=r"augment\.crop.*\[height, width\]"):

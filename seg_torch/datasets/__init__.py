@@ -7,6 +7,7 @@ from seg_torch.datasets.camvid32 import camvid32
 from seg_torch.datasets.cityscapes import cityscapes
 from seg_torch.datasets.clothing import clothing
 from seg_torch.datasets.coco_stuff import coco_stuff
+from seg_torch.datasets.eightfold import EightFold, eightfold
 from seg_torch.datasets.folder import folder, write_folder
 from seg_torch.datasets.pet import pet
 from seg_torch.datasets.shapes import shapes

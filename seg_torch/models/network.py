@@ -49,7 +49,44 @@ class Network(nn.Module):
         Logits are brought to the size of the labels before anything is decided (argmax): deciding
         first and enlarging class ids loses accuracy at every boundary.
         """
-        logits = self(images)["out"].float()
-        if logits.shape[-2:] == tuple(size):
-            return logits
-        return nn.functional.interpolate(logits, list(size), mode="bilinear", align_corners=False)
+        logits = self(images)["out"]
+        return enlarge_rows(logits, size, 0, size[0])
+
+
+def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> Tensor:
+    """Rows ``top`` to ``bottom`` of what logits become at another size, bilinearly.
+
+    The rows are the same numbers, to the last bit, whichever others are computed with them. So a
+    picture can be decided band by band: at its full size the logits of all classes may not fit
+    into memory.
+
+    Args:
+        logits: [N, C, h, w] of any floating type.
+        size: (height, width) of the whole result.
+        top: first row.
+        bottom: the row after the last.
+
+    Returns:
+        float32 [N, C, bottom - top, width].
+    """
+    x = logits.movedim(1, -1)  # the memory order of channels_last
+    x = _resample(x, 1, size[0], top, bottom)
+    x = _resample(x, 2, size[1], 0, size[1])
+    return x.movedim(-1, 1).float()
+
+
+def _resample(x: Tensor, dim: int, size: int, start: int, stop: int) -> Tensor:
+    """``interpolate`` (linear, align_corners=False) along one dimension, ``start`` to ``stop``.
+
+    The kernels of ``interpolate`` itself round differently from one band to the next.
+    """
+    length = x.shape[dim]
+    if length == size:
+        return x.narrow(dim, start, stop - start)
+    centres = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * (length / size) - 0.5
+    centres = centres.clamp(min=0)
+    before = centres.long()
+    after = (before + 1).clamp(max=length - 1)
+    weight = (centres - before).float().to(x.device).view(-1, *[1] * (x.dim() - dim - 1))
+    near = x.index_select(dim, before.to(x.device)).float().mul_(1 - weight)
+    return near.add_(x.index_select(dim, after.to(x.device)).float().mul_(weight))

@@ -1,18 +1,66 @@
 """U-Net with any of timm's convolutional encoders."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
-from seg_torch.models.weights import download_from_hugging_face, read_state_dict
+from seg_torch.models.weights import image_statistics, timm_model
+
+
+class EncoderDecoder(nn.Module):
+    """What U-Nets have in common: a timm encoder, frozen or not.
+
+    Args:
+        encoder: Float [N, 3, H, W] -> list of feature maps, with timm's `feature_info` and
+            `pretrained_cfg`; each stride is twice the one before.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+
+    Attributes:
+        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
+        std: Their standard deviations.
+
+    Raises:
+        InputError: The encoder's feature maps do not fit.
+    """
+
+    def __init__(self, encoder: nn.Module, freeze_encoder: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mean, self.std = image_statistics(encoder)
+        self.freeze_encoder = freeze_encoder
+        encoder.requires_grad_(not freeze_encoder)
+
+        feature_info = cast(FeatureInfo, encoder.feature_info)
+        self.encoder_channels: list[int] = feature_info.channels()
+        self.encoder_strides: list[int] = feature_info.reduction()
+        doubled = [2 * stride for stride in self.encoder_strides[:-1]]
+        if self.encoder_strides[1:] != doubled or self.encoder_strides[-1].bit_count() != 1:
+            raise InputError(
+                f"the encoder's feature maps have strides {self.encoder_strides}; U-Net needs each "
+                "to be twice the one before, as in model.encoder=resnet34"
+            )
+        pretrained_cfg = cast(dict[str, Any], encoder.pretrained_cfg)
+        channels_last_axis = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
+        if channels_last_axis or pretrained_cfg.get("fixed_input_size"):
+            raise InputError(
+                f"{pretrained_cfg.get('architecture', 'the encoder')} gives feature maps with "
+                "channels last or takes one image size only; use a convolutional encoder, such as "
+                "model.encoder=resnet34 or convnext_tiny"
+            )
+        self.train()
+
+    def train(self, mode: bool = True) -> "EncoderDecoder":
+        """Set training mode, except for the statistics of a frozen encoder."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
 
 
 class DecoderStage(nn.Module):
@@ -30,11 +78,11 @@ class DecoderStage(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        x = F.interpolate(x, size=size, mode="nearest")
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         return self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
 
 
-class UNet(nn.Module):
+class UNet(EncoderDecoder):
     """Encoder, and a decoder that goes back up through the encoder's feature maps.
 
     Source: Ronneberger, Fischer & Brox, U-Net: Convolutional Networks for Biomedical Image
@@ -62,37 +110,15 @@ class UNet(nn.Module):
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         freeze_encoder: bool = False,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        pretrained_cfg = cast(dict[str, Any], encoder.pretrained_cfg)
-        self.mean: tuple[float, ...] = tuple(pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(pretrained_cfg["std"])
-        self.freeze_encoder = freeze_encoder
-        encoder.requires_grad_(not freeze_encoder)
-
-        feature_info = cast(FeatureInfo, encoder.feature_info)
-        self.encoder_strides: list[int] = feature_info.reduction()
+        super().__init__(encoder, freeze_encoder)
         deepest = self.encoder_strides[-1]
-        doubled = [2 * stride for stride in self.encoder_strides[:-1]]
-        if self.encoder_strides[1:] != doubled or deepest.bit_count() != 1:
-            raise InputError(
-                f"the encoder's feature maps have strides {self.encoder_strides}; U-Net needs each "
-                "to be twice the one before, as in model.encoder=resnet34"
-            )
-        channels_last_axis = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
-        if channels_last_axis or pretrained_cfg.get("fixed_input_size"):
-            raise InputError(
-                f"{pretrained_cfg.get('architecture', 'the encoder')} gives feature maps with "
-                "channels last or takes one image size only; use a convolutional encoder, such as "
-                "model.encoder=resnet34 or convnext_tiny"
-            )
         self.decoder_strides = [2**i for i in reversed(range(deepest.bit_length() - 1))]
         if len(decoder_channels) != len(self.decoder_strides):
             raise InputError(
                 f"model.decoder_channels is {list(decoder_channels)}; an encoder of stride "
                 f"{deepest} needs {len(self.decoder_strides)} numbers"
             )
-        encoder_channels = dict(zip(self.encoder_strides, feature_info.channels(), strict=True))
+        encoder_channels = dict(zip(self.encoder_strides, self.encoder_channels, strict=True))
         self.decoder = nn.ModuleList()
         in_channels = encoder_channels[deepest]
         for stride, out_channels in zip(self.decoder_strides, decoder_channels, strict=True):
@@ -101,14 +127,6 @@ class UNet(nn.Module):
             self.decoder.append(DecoderStage(in_channels, skip_channels, out_channels))
             in_channels = out_channels
         self.classifier = nn.Conv2d(in_channels, num_classes, 1)
-        self.train()
-
-    def train(self, mode: bool = True) -> "UNet":
-        """Set training mode, except for the statistics of a frozen encoder."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute logits.
@@ -155,49 +173,5 @@ def unet(
     Raises:
         InputError: Unknown or unsuitable encoder, or weights that cannot be had or do not fit.
     """
-    return UNet(_encoder(encoder, weights), num_classes, decoder_channels, freeze_encoder)
-
-
-def _encoder(name: str, weights: str | Path | None) -> nn.Module:
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(nearest)}?" if nearest else "see timm.list_models()"
-        raise InputError(f"model.encoder is {name!r}, which timm does not have; {hint}")
-    try:
-        if weights is None:
-            return timm.create_model(name, features_only=True)
-        file = _published_file(name) if weights == "imagenet" else Path(weights)
-        state_dict = read_state_dict(file)
-        encoder = timm.create_model(
-            name, features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(file)}
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
-
-    # timm loads what fits and leaves the rest random without a word.
-    given = {_fingerprint(tensor) for tensor in state_dict.values()}
-    random = [k for k, p in encoder.named_parameters() if _fingerprint(p) not in given]
-    if random:
-        raise InputError(
-            f"{file} does not fit the encoder {name}: no weights for {len(random)} of its "
-            f"parameters, such as {', '.join(random[:3])}"
-        )
-    return encoder
-
-
-def _published_file(name: str) -> Path:
-    pretrained_cfg = timm.get_pretrained_cfg(name)
-    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-        raise InputError(
-            f"timm publishes no weights of {name}; use model.weights=null, a file, or another "
-            "model.encoder"
-        )
-    return download_from_hugging_face(pretrained_cfg.hf_hub_id, "model.safetensors")
-
-
-def _fingerprint(tensor: Tensor) -> tuple[int, float, float]:
-    """Tell one weight tensor from another, also after timm has renamed or reshaped it."""
-    flat = tensor.detach().flatten()
-    return flat.numel(), flat[0].item(), flat[-1].item()
+    timm_encoder = timm_model(encoder, weights, features_only=True)
+    return UNet(timm_encoder, num_classes, decoder_channels, freeze_encoder)

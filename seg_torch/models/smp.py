@@ -1,0 +1,151 @@
+"""Any architecture of segmentation_models_pytorch, which is an extra."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from seg_torch.errors import InputError
+from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
+from seg_torch.models.padding import pad_to_multiple
+from seg_torch.models.weights import (
+    download_from_hugging_face,
+    image_statistics,
+    load_state_dict,
+    read_state_dict,
+    timm_model,
+)
+
+
+class SMP(nn.Module):
+    """A model of segmentation_models_pytorch for images of every size.
+
+    Args:
+        model: Float [N, 3, H, W] -> logits [N, C, H, W], for some sizes.
+        multiple: Of what H and W must be.
+
+    Attributes:
+        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
+        std: Their standard deviations.
+    """
+
+    def __init__(self, model: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.model = model
+        self.multiple = multiple
+        self.mean: Sequence[float] = IMAGENET_MEAN
+        self.std: Sequence[float] = IMAGENET_STD
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute logits.
+
+        Args:
+            x: Float [N, 3, H, W].
+
+        Returns:
+            `out`: float [N, C, H, W].
+
+        Raises:
+            InputError: In training, N is 1, and the architecture normalises pooled features.
+        """
+        height, width = x.shape[-2:]
+        try:
+            logits = self.model(pad_to_multiple(x, self.multiple))
+        except ValueError as error:
+            if len(x) == 1 and self.training:
+                raise InputError(
+                    f"{type(self.model).__name__} cannot train on a batch of one image ({error}); "
+                    "use data.batch_size=2 or more"
+                ) from error
+            raise
+        return {"out": logits[..., :height, :width]}
+
+
+def smp(
+    num_classes: int,
+    architecture: str = "Unet",
+    encoder: str = "resnet34",
+    weights: str | Path | None = "imagenet",
+) -> SMP:
+    """Build a model of segmentation_models_pytorch.
+
+    Args:
+        num_classes: Number of classes C.
+        architecture: `Unet`, `UnetPlusPlus`, `MAnet`, `Linknet`, `FPN`, `PSPNet`, `DeepLabV3`,
+            `DeepLabV3Plus`, `PAN`, `UPerNet`, `Segformer` or, with a ViT of timm, `DPT`.
+        encoder: Name of an encoder of the library, or `tu-` and the name of a timm model.
+        weights: Of the encoder: `imagenet` or another name that the library has for it, the path of
+            a state dict (for `tu-` of the timm model), or `None` for random ones.
+
+    Returns:
+        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+
+    Raises:
+        InputError: segmentation_models_pytorch is not installed; unknown architecture or encoder,
+            or two that do not fit; weights that cannot be had or do not fit.
+    """
+    try:
+        import segmentation_models_pytorch as library
+    except ImportError as error:
+        raise InputError(
+            f"model=smp needs segmentation_models_pytorch ({error}); install it with "
+            "pip install 'seg_torch[smp]'"
+        ) from error
+
+    architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
+    if architecture not in architectures:
+        raise InputError(
+            f"model.architecture is {architecture!r}; use one of {', '.join(architectures)}"
+        )
+    encoders = library.encoders.get_encoder_names()
+    if encoder not in encoders and not encoder.startswith("tu-"):
+        nearest = difflib.get_close_matches(encoder, encoders, n=3)
+        raise InputError(
+            f"model.encoder is {encoder!r}, which segmentation_models_pytorch does not have; use "
+            f"{', '.join([*nearest, 'tu-NAME'])} with the name of a timm model"
+        )
+    # Unless told otherwise, DPT's Vision Transformers take one size and keep their classifier.
+    is_dpt = architecture == "DPT"
+    options: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0} if is_dpt else {}
+    try:
+        library_model = library.create_model(
+            architecture, encoder, encoder_weights=None, classes=num_classes, **options
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"cannot make {architecture} with {encoder}: {reason}") from error
+    # These two halve their encoder's features of stride 16 three times more, and once more.
+    multiple = {"PAN": 128, "DPT": 32}.get(architecture, library_model.encoder.output_stride)
+    model = SMP(library_model, multiple)
+    if weights is None:
+        return model
+    if encoder.startswith("tu-"):
+        options = {"num_classes": 0} if is_dpt else {"features_only": True}
+        timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
+        load_state_dict(library_model.encoder.model, timm_encoder.state_dict(), encoder)
+        model.mean, model.std = image_statistics(timm_encoder)
+        return model
+    published = library.encoders.encoders[encoder]["pretrained_settings"]
+    if str(weights) in published:
+        # Asked for here, since the library asks for a minute when there is no network.
+        repository, revision = itemgetter("repo_id", "revision")(published[str(weights)])
+        file = download_from_hugging_face(repository, "model.safetensors", revision)
+        settings = download_from_hugging_face(repository, "config.json", revision)
+        model.mean, model.std = itemgetter("mean", "std")(json.loads(settings.read_text()))
+    elif Path(weights).is_file():
+        file = Path(weights)
+    else:
+        raise InputError(
+            f"model.weights is {str(weights)!r}, which is not a file; use one of "
+            f"{', '.join(published)}, a file, or null for random ones"
+        )
+    try:
+        library_model.encoder.load_state_dict(read_state_dict(file))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:30])
+        raise InputError(f"{file} does not fit the encoder {encoder}: {reason}") from error
+    return model
