@@ -144,8 +144,11 @@ def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: 
     packages = (*KNOWN_PACKAGES, *trust)
     for target in _targets(config):
         inside = any(target.startswith(f"{package}.") for package in packages)
-        # The name alone proves little: `seg_torch.models.unet.torch.hub.load` begins well, too.
-        home = getattr(hydra.utils.get_object(target), "__module__", "") if inside else ""
+        # The name alone proves little: `seg_torch.models.weights.torch.hub.load` begins well, too.
+        try:
+            home = getattr(hydra.utils.get_object(target), "__module__", "") if inside else ""
+        except ImportError:
+            raise InputError(f"the checkpoint names {target}, which is not installed") from None
         if not any(home == package or home.startswith(f"{package}.") for package in packages):
             raise InputError(
                 f"the checkpoint wants to run {target}, which is outside the packages that "
