@@ -82,7 +82,7 @@ def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     warnings.filterwarnings("ignore", ".*treespec.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # frozen encoders
+    warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # frozen encoders are
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # all processes hold the same scores
     state = HydraConfig.get()
     argv, environment = sys.argv[:], set(os.environ)

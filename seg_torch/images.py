@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seg_torch.errors import InputError
 
@@ -56,10 +56,11 @@ def read_image(path: str | Path) -> np.ndarray:
             f"{path}: {error} If you trust the file, raise the limit (predict.py: max_pixels=N)"
         ) from None
     except Exception as error:  # a damaged file can make Pillow's readers fail in any way
-        reason = "the file is empty" if os.path.getsize(path) == 0 else str(error)
-        raise InputError(
-            f"{path}: cannot be read as an image: {reason or type(error).__name__}"
-        ) from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            empty = os.path.getsize(path) == 0
+            reason = "the file is empty" if empty else "it is in no format that Pillow knows"
+        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
 
 
 @contextmanager

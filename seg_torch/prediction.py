@@ -31,6 +31,7 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
@@ -63,13 +64,22 @@ def predict(cfg: DictConfig) -> int:
             f"save: there is no {', '.join(map(str, unknown))}; choose of legend, "
             f"{', '.join(SUFFIXES)}"
         )
-    files = find_images(source, output)
-    fabric = _launch(cfg.trainer)
+    film = source.is_file() and source.suffix.lower() in video.SUFFIXES
+    files = {} if film else find_images(source, output)
+    fabric = _fabric(cfg.trainer)
     segmenter, beside = _segmenter(cfg, fabric.device), _beside(cfg, fabric.device)
     saved = [name for name in outputs if name != "legend"]
     if beside is not None and "side_by_side" not in saved:
         saved.append("side_by_side")
     run = _fingerprint(cfg)
+    batch_size = _batch_size(cfg.batch_size, fabric.device)
+    shrink = partial(_shrink, resize=cfg.resize, crop=cfg.crop)
+    if film:
+        target = output / f"{source.stem}.mp4"
+        frames = video.predict_video(segmenter, source, target, batch_size, shrink)
+        log.info("%d frames labelled: %s", frames, target)
+        return 0
+    fabric.launch()  # not before all settings are known to be right, lest every process complain
 
     if fabric.is_global_zero:
         _prepare(output, segmenter.labels if "legend" in outputs else None)
@@ -87,10 +97,10 @@ def predict(cfg: DictConfig) -> int:
                 {name: files[name] for name in todo},
                 segmenter,
                 beside,
-                read=partial(_read, resize=cfg.resize, crop=cfg.crop),
+                read=lambda path: shrink(read_image(path)),
                 save=partial(_save, output, saved, _titles(cfg)),
                 note=partial(_note, output / JOURNAL / f"{fabric.global_rank}.jsonl", run),
-                batch_size=_batch_size(cfg.batch_size, fabric.device),
+                batch_size=batch_size,
                 probabilities="probabilities" in saved,
                 progress=fabric.is_global_zero,
             )
@@ -253,9 +263,8 @@ def _same_size(photos: Iterable[_Photo], count: int) -> Iterator[list[_Photo]]:
     yield from groups.values()
 
 
-def _read(path: Path, resize: int | None, crop: int | None) -> np.ndarray:
-    """A picture, if wished with its shorter side at ``resize`` and cut to the middle ``crop``."""
-    photo = read_image(path)
+def _shrink(photo: np.ndarray, resize: int | None, crop: int | None) -> np.ndarray:
+    """A picture with its shorter side at ``resize``, cut to the middle ``crop``; null: as it is."""
     if resize is None and crop is None:
         return photo
     image = Image.fromarray(photo)
@@ -400,8 +409,8 @@ def _finish(
     return len(failures)
 
 
-def _launch(trainer: DictConfig) -> Fabric:
-    """Lightning's processes, one for each device; this returns in all of them."""
+def _fabric(trainer: DictConfig) -> Fabric:
+    """Lightning's processes, one for each device; ``launch`` starts those that are missing."""
     settings = {"accelerator": trainer.accelerator, "devices": trainer.devices}
     try:
         fabric = Fabric(**settings)
@@ -410,7 +419,6 @@ def _launch(trainer: DictConfig) -> Fabric:
             fabric = Fabric(**settings, strategy=DDPStrategy(timeout=timedelta(days=30)))
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"trainer: {error}") from error
-    fabric.launch()
     return fabric
 
 

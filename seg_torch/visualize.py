@@ -37,6 +37,24 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
     return page
 
 
+def additive_overlay(
+    image: np.ndarray, mask: np.ndarray, labels: Labels, strength: float = 0.6
+) -> Image.Image:
+    """The colours of the classes added to a picture: image x 1.0 + colours x ``strength``.
+
+    Sums above 255 become 255, as in OpenCV's ``addWeighted``; ignored pixels stay as they are.
+
+    Args:
+        image: RGB, uint8 [H, W, 3].
+        mask: class ids, uint8 [H, W].
+        labels: whose palette to use.
+        strength: factor of the colours, 0 or more.
+    """
+    colours = decode_segmap(mask, labels).astype(np.float32)
+    colours[mask == IGNORE_INDEX] = 0
+    return Image.fromarray(np.rint(image + strength * colours).clip(max=255).astype(np.uint8))
+
+
 def side_by_side(
     image: np.ndarray, masks: dict[str, tuple[np.ndarray, Labels]], column: int = 640
 ) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import os
+import re
 import signal
 import struct
 import subprocess
@@ -18,7 +18,6 @@ from PIL import Image
 from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter, checkpoint, prediction
-from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.images import read_image
 from seg_torch.labels import Labels
@@ -59,7 +58,9 @@ def weights(tmp_path_factory) -> Path:
 def photos(tmp_path) -> Path:
     """Six photos of two sizes, some in a sub-folder."""
     generator = np.random.default_rng(0)
-    for i, name in enumerate(("a.png", "b.jpg", "trip/a.png", "trip/b.jpg", "trip/x/c.png", "z.png")):
+    for i, name in enumerate(
+        ("a.png", "b.jpg", "trip/a.png", "trip/b.jpg", "trip/x/c.png", "z.png")
+    ):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         size = (40, 56) if i % 3 else (64, 48)
@@ -187,9 +188,7 @@ def test_what_else_is_in_a_batch_changes_nothing(weights):
 def times(folder: Path) -> dict[str, int]:
     """When each mask was written, by name."""
     masks = folder / "mask"
-    return {
-        str(path.relative_to(masks)): path.stat().st_mtime_ns for path in masks.rglob("*.png")
-    }
+    return {str(path.relative_to(masks)): path.stat().st_mtime_ns for path in masks.rglob("*.png")}
 
 
 def test_a_second_run_does_only_what_is_missing_or_has_changed(run, photos, tmp_path):
@@ -257,49 +256,253 @@ def test_a_folder_without_pictures_is_refused_by_name(tmp_path, name):
         find_images(tmp_path / name)
 
 
-DARK, BRIGHT = 10, 240
-HALF = np.full((40, 60), DARK, np.uint8)
-HALF[:, 30:] = BRIGHT  # the left half dark: class 0, the right half bright: class 1
-RIGHT = (HALF == BRIGHT).astype(np.uint8)
+GREY = np.full((40, 60), 10, np.uint8)
+GREY[:, 30:] = 240
+RIGHT = (GREY == 240).astype(np.uint8)  # its mask: the left half dark, the right half bright
+RGB = Image.fromarray(GREY).convert("RGB")
 EXIF_6 = Image.Exif()
-EXIF_6[0x0112] = 6
+EXIF_6[0x0112] = 6  # to be turned clockwise
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
 def transparent() -> Image.Image:
     """All black, the right half transparent: white, on paper."""
-    alpha = np.where(HALF == BRIGHT, 0, 255).astype(np.uint8)
-    return Image.merge("RGBA", [*Image.new("RGB", (60, 40)).split(), Image.fromarray(alpha)])
-
-
-def palette_image() -> Image.Image:
-    image = Image.fromarray(1 - RIGHT)
-    image.putpalette([BRIGHT] * 3 + [DARK] * 3)  # index 1 is the dark one
+    image = Image.new("RGBA", (60, 40), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
     return image
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that claims to be 20,000 x 20,000 pixels."""
+def with_palette() -> Image.Image:
+    """Index 1 is the dark colour, index 0 the bright one."""
+    image = Image.fromarray(1 - RIGHT)
+    image.putpalette([240] * 3 + [10] * 3)
+    return image
+
+
+def cut_off(path: Path) -> None:
+    NOISE.save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def damaged(path: Path) -> None:
+    NOISE.save(path)
+    content = bytearray(path.read_bytes())
+    content[60:2000] = bytes(1940)
+    path.write_bytes(content)
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few bytes that claims to have 20,000 x 20,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
-
-
-def odd_file(path: Path, content: Image.Image | bytes, **options) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        content.save(path, **options)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
 
 
-def jpeg_bytes() -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    path = Path(os.devnull)  # only the format matters
-    import io
+# File, how it is made, and what becomes of it: its mask, or the reason for which it is refused.
+ODD_FILES = [
+    ("rgb.jpg", lambda path: RGB.save(path, quality=95), RIGHT),
+    ("grey.png", lambda path: Image.fromarray(GREY).save(path), RIGHT),
+    ("black and white.png", lambda path: Image.fromarray(RIGHT == 1).save(path), RIGHT),
+    ("transparent.png", lambda path: transparent().save(path), RIGHT),
+    ("cmyk.jpg", lambda path: RGB.convert("CMYK").save(path, quality=95), RIGHT),
+    ("palette.png", lambda path: with_palette().save(path), RIGHT),
+    # Clipped at 255, both halves would be white.
+    ("16 bit.png", lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), RIGHT),
+    ("16 bit.tif", lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), RIGHT),
+    ("turned.jpg", lambda path: RGB.save(path, exif=EXIF_6, quality=95), np.rot90(RIGHT, -1)),
+    (
+        "moving.gif",
+        lambda path: RGB.save(path, save_all=True, append_images=[RGB.rotate(180)] * 2),
+        RIGHT,
+    ),
+    ("UPPER CASE.JPG", lambda path: RGB.save(path, quality=95), RIGHT),
+    ("ünïcode.png", lambda path: RGB.save(path), RIGHT),
+    ("one pixel.png", lambda path: Image.new("RGB", (1, 1), "white").save(path), np.ones((1, 1))),
+    ("cut off.jpg", cut_off, "truncated"),
+    ("cut off.png", cut_off, "truncated|Truncated"),
+    ("damaged.png", damaged, "cannot be read as an image"),
+    ("empty.jpg", lambda path: path.touch(), "the file is empty"),
+    ("text.jpg", lambda path: path.write_text("no picture"), "no format that Pillow knows"),
+    ("bomb.png", bomb, "400000000 pixels.*max_pixels"),
+]
 
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return buffer.getvalue()
+
+def test_odd_files_are_labelled_rightly_or_named_with_the_reason(
+    compose, threshold, tmp_path, caplog
+):
+    (tmp_path / "odd").mkdir()
+    for name, make, _ in ODD_FILES:
+        make(tmp_path / "odd" / name)
+    cfg = compose("predict", f"input={tmp_path / 'odd'}", f"output={tmp_path / 'out'}")
+    refused = {name: reason for name, _, reason in ODD_FILES if isinstance(reason, str)}
+    assert predict(cfg) == len(refused)
+    outputs = {path.name: output for output, path in find_images(tmp_path / "odd").items()}
+    for name, _, mask in ODD_FILES:
+        if name not in refused:
+            assert np.array_equal(mask_of(tmp_path / f"out/mask/{outputs[name]}.png"), mask), name
+    assert {row["file"] for row in table(tmp_path / "out")} == {
+        name for name, *_ in ODD_FILES if name not in refused
+    }
+    failures = [r.getMessage() for r in caplog.records if r.getMessage().startswith("failed: ")]
+    assert len(failures) == len(refused)
+    for name, reason in refused.items():
+        assert any(re.search(f"{name}: .*{reason}", failure) for failure in failures), name
+
+
+def test_the_limit_of_pixels_can_be_lowered_and_is_put_back(compose, threshold, tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    usual = Image.MAX_IMAGE_PIXELS
+    for limit, failures in ((4998, 1), (5000, 0)):
+        arguments = (f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}")
+        assert predict(compose("predict", *arguments, f"max_pixels={limit}")) == failures
+        assert usual == Image.MAX_IMAGE_PIXELS
+
+
+def test_resize_and_crop_are_those_of_the_published_demo(compose, threshold, tmp_path):
+    """Shorter side to 256, the middle 224 x 224: by hand, with Pillow."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    picture = picture.resize((600, 400), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "a.png")
+    inputs = (f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}")
+    predict(compose("predict", *inputs, "resize=256", "crop=224"))
+    shrunk = picture.resize((384, 256), Image.Resampling.BILINEAR).crop((80, 16, 304, 240))
+    expected = Segmenter(Network(Threshold(), (0, 0, 0), (1, 1, 1)), LABELS, device="cpu")
+    assert np.array_equal(mask_of(tmp_path / "out/mask/a.png"), expected.predict(shrunk).mask)
+
+
+def test_two_models_stand_side_by_side_in_one_picture(run, tmp_path):
+    run("save=[mask,side_by_side]")
+    alone = read_image(tmp_path / "out/side_by_side/a.jpg")
+    other = random_checkpoint(tmp_path / "other.ckpt", seed=1)
+    run("save=[mask]", f"beside={other}")
+    both = read_image(tmp_path / "out/side_by_side/a.jpg")
+    column = 200 + 4
+    assert both.shape[1] == alone.shape[1] + column
+    pictures = slice(24, 24 + 48)  # below the titles
+    assert np.abs(both[pictures, :400].astype(int) - alone[pictures, :400]).mean() < 2
+    assert np.abs(both[pictures, 408:472].astype(int) - both[pictures, 204:268]).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("save=[masks]", "there is no masks; choose of legend, mask"),
+        ("tta=[flop]", "expected flip, factors, or both"),
+        ("tta=[0]", "expected numbers above 0"),
+        ("tile=100", "expected auto, null or a multiple of 32"),
+        ("batch_size=0", "expected at least 1"),
+        ("trainer.devices=0", "trainer: "),
+        ("beside=nowhere.ckpt", "no such file"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(run, setting, message):
+    with pytest.raises(InputError, match=message):
+        run(setting)
+
+
+def test_a_model_without_weights_for_pictures_is_refused(compose, photos, tmp_path):
+    cfg = compose("predict", f"input={photos}", f"output={tmp_path / 'out'}", "model=unet")
+    with pytest.raises(InputError, match="give checkpoint=FILE"):
+        predict(cfg)
+
+
+def test_an_error_while_writing_ends_the_run(run, tmp_path):
+    """A full disk must not look like a folder of bad photos."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mask").write_text("in the way")
+    with pytest.raises(OSError, match="mask"):
+        run()
+
+
+def test_few_pictures_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Neither reading nor writing runs away from the network, in either direction."""
+    alive, most = set(), 0
+
+    def read(path):
+        nonlocal most
+        alive.add(path)
+        most = max(most, len(alive))
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def save(name, result, other):
+        time.sleep(0.002)
+        alive.discard(Path(name))
+
+    pictures = {str(i): Path(str(i)) for i in range(300)}
+    for path in pictures:
+        (tmp_path / path).touch()
+    monkeypatch.chdir(tmp_path)
+    segmenter = Segmenter(Network(Threshold(), (0, 0, 0), (1, 1, 1)), LABELS, device="cpu")
+    notes = []
+    prediction._label(
+        pictures, segmenter, None, read, save, notes.append, 1, probabilities=False, progress=False
+    )
+    assert len(notes) == 300
+    assert not alive
+    assert most <= 5 * min(8, prediction.available_cpus()) + 2
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "predict.py"), "trainer.accelerator=cpu", *arguments]
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    (tmp_path / "many").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(200):
+        picture = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
+        picture.resize((48, 32), Image.Resampling.BICUBIC).save(tmp_path / f"many/{i:03d}.png")
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
+    many, weights, compose, tmp_path, signal_number
+):
+    def arguments(output: str) -> list[str]:
+        places = [f"input={many}", f"output={tmp_path / output}", f"checkpoint={weights}"]
+        return [*places, "save=[mask,overlay,polygons,legend]"]
+
+    process = subprocess.Popen(command(*arguments("stopped")), cwd=tmp_path)
+    masks = tmp_path / "stopped/mask"
+    while process.poll() is None and len(list(masks.glob("[0-9]*.png"))) < 60:
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    assert process.wait() == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
+    complete = {p.name: p.stat().st_mtime_ns for p in masks.glob("[0-9]*.png")}
+    assert 60 <= len(complete) < 200
+    noted = [record["name"] for record in prediction._read_journal(tmp_path / "stopped")]
+    assert len(noted) >= 20
+
+    for output in ("stopped", "whole"):
+        assert predict(compose("predict", "trainer.accelerator=cpu", *arguments(output))) == 0
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert all((masks / f"{n}.png").stat().st_mtime_ns == complete[f"{n}.png"] for n in noted)
+
+
+def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
+    places = [f"input={many}", f"checkpoint={weights}", "save=[mask,polygons]"]
+    (many / "bad.jpg").write_text("no picture")
+    result = subprocess.run(
+        command(*places, f"output={tmp_path / 'two'}", "trainer.devices=2"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.count("bad.jpg") == 1
+    predict(compose("predict", *places, f"output={tmp_path / 'one'}", "trainer.accelerator=cpu"))
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    shares = [
+        [json.loads(line)["name"] for line in path.read_text().splitlines() if line]
+        for path in sorted((tmp_path / "two" / prediction.JOURNAL).glob("[01].jsonl"))
+    ]
+    assert len(shares) == 2
+    assert sorted(shares[0] + shares[1]) == sorted([f"{i:03d}" for i in range(200)] + ["bad"])
+    assert min(map(len, shares)) >= 100

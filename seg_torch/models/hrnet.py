@@ -18,7 +18,7 @@ class HRNetV2(nn.Module):
     """Four parallel branches, brought to the finest resolution and concatenated.
 
     Source: Sun, Zhao, Jiang, Cheng, Xiao, Liu, Mu, Wang, Liu & Wang, High-Resolution
-    Representations for Labeling Pixels and Regions (2019), section 3.2 and figure 2 (b).
+    Representations for Labeling Pixels and Regions (2019).
 
     Args:
         encoder: timm's HRNet, giving its branches at strides 4, 8, 16 and 32.

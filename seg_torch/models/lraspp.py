@@ -11,7 +11,7 @@ def lraspp(num_classes: int, weights: str | Path | None = "COCO_WITH_VOC_LABELS_
     """Build torchvision's LR-ASPP with a dilated MobileNetV3-Large, output stride 16.
 
     Source: Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le & Adam, Searching
-    for MobileNetV3 (2019), section 6.4.
+    for MobileNetV3 (2019).
 
     Args:
         num_classes: Number of classes C.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
@@ -74,6 +73,7 @@ def transformers(
             cannot be had or do not fit.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForSemanticSegmentation
         from transformers import logging as library_logging
         from transformers.models.auto.modeling_auto import (
@@ -150,7 +150,7 @@ def _image_settings(weights: str | Path) -> dict[str, Any]:
         return json.loads(download_from_hugging_face(str(weights), name).read_text())
     except (InputError, ValueError) as error:
         raise InputError(
-            f"cannot load {weights}, neither as a folder nor from the Hugging Face Hub ({error}); "
-            "download the repository by other means and give model.weights=FOLDER, or start from "
-            "random weights with model.weights=null"
+            f"cannot load {weights}, neither as a folder nor from the Hugging Face Hub "
+            f"({error.__cause__ or error}); download the repository by other means and give "
+            "model.weights=FOLDER, or start from random weights with model.weights=null"
         ) from error
