@@ -20,7 +20,7 @@ from seg_torch import checkpoint, hardware
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.images import read_image, upright_rgb, write_atomically
-from seg_torch.labels import Labels, decode_segmap
+from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network, enlarge_rows
 from seg_torch.polygons import coco_annotations, write_coco
@@ -137,8 +137,7 @@ class Segmentation:
                 write_atomically(path, partial(picture.save, quality=JPEG_QUALITY))
 
     def _save_mask(self, path: str) -> None:
-        mask = Image.fromarray(self.mask)
-        mask.putpalette(self.labels.palette.tobytes())
+        mask = palette_image(self.mask, self.labels)
         text = PngInfo()
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
         mask.save(path, pnginfo=text)

@@ -1,0 +1,208 @@
+"""What prediction costs, as ratios; on two cores it takes about ten minutes.
+
+    python benchmarks/predict.py DATA/clothing-co-parsing
+
+* a folder of photos through predict.py against the bare network on tensors in memory
+* DeepLabv3-ResNet101 on 520 x 520 against the plain torchvision loop in float32
+* the memory that a picture of 12,000 x 9,000 pixels takes
+"""
+
+import logging
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_resnet101
+
+from seg_torch import Labels, Segmenter, checkpoint, hardware
+from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.datasets.voc import VOC_LABELS
+from seg_torch.images import pixel_limit, read_image
+from seg_torch.models import unet
+from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
+from seg_torch.prediction import predict
+
+PHOTOS = 300
+UNET = {"encoder": "resnet18", "weights": None}
+GIGABYTE = 1 << 30
+
+
+def spread_out(network: Network, photo: np.ndarray) -> Network:
+    """Centres the logits of random weights, of which one class would be ahead everywhere."""
+    network.eval()
+    with torch.no_grad():
+        logits = network(torch.from_numpy(photo).permute(2, 0, 1)[None])["out"]
+        last = [m for m in network.model.modules() if isinstance(m, nn.Conv2d)][-1]
+        assert last.bias is not None
+        last.bias -= logits.mean((0, 2, 3))
+    return network
+
+
+def fastest(function: Callable[[], object], times: int = 5) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def folder_of_photos(root: Path, scratch: Path) -> None:
+    """Photos a second of predict.py, and of the network and argmax alone."""
+    paths = sorted((root / "photos").glob("*.jpg"))[:PHOTOS]
+    (scratch / "photos").mkdir()
+    for path in paths:
+        (scratch / "photos" / path.name).symlink_to(path.resolve())
+    tensors = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
+
+    torch.manual_seed(0)
+    labels = Labels(tuple(f"class {i}" for i in range(59)))
+    network = spread_out(Network(unet(len(labels), **UNET)), read_image(paths[0]))
+    description = checkpoint.describe(
+        network, labels, {"_target_": "seg_torch.models.unet", **UNET}, {}, None
+    )
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save({checkpoint.KEY: description, "state_dict": state}, scratch / "unet.ckpt")
+
+    def bare() -> None:
+        with torch.inference_mode(), hardware.autocast(torch.device("cpu")):
+            for tensor in tensors:
+                network.logits(tensor, tensor.shape[-2:]).argmax(1)
+
+    def whole() -> None:
+        overrides = {
+            "input": scratch / "photos",
+            "output": scratch / "out",
+            "checkpoint": scratch / "unet.ckpt",
+            "resume": "false",
+            "trainer.accelerator": "cpu",
+        }
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            cfg = hydra.compose("predict", [f"{k}={v}" for k, v in overrides.items()])
+        assert predict(cfg) == 0
+
+    whole()  # warms up
+    bare_seconds, whole_seconds = fastest(bare, 2), fastest(whole, 2)
+    print(
+        f"folder: {len(paths)} photos, {len(paths) / whole_seconds:.2f} a second end to end, "
+        f"{len(paths) / bare_seconds:.2f} for the bare network and argmax: "
+        f"ratio {bare_seconds / whole_seconds:.2f} (at least 0.9)",
+        flush=True,
+    )
+
+
+def deeplabv3(root: Path) -> None:
+    """Seconds a picture of Segmenter and of the loop in torchvision's documentation."""
+    photos = [
+        np.array(Image.open(path).convert("RGB").resize((520, 520), Image.Resampling.BILINEAR))
+        for path in sorted((root / "photos").glob("*.jpg"))[:6]
+    ]
+    published = Path(torch.hub.get_dir(), "checkpoints/deeplabv3_resnet101_coco-586e9e4e.pth")
+    torch.manual_seed(0)
+    model = deeplabv3_resnet101(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    ).eval()
+    if published.exists():
+        model.load_state_dict(torch.load(published, weights_only=True))
+    else:
+        spread_out(Network(model), photos[0])
+        model.to(memory_format=torch.contiguous_format)
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+    def plain(photo: np.ndarray) -> Tensor:
+        with torch.inference_mode():
+            x = torch.from_numpy(photo).permute(2, 0, 1).float().div(255).sub(mean).div(std)
+            return model(x[None].contiguous())["out"].argmax(1)[0]
+
+    plain_masks = [plain(photo).numpy() for photo in photos]
+    plain_seconds = fastest(lambda: plain(photos[0]))
+    segmenter = Segmenter(Network(model), VOC_LABELS, device="cpu")
+    masks = [segmenter.predict(photo).mask for photo in photos]
+    seconds = fastest(lambda: segmenter.predict(photos[0]))
+    same = np.mean([(a == b).mean() for a, b in zip(masks, plain_masks, strict=True)])
+    weights = "published" if published.exists() else "random"
+    print(
+        f"DeepLabv3-ResNet101: {seconds:.2f} s a picture, {plain_seconds:.2f} s in the plain "
+        f"float32 loop: ratio {plain_seconds / seconds:.2f} (at least 1.8); {weights} weights: "
+        f"{100 * same:.2f} % of the pixels the same (at least 99.5 with published ones)",
+        flush=True,
+    )
+
+
+def peak_memory() -> float:
+    """Of this process so far, in GB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIGABYTE
+
+
+def read_large(path: Path) -> float:
+    with pixel_limit(None):
+        read_image(path)
+    return peak_memory()
+
+
+def predict_large(path: Path, output: Path) -> float:
+    with pixel_limit(None):
+        Segmenter(Network(unet(21, **UNET)), VOC_LABELS, device="cpu").predict(path).save(output)
+    return peak_memory()
+
+
+class Pointwise(nn.Module):
+    """Logits of each pixel from its colour alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(21, 3, 1, 1, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
+def complete(path: Path) -> bool:
+    """Whether the mask of a pointwise model is, strip by strip, that of the strips alone."""
+    with pixel_limit(None):
+        photo = read_image(path)
+    mask = Segmenter(Network(Pointwise()), VOC_LABELS, device="cpu").predict(photo).mask
+    alone = Segmenter(Network(Pointwise()), VOC_LABELS, device="cpu", tile=None)
+    strips = range(0, len(photo), 100)
+    return all(
+        np.array_equal(alone.predict(photo[top : top + 100]).mask, mask[top : top + 100])
+        for top in strips
+    )
+
+
+def large_picture(scratch: Path) -> None:
+    """Peak memory of labelling and saving 12,000 x 9,000 pixels, each in a process of its own."""
+    path = scratch / "large.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).resize((12000, 9000), Image.Resampling.BICUBIC).save(path)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        reading = pool.apply(read_large, (path,))
+        start = time.perf_counter()
+        predicting = pool.apply(predict_large, (path, scratch / "large"))
+        seconds = time.perf_counter() - start
+        whole = pool.apply(complete, (path,))
+    print(
+        f"12,000 x 9,000 pixels, 21 classes: {predicting:.2f} GB, of which {reading:.2f} GB to "
+        f"load it: {predicting - reading:.2f} GB above (at most 1.5), {seconds:.0f} s; mask "
+        f"{'complete' if whole else 'NOT COMPLETE'}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        large_picture(Path(folder))
+        deeplabv3(Path(sys.argv[1]))
+        folder_of_photos(Path(sys.argv[1]), Path(folder))
