@@ -31,7 +31,7 @@ from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 from seg_torch.prediction import predict
 
 PHOTOS = 300
-UNET = {"encoder": "resnet18", "weights": None}
+UNET = {"_target_": "seg_torch.models.unet", "encoder": "resnet18", "weights": None}
 GIGABYTE = 1 << 30
 
 
@@ -65,10 +65,8 @@ def folder_of_photos(root: Path, scratch: Path) -> None:
 
     torch.manual_seed(0)
     labels = Labels(tuple(f"class {i}" for i in range(59)))
-    network = spread_out(Network(unet(len(labels), **UNET)), read_image(paths[0]))
-    description = checkpoint.describe(
-        network, labels, {"_target_": "seg_torch.models.unet", **UNET}, {}, None
-    )
+    network = spread_out(Network(unet(len(labels), "resnet18", None)), read_image(paths[0]))
+    description = checkpoint.describe(network, labels, UNET, {}, None)
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     torch.save({checkpoint.KEY: description, "state_dict": state}, scratch / "unet.ckpt")
 
@@ -152,7 +150,9 @@ def read_large(path: Path) -> float:
 
 def predict_large(path: Path, output: Path) -> float:
     with pixel_limit(None):
-        Segmenter(Network(unet(21, **UNET)), VOC_LABELS, device="cpu").predict(path).save(output)
+        Segmenter(Network(unet(21, "resnet18", None)), VOC_LABELS, device="cpu").predict(path).save(
+            output
+        )
     return peak_memory()
 
 

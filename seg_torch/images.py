@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seg_torch.errors import InputError
 
@@ -25,7 +25,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     (Pillow's own conversion clips); transparency is laid on white; of an animation the current
     frame counts.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, np.float64)
         # 16-bit files open as I;16 or, from PNG in some versions, as I: 65535 is white for both.
@@ -37,7 +38,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white_page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white_page, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_image(path: str | Path) -> np.ndarray:

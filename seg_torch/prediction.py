@@ -361,7 +361,7 @@ def _fingerprint(cfg: DictConfig) -> str:
     """Of all settings that decide what a mask looks like, the weights included."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     digest = hashlib.sha256()
-    for key in ("checkpoint", "beside", "resize", "crop", "tile", "tta", "batch_size"):
+    for key in ("beside", "resize", "crop", "tile", "tta", "batch_size"):
         digest.update(f"{key}={plain[key]};".encode())
     if cfg.checkpoint is None:
         digest.update(json.dumps(plain["model"], sort_keys=True).encode())

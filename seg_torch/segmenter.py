@@ -288,6 +288,8 @@ class Segmenter:
         Raises:
             InputError: as there, or the pictures have several sizes.
         """
+        if not images:
+            return []
         photos = [_as_array(image) for image in images]
         sizes = sorted({photo.shape[:2] for photo in photos})
         if len(sizes) > 1:
@@ -447,7 +449,7 @@ def _as_array(image: Any) -> np.ndarray:
         return np.array(upright_rgb(image))
     if isinstance(image, Tensor):
         image = image.permute(1, 2, 0).cpu().numpy()
-    array = np.ascontiguousarray(image)
+    array = np.require(image, requirements=["C", "W"])  # torch warns of arrays that are read-only
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise InputError(
             f"the image is {array.dtype} {array.shape}: expected uint8 [H, W, 3] as an array, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from seg_torch.datamodule import Sample
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
-from seg_torch.models.network import Network
+from seg_torch.models.network import Network, enlarge_rows
 
 
 class SegmentationTask(LightningModule):
@@ -100,11 +100,10 @@ class SegmentationTask(LightningModule):
         return loss
 
     def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
-            logits = self.network.logits(images, masks.shape[-2:])
-            self.confusion.update(logits.argmax(1), masks)
+        for logits, mask in self._logits_at_label_size(groups):
+            self.confusion.update(logits.argmax(1), mask)
             if self.loss is not None:
-                self.validation_loss.update(self.loss(logits, masks), len(images))
+                self.validation_loss.update(self.loss(logits, mask))
 
     def on_validation_epoch_end(self) -> None:
         results = scores(self.confusion.compute())
@@ -118,11 +117,10 @@ class SegmentationTask(LightningModule):
         self.validation_loss.reset()
 
     def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
-            logits = self.network.logits(images, masks.shape[-2:])
-            self.confusion.update(logits.argmax(1), masks)
+        for logits, mask in self._logits_at_label_size(groups):
+            self.confusion.update(logits.argmax(1), mask)
             if self.average_precision is not None:
-                self.average_precision.update(logits.softmax(1), masks)
+                self.average_precision.update(logits.softmax(1), mask)
 
     def on_test_epoch_end(self) -> None:
         average_precision = None
@@ -131,6 +129,16 @@ class SegmentationTask(LightningModule):
             self.average_precision.reset()
         self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
         self.confusion.reset()
+
+    def _logits_at_label_size(self, groups: Sequence[Sample]) -> Iterator[Sample]:
+        """Logits float32 [1, C, h, w] and mask uint8 [1, h, w] of each image.
+
+        One by one: at label size the logits of a whole batch may not fit into memory, and on a
+        processor those of one image fit into its cache.
+        """
+        for images, masks in groups:
+            for output, mask in zip(self.network(images)["out"], masks, strict=True):
+                yield enlarge_rows(output[None], mask.shape, 0, mask.shape[0]), mask[None]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
