@@ -356,16 +356,20 @@ class Segmenter:
             if self.scales == (1.0,) and not self.flip:
                 return self.network(images)["out"]
             size = images.shape[-2:]
-            passes: list[Tensor] = []
+            total: Tensor | float = 0.0
             for scale in self.scales:
-                scaled = images
+                view = images
                 if scale != 1:
-                    scaled = resize_image(images, [max(1, round(side * scale)) for side in size])
-                passes.append(self.network.logits(scaled, size).softmax(1))
+                    view = resize_image(images, [max(1, round(side * scale)) for side in size])
+                probabilities = self.network.logits(view, size).softmax(1)
                 if self.flip:
-                    passes.append(self.network.logits(scaled.flip(-1), size).softmax(1).flip(-1))
+                    mirrored = self.network.logits(view.flip(-1), size).softmax(1)
+                    probabilities = probabilities + mirrored.flip(-1)
+                total = total + probabilities
+        assert isinstance(total, Tensor)
+        mean = total / (len(self.scales) * (2 if self.flip else 1))
         # Probabilities of 0 would be logits of minus infinity, which cannot be faded.
-        return torch.stack(passes).mean(0).clamp_min(1e-30).log()
+        return mean.clamp_min(1e-30).log()
 
     def _as_input(self, photo: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> uint8 [1, 3, h, w] at the size that the network is to see."""
@@ -415,7 +419,7 @@ def _decide(logits: Tensor, mask: Tensor, scores: Tensor | None) -> float:
     height, width = mask.shape
     band = BAND.get(logits.device.type, BAND_ELSEWHERE)
     rows = max(1, band // (logits.shape[1] * max(1, width)))
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         values = enlarge_rows(logits, mask.shape, top, bottom)[0]
@@ -424,8 +428,8 @@ def _decide(logits: Tensor, mask: Tensor, scores: Tensor | None) -> float:
         if scores is not None:
             scores[:, top:bottom] = values.softmax(0)
         chosen = (values - best).exp_().sum(0).reciprocal_()
-        total += chosen.sum(dtype=torch.float64).cpu()
-    return total.item()
+        total += chosen.sum().item()
+    return total
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
