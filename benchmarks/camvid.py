@@ -31,6 +31,7 @@ OVERRIDES = (
     "data.augment.jitter=null",
     "model.encoder=resnet18",
     "model.weights=null",
+    "loss=ce_dice",
     "optimizer.lr=2e-3",
     "trainer.max_epochs=12",
 )

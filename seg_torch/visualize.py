@@ -63,12 +63,11 @@ def side_by_side(
     Args:
         image: RGB, uint8 [H, W, 3].
         masks: class ids, uint8 [H, W], and the labels, by title.
-        column: largest width of each picture in pixels.
+        column: largest width of each picture in pixels; small ones are enlarged to 200.
     """
-    width = min(column, image.shape[1])
-    size = (width, max(1, round(width * image.shape[0] / image.shape[1])))
-    # Narrow pictures get a wider column: titles and legends have to be read.
-    column, header, gap = max(width, 200), 24, 4
+    column = min(column, max(image.shape[1], 200))  # a title and a legend have to fit
+    size = (column, max(1, round(column * image.shape[0] / image.shape[1])))
+    header, gap = 24, 4
     pictures = {"photo": Image.fromarray(image)}
     keys = []
     for title, (mask, labels) in masks.items():

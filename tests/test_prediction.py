@@ -19,7 +19,7 @@ from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter, checkpoint, prediction
 from seg_torch.errors import InputError
-from seg_torch.images import read_image
+from seg_torch.images import PARTIAL, read_image
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -383,9 +383,10 @@ def test_two_models_stand_side_by_side_in_one_picture(run, tmp_path):
     both = read_image(tmp_path / "out/side_by_side/a.jpg")
     column = 200 + 4
     assert both.shape[1] == alone.shape[1] + column
-    pictures = slice(24, 24 + 48)  # below the titles
-    assert np.abs(both[pictures, :400].astype(int) - alone[pictures, :400]).mean() < 2
-    assert np.abs(both[pictures, 408:472].astype(int) - both[pictures, 204:268]).mean() > 5
+    photo, first, second = (both[24:174, i * column :][:, :200].astype(int) for i in range(3))
+    assert np.abs(photo - alone[24:174, :200]).mean() < 2
+    assert np.abs(first - alone[24:174, column : column + 200]).mean() < 2
+    assert np.abs(second - first).mean() > 5
 
 
 @pytest.mark.parametrize(
@@ -480,6 +481,8 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
     noted = [record["name"] for record in prediction._read_journal(tmp_path / "stopped")]
     assert len(noted) >= 20
 
+    # What a process leaves that is killed while it writes; whether this one did is chance.
+    (masks / f"{PARTIAL}abc.png").write_bytes(b"half a picture")
     for output in ("stopped", "whole"):
         assert predict(compose("predict", "trainer.accelerator=cpu", *arguments(output))) == 0
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
@@ -488,6 +491,8 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
 
 def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
     places = [f"input={many}", f"checkpoint={weights}", "save=[mask,polygons]"]
+    for path in sorted(many.iterdir())[50:]:
+        path.unlink()
     (many / "bad.jpg").write_text("no picture")
     result = subprocess.run(
         command(*places, f"output={tmp_path / 'two'}", "trainer.devices=2"),
@@ -504,5 +509,5 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
         for path in sorted((tmp_path / "two" / prediction.JOURNAL).glob("[01].jsonl"))
     ]
     assert len(shares) == 2
-    assert sorted(shares[0] + shares[1]) == sorted([f"{i:03d}" for i in range(200)] + ["bad"])
-    assert min(map(len, shares)) >= 100
+    assert sorted(shares[0] + shares[1]) == sorted([f"{i:03d}" for i in range(50)] + ["bad"])
+    assert min(map(len, shares)) >= 25
