@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -27,6 +29,21 @@ def total_memory(device: torch.device) -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         return min(total, int(text))
     return total
+
+
+def reuse_memory() -> None:
+    """Keeps memory that was freed for the next tensor, instead of giving it back (glibc only).
+
+    A training step on a processor allocates the same large tensors again and again. glibc returns
+    each to the system, which clears its pages when they are next used: a tenth of the step's time.
+    The settings are those of mallopt(3).
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            m_trim_threshold, m_mmap_max = -1, -4
+            mallopt(m_trim_threshold, -1)
+            mallopt(m_mmap_max, 0)
 
 
 def best_device() -> torch.device:

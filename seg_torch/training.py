@@ -146,6 +146,8 @@ def build_trainer(
         options["precision"] = hardware.best_precision(kind)
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")
+    if accelerator == "cpu":
+        hardware.reuse_memory()
     console = Console()
     progress: list[Callback] = [RichProgressBar()] if console.is_terminal else []
     options["enable_progress_bar"] = bool(progress)

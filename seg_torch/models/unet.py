@@ -78,7 +78,7 @@ class DecoderStage(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = F.interpolate(x, size=size, mode="nearest")
         return self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
 
 
@@ -126,7 +126,12 @@ class UNet(EncoderDecoder):
             skip_channels = encoder_channels.get(stride, 0)
             self.decoder.append(DecoderStage(in_channels, skip_channels, out_channels))
             in_channels = out_channels
-        self.classifier = nn.Conv2d(in_channels, num_classes, 1)
+        self.classifier = nn.Conv2d(in_channels, num_classes, 3, padding=1)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+        nn.init.xavier_uniform_(self.classifier.weight)
+        nn.init.zeros_(cast(Tensor, self.classifier.bias))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute logits.
