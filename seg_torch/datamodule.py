@@ -44,7 +44,7 @@ class SegmentationDataModule(LightningDataModule):
         root: the dataset's folder.
         batch_size: images per device and step.
         num_workers: processes that prepare batches; by default as many as there are processors for
-            each device, at most 8.
+            each device, at most 8, but none for training on a processor with ``cache``.
         resize: (height, width) at which the network sees every image; ``None`` for its own size.
         augment: transform of the training samples, see :func:`seg_torch.transforms.augment`.
         cache: keep the decoded and resized samples in memory.
@@ -147,15 +147,17 @@ class SegmentationDataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers
-        if workers is None:
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
+        if workers is None and self.cache and device == "cpu":
+            workers = 0  # there is nothing to wait for, and the network needs the processors
+        elif workers is None:
             on_this_node = self.trainer.num_devices if self.trainer is not None else 1
             workers = min(8, max(1, available_cpus() // on_this_node))
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=on_gpu,
+            pin_memory=device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
             **arguments,
         )
