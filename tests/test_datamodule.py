@@ -51,6 +51,12 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
     assert not equal(epoch(module(seed=2), 3), reference)
 
 
+def test_cached_samples_take_no_workers_from_a_network_on_the_processor():
+    cached = SegmentationDataModule(small_shapes, batch_size=2, cache=True)
+    assert cached.train_dataloader().num_workers == 0
+    assert SegmentationDataModule(small_shapes, batch_size=2).train_dataloader().num_workers > 0
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     shards = [list(EpochSampler(23, 3, 0, rank, world)) for rank in range(world)]

@@ -433,6 +433,31 @@ def test_unet_names_the_number_of_decoder_channels_it_needs():
         unet(NUM_CLASSES, "resnet18", weights=None, decoder_channels=(64, 32))
 
 
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_unet_gives_the_logits_of_segmentation_models_pytorch_with_its_weights(encoder):
+    """Both list their tensors in the order of the computation, so these are paired by position."""
+    library = pytest.importorskip("segmentation_models_pytorch")
+    reference = library.Unet(encoder, encoder_weights=None, classes=NUM_CLASSES).eval()
+    model = unet(NUM_CLASSES, encoder, weights=None).eval()
+    tensors = zip(model.state_dict(), reference.state_dict().values(), strict=True)
+    model.load_state_dict(dict(tensors))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = reference(x)
+        torch.testing.assert_close(model(x)["out"], expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
+
+
+def test_the_decoder_of_unet_keeps_the_scale_of_its_activations():
+    """He et al. (2015), equation 10: the variance of weights before a ReLU is 2 / fan_in."""
+    model = unet(NUM_CLASSES, "resnet18", weights=None)
+    convolutions = [m for m in model.decoder.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 10
+    for convolution in convolutions[:6]:  # those with enough weights to tell
+        fan_in = convolution.weight[0].numel()
+        assert convolution.weight.var().item() * fan_in == pytest.approx(2, rel=0.05)
+
+
 def test_unet_is_built_from_any_timm_feature_extractor():
     encoder = timm.create_model("resnet18", features_only=True, out_indices=(0, 1, 2, 3))
     model = UNet(encoder, NUM_CLASSES, decoder_channels=(64, 32, 16, 8)).eval()  # stride 16
