@@ -64,7 +64,7 @@ class EncoderDecoder(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Nearest-neighbour upsampling, a skip connection, two 3x3 convolutions with BatchNorm and ReLU."""
+    """Nearest upsampling, a skip connection, and two 3x3 convolutions with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
