@@ -33,7 +33,7 @@ COLUMNS = {
 
 
 class History(Callback):
-    """Writes ``metrics.csv``, a row an epoch, and draws ``curves.png`` from it.
+    """Writes `metrics.csv`, a row an epoch, and draws `curves.png` from it.
 
     Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay.
     """
@@ -115,7 +115,7 @@ class SampleSheet(Callback):
 
 
 class SaveOnInterrupt(Callback):
-    """Leaves a ``last.ckpt`` when Ctrl-C comes before the first epoch's own one.
+    """Leaves a `last.ckpt` when Ctrl-C comes before the first epoch's own one.
 
     After an epoch there is one already, and it is the better one to resume from.
     """

@@ -1,7 +1,7 @@
 """Checkpoints that describe themselves: a Lightning checkpoint plus, as plain data, the labels, the
 preprocessing and the configurations of model and data.
 
-Reading one runs nothing that comes from the file: it is loaded with ``weights_only=True``, and a
+Reading one runs nothing that comes from the file: it is loaded with `weights_only=True`, and a
 configuration may only name the packages that are listed here.
 """
 
@@ -48,9 +48,9 @@ def describe(
     Args:
         network: for its mean and standard deviation.
         labels: the classes.
-        model: configuration of the model, plain data with ``_target_``.
+        model: configuration of the model, plain data with `_target_`.
         data: configuration of the data module, likewise.
-        resize: (height, width) at which the network sees images, or ``None``.
+        resize: (height, width) at which the network sees images, or `None`.
     """
     return {
         "version": 1,
@@ -92,7 +92,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     """The network that a checkpoint describes, with its weights, and its labels.
 
     Args:
-        content: from :func:`read`.
+        content: from `read`.
         trust: further packages from which the model may come.
 
     Raises:
@@ -136,10 +136,10 @@ def load_matching(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 
 def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: Any) -> Any:
-    """Hydra's ``instantiate`` for a configuration from a file, which may come from anywhere.
+    """Hydra's `instantiate` for a configuration from a file, which may come from anywhere.
 
     Raises:
-        InputError: a ``_target_`` outside the known and trusted packages.
+        InputError: a `_target_` outside the known and trusted packages.
     """
     packages = (*KNOWN_PACKAGES, *trust)
     for target in _targets(config):

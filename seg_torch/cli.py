@@ -36,7 +36,7 @@ CONFIG_FOLDER = Path(__file__).parents[1] / "conf"
 
 
 def entry_point(function: Callable[[DictConfig], Any], config_name: str) -> None:
-    """Runs ``function`` with the configuration that the command line asks for.
+    """Runs `function` with the configuration that the command line asks for.
 
     What the user can mend is told in a few lines on standard error, with exit code 2; everything
     else is a bug and keeps its traceback. A result that is true means failures: exit code 1.
@@ -70,7 +70,7 @@ def _short_messages(config_name: str) -> Iterator[None]:
 
 
 def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Calls ``function`` and leaves the process as it was, for the next job of a sweep.
+    """Calls `function` and leaves the process as it was, for the next job of a sweep.
 
     With several devices Lightning starts the other processes by the command line of this one. In
     a sweep that would start the sweep again in each of them, so the command line becomes that of
@@ -106,7 +106,7 @@ def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 
 def _explain(error: BaseException, config_name: str) -> str | None:
-    """A message of a few lines for what the user can mend, ``None`` for a bug."""
+    """A message of a few lines for what the user can mend, `None` for a bug."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):

@@ -39,14 +39,14 @@ class SegmentationDataModule(LightningDataModule):
     """Loaders over one dataset.
 
     Args:
-        dataset: ``dataset(split=...)`` or, with ``root``, ``dataset(root=..., split=...)`` gives
-            the samples of ``train``, ``val`` and ``test``; see :mod:`seg_torch.datasets`.
+        dataset: `dataset(split=...)` or, with `root`, `dataset(root=..., split=...)` gives
+            the samples of `train`, `val` and `test`; see `seg_torch.datasets`.
         root: the dataset's folder.
         batch_size: images per device and step.
         num_workers: processes that prepare batches; by default as many as there are processors for
-            each device, at most 8, but none for training on a processor with ``cache``.
-        resize: (height, width) at which the network sees every image; ``None`` for its own size.
-        augment: transform of the training samples, see :func:`seg_torch.transforms.augment`.
+            each device, at most 8, but none for training on a processor with `cache`.
+        resize: (height, width) at which the network sees every image; `None` for its own size.
+        augment: transform of the training samples, see `seg_torch.transforms.augment`.
         cache: keep the decoded and resized samples in memory.
         seed: of order and augmentation.
         download: ask the dataset to fetch itself, for those that can.
@@ -80,7 +80,7 @@ class SegmentationDataModule(LightningDataModule):
         self._datasets: dict[str, Any] = {}
 
     def dataset(self, split: str) -> Any:
-        """The samples of ``train``, ``val`` or ``test`` at their original size."""
+        """The samples of `train`, `val` or `test` at their original size."""
         if split not in self._datasets:
             place: dict[str, Any] = {} if self.root is None else {"root": self.root}
             if self.download:
@@ -169,7 +169,7 @@ class SegmentationDataModule(LightningDataModule):
 
 
 def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
-    """``map`` over threads, in order; decoding of pictures releases Python's lock."""
+    """`map` over threads, in order; decoding of pictures releases Python's lock."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         yield from pool.map(function, items)
 
@@ -206,7 +206,7 @@ class _Cached(Dataset):
 
 
 class _TrainingSamples(Dataset):
-    """Augmented samples, by the (epoch, index) that :class:`EpochSampler` yields."""
+    """Augmented samples, by the (epoch, index) that `EpochSampler` yields."""
 
     def __init__(self, dataset: Any, augment: Callable[..., Any] | None, seed: int) -> None:
         self.dataset, self.augment, self.seed = dataset, augment, seed
@@ -239,7 +239,7 @@ class EpochSampler(Sampler):
 
     @property
     def sampler(self) -> EpochSampler:
-        """Lightning calls ``set_epoch`` on the ``sampler`` of a batch sampler."""
+        """Lightning calls `set_epoch` on the `sampler` of a batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -71,7 +71,7 @@ def best_precision(device_type: str) -> str:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which a network runs at :func:`best_precision`."""
+    """The context in which a network runs at `best_precision`."""
     precision = best_precision(device.type)
     if precision == "32-true":
         return nullcontext()

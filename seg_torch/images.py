@@ -66,7 +66,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def pixel_limit(pixels: int | None) -> Iterator[None]:
-    """Lets images of up to so many pixels be read; ``None`` leaves Pillow's limit, 179 million.
+    """Lets images of up to so many pixels be read; `None` leaves Pillow's limit, 179 million.
 
     Pillow refuses larger ones because a small file can claim to be an image that fills the memory.
     It also warns of those of half the size, which is no news here.
@@ -83,10 +83,10 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Calls ``write(temporary_name)`` and renames the result to ``path``.
+    """Calls `write(temporary_name)` and renames the result to `path`.
 
     The temporary file lies in the same folder and keeps the suffix, from which writers choose
-    their format. Whatever happens, ``path`` is the old file or the complete new one.
+    their format. Whatever happens, `path` is the old file or the complete new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

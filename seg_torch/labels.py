@@ -1,7 +1,7 @@
 """What the classes are: their names, their colours, and the id that means "no label".
 
-Everything that shows or stores a mask goes through :class:`Labels`, :func:`decode_segmap` and
-:func:`encode_segmap`, so that a class has the same colour in a sample sheet, a saved PNG and a
+Everything that shows or stores a mask goes through `Labels`, `decode_segmap` and
+`encode_segmap`, so that a class has the same colour in a sample sheet, a saved PNG and a
 legend.
 """
 
@@ -94,7 +94,7 @@ class Labels:
 
     @classmethod
     def from_dict(cls, data: dict) -> Labels:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of `to_dict`."""
         return cls(tuple(data["names"]), np.array(data["palette"]), data["ignore_index"])
 
 
@@ -164,7 +164,7 @@ def palette_image(
 def encode_segmap(
     rgb: np.ndarray | torch.Tensor, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
 ) -> np.ndarray:
-    """The inverse of :func:`decode_segmap`: colours back to class ids.
+    """The inverse of `decode_segmap`: colours back to class ids.
 
     Args:
         rgb: uint8 [..., H, W, 3], NumPy or torch.

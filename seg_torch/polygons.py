@@ -30,9 +30,9 @@ def coco_annotations(mask: np.ndarray) -> list[dict[str, Any]]:
         mask: class ids, uint8 [H, W]; pixels of 255 belong to no class.
 
     Returns:
-        Dictionaries with ``category_id`` (the class id), ``segmentation`` (a list of rings
-        [x, y, x, y, ...]), ``area`` (in pixels, counted), ``bbox`` ([x, y, width, height]) and
-        ``iscrowd`` (0).
+        Dictionaries with `category_id` (the class id), `segmentation` (a list of rings
+        [x, y, x, y, ...]), `area` (in pixels, counted), `bbox` ([x, y, width, height]) and
+        `iscrowd` (0).
     """
     annotations = []
     for category, area in enumerate(Image.fromarray(mask).histogram()[:IGNORE_INDEX]):

@@ -54,7 +54,7 @@ Record = dict[str, Any]
 
 
 def predict(cfg: DictConfig) -> int:
-    """Predicts ``cfg.input`` into ``cfg.output``. Returns the number of files that failed."""
+    """Predicts `cfg.input` into `cfg.output`. Returns the number of files that failed."""
     if cfg.input is None or cfg.output is None:
         raise InputError("predict.py needs input=FILE-OR-FOLDER and output=FOLDER")
     source, output, outputs = Path(cfg.input), Path(cfg.output), list(cfg.save)
@@ -114,14 +114,14 @@ def predict(cfg: DictConfig) -> int:
 
 
 def find_images(path: Path, output: Path | None = None) -> dict[str, Path]:
-    """The picture files at or below ``path``, by the name of their outputs.
+    """The picture files at or below `path`, by the name of their outputs.
 
     The name is the path below the folder without its extension, or with it where another file
     would get the same name.
 
     Args:
         path: of a picture or a folder.
-        output: folder whose pictures are left out, since it may lie below ``path``.
+        output: folder whose pictures are left out, since it may lie below `path`.
 
     Raises:
         InputError: there is no such path, or no picture below it.
@@ -240,7 +240,7 @@ def _label(
 def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], count: int
 ) -> Iterator[R]:
-    """``map`` in threads, in order, at most ``count`` items ahead of whoever takes the results."""
+    """`map` in threads, in order, at most `count` items ahead of whoever takes the results."""
     pending: deque[Future[R]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -251,7 +251,7 @@ def _ahead(
 
 
 def _same_size(photos: Iterable[_Photo], count: int) -> Iterator[list[_Photo]]:
-    """Groups of up to ``count`` pictures of one size; at most twice as many wait for company."""
+    """Groups of up to `count` pictures of one size; at most twice as many wait for company."""
     groups: dict[tuple[int, ...], list[_Photo]] = {}
     for photo in photos:
         group = groups.setdefault(photo.image.shape, [])
@@ -264,7 +264,7 @@ def _same_size(photos: Iterable[_Photo], count: int) -> Iterator[list[_Photo]]:
 
 
 def _shrink(photo: np.ndarray, resize: int | None, crop: int | None) -> np.ndarray:
-    """A picture with its shorter side at ``resize``, cut to the middle ``crop``; null: as it is."""
+    """A picture with its shorter side at `resize`, cut to the middle `crop`; null: as it is."""
     if resize is None and crop is None:
         return photo
     image = Image.fromarray(photo)
@@ -410,7 +410,7 @@ def _finish(
 
 
 def _fabric(trainer: DictConfig) -> Fabric:
-    """Lightning's processes, one for each device; ``launch`` starts those that are missing."""
+    """Lightning's processes, one for each device; `launch` starts those that are missing."""
     settings = {"accelerator": trainer.accelerator, "devices": trainer.devices}
     try:
         fabric = Fabric(**settings)
@@ -451,7 +451,7 @@ def _titles(cfg: DictConfig) -> tuple[str, str]:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """``tile``, and ``tta`` as the Segmenter takes it."""
+    """`tile`, and `tta` as the Segmenter takes it."""
     words = cfg.tta.split(",") if isinstance(cfg.tta, str) else list(cfg.tta or [])
     try:
         scales = [float(word) for word in words if word != "flip"] or [1.0]

@@ -79,7 +79,7 @@ class Segmentation:
         return Image.fromarray(decode_segmap(self.mask, self.labels))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
-        """The colours laid over the picture, with weight ``alpha``."""
+        """The colours laid over the picture, with weight `alpha`."""
         return overlay(self.image, self.mask, self.labels, alpha)
 
     def legend(self) -> Image.Image:
@@ -96,7 +96,7 @@ class Segmentation:
         return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
 
     def polygons(self) -> list[dict[str, Any]]:
-        """COCO annotations, one for each class that occurs: see :mod:`seg_torch.polygons`."""
+        """COCO annotations, one for each class that occurs: see `seg_torch.polygons`."""
         return coco_annotations(self.mask)
 
     def save(
@@ -105,14 +105,14 @@ class Segmentation:
         name: str | Path = "image",
         outputs: Sequence[str] = ("mask", "overlay"),
     ) -> None:
-        """Writes ``<folder>/<output>/<name>.<suffix>`` for each of ``outputs``.
+        """Writes `<folder>/<output>/<name>.<suffix>` for each of `outputs`.
 
         Args:
             folder: where to; made if need be.
             name: of the picture, without a suffix; may contain folders.
-            outputs: ``mask`` (PNG of class ids with the palette, and the names as text), ``colour``
-                (RGB PNG), ``overlay`` (JPEG), ``probabilities`` (compressed npz, float16),
-                ``polygons`` (COCO JSON) and ``side_by_side`` (JPEG).
+            outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
+                (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
+                `polygons` (COCO JSON) and `side_by_side` (JPEG).
 
         Raises:
             InputError: there is no such output, or there are no probabilities.
@@ -164,10 +164,10 @@ class Segmenter:
     Args:
         network: images to logits.
         labels: its classes.
-        resize: (height, width) at which the network sees pictures; ``None`` for their own size.
+        resize: (height, width) at which the network sees pictures; `None` for their own size.
         device: where to run; by default the best there is.
-        tile: side of the tiles in pixels, a multiple of 32; ``None`` for whole pictures whatever
-            their size; ``"auto"`` for tiles of 1,024 where the whole might take more than a quarter
+        tile: side of the tiles in pixels, a multiple of 32; `None` for whole pictures whatever
+            their size; `"auto"` for tiles of 1,024 where the whole might take more than a quarter
             of the device's memory.
         scales: the network sees each picture at these multiples of its size, and the probabilities
             are averaged.
@@ -213,13 +213,13 @@ class Segmenter:
         trust: Sequence[str] = (),
         **settings: Any,
     ) -> Segmenter:
-        """From a checkpoint that ``train.py`` wrote.
+        """From a checkpoint that `train.py` wrote.
 
         Args:
             path: of the checkpoint.
             device: where to run; by default the best there is.
             trust: packages besides seg_torch's own from which the model may come.
-            settings: ``tile``, ``scales`` and ``flip`` of the constructor.
+            settings: `tile`, `scales` and `flip` of the constructor.
 
         Raises:
             InputError: no checkpoint of seg_torch, or a model from a package that is not trusted.
@@ -240,10 +240,10 @@ class Segmenter:
         """With the weights that torchvision publishes, for the 21 classes of PASCAL VOC.
 
         Args:
-            model: ``deeplabv3`` or ``fcn``.
-            backbone: ``resnet50``, ``resnet101`` or, of DeepLabv3, ``mobilenet_v3_large``.
+            model: `deeplabv3` or `fcn`.
+            backbone: `resnet50`, `resnet101` or, of DeepLabv3, `mobilenet_v3_large`.
             device: where to run; by default the best there is.
-            settings: ``tile``, ``scales`` and ``flip`` of the constructor.
+            settings: `tile`, `scales` and `flip` of the constructor.
 
         Raises:
             InputError: there is no such model, or its weights cannot be had.
@@ -282,7 +282,7 @@ class Segmenter:
         with batches of one length a result does not depend on what else is in its batch.
 
         Args:
-            images: like those of :meth:`predict`.
+            images: like those of `predict`.
             probabilities: as there.
 
         Raises:
@@ -312,7 +312,7 @@ class Segmenter:
     def _predict_tiled(self, photo: np.ndarray, tile: int, probabilities: bool) -> Segmentation:
         """Decides a picture tile by tile.
 
-        A tile fades in over its first ``overlap`` rows and columns while the one before it fades
+        A tile fades in over its first `overlap` rows and columns while the one before it fades
         out. Only what is still to be faded into the next tiles is kept: the right edge of the last
         tile, and the lower edge of the last row of tiles.
         """
@@ -379,7 +379,7 @@ class Segmenter:
         return image[None].to(self.device)
 
     def _tile(self, height: int, width: int) -> int | None:
-        """The side of the tiles for a picture of this size, ``None`` for the whole of it."""
+        """The side of the tiles for a picture of this size, `None` for the whole of it."""
         if self.tile is None or self.resize is not None:
             return None
         if self.tile == "auto":
@@ -406,12 +406,12 @@ class Segmenter:
 
 
 def _decide(logits: Tensor, mask: Tensor, scores: Tensor | None) -> float:
-    """Writes the most probable class of every pixel into ``mask``, band by band.
+    """Writes the most probable class of every pixel into `mask`, band by band.
 
     Args:
         logits: [1, C, h, w], brought to the size of the mask.
         mask: uint8 [H, W], written to.
-        scores: float16 [C, H, W] or ``None``; the probabilities are written to it.
+        scores: float16 [C, H, W] or `None`; the probabilities are written to it.
 
     Returns:
         The sum, over the pixels, of the probability of the chosen class.
@@ -435,7 +435,7 @@ def _decide(logits: Tensor, mask: Tensor, scores: Tensor | None) -> float:
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
     """(read from, use from, end) of the tiles along one side, in order.
 
-    Neighbours share ``overlap`` pixels. The last tile reads back further than it is used, so that
+    Neighbours share `overlap` pixels. The last tile reads back further than it is used, so that
     the network sees as much around it as around the others; all begin at multiples of 32, where
     the strides of the network begin, too.
     """

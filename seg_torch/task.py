@@ -29,11 +29,11 @@ class SegmentationTask(LightningModule):
         network: what is trained.
         labels: its classes.
         loss: (logits float [N, C, H, W], target uint8 [N, H, W]) -> scalar. Not needed to score.
-        optimizer: ``optimizer(parameters)``, as a partial.
-        scheduler: ``scheduler(optimizer, total_steps)`` stepped after each batch, or a partial of
-            ``ReduceLROnPlateau``, stepped after each epoch on the validation loss.
+        optimizer: `optimizer(parameters)`, as a partial.
+        scheduler: `scheduler(optimizer, total_steps)` stepped after each batch, or a partial of
+            `ReduceLROnPlateau`, stepped after each epoch on the validation loss.
         aux_weight: weight of the loss of the auxiliary head, where there is one.
-        description: what :mod:`seg_torch.checkpoint` needs to build the network again.
+        description: what `seg_torch.checkpoint` needs to build the network again.
         pixel_counts_cache: file for the class counts of losses that are weighted by them.
         seed: of what is random inside the network, such as dropout.
         average_precision: score it in tests, too.

@@ -134,7 +134,7 @@ def build_trainer(
 ) -> Trainer:
     """Lightning's Trainer with the settings that suit the hardware.
 
-    ``precision: auto`` becomes the best there is, and more than one GPU turns on synchronised
+    `precision: auto` becomes the best there is, and more than one GPU turns on synchronised
     BatchNorm, without which each GPU normalises its few images by their own statistics.
     """
     options = _plain(settings)
@@ -173,7 +173,7 @@ def build_trainer(
 def _score(
     trainer: Trainer, task: SegmentationTask, data: SegmentationDataModule, folder: Path, split: str
 ) -> None:
-    """Scores a task, prints the table and writes ``<split>_metrics.json``."""
+    """Scores a task, prints the table and writes `<split>_metrics.json`."""
     trainer.test(task, datamodule=data, verbose=False)
     report = task.test_report
     assert report is not None

@@ -1,7 +1,7 @@
 """Joint transforms of image and mask, built on torchvision.transforms.v2.
 
 Masks are only ever moved by nearest neighbour, and every pixel that a transform invents is
-``ignore_index`` in the mask, so no transform can make a label that was not there.
+`ignore_index` in the mask, so no transform can make a label that was not there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PADDING_COLOUR = (124.0, 116.0, 104.0)
 
 
 def resize_image(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """An image uint8 [..., H, W] at ``size`` = (height, width), bilinear and anti-aliased."""
+    """An image uint8 [..., H, W] at `size` = (height, width), bilinear and anti-aliased."""
     return tvf.resize_image(image, list(size), antialias=True)
 
 
 def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A mask uint8 [H, W] at ``size`` = (height, width).
+    """A mask uint8 [H, W] at `size` = (height, width).
 
     `nearest-exact` takes the pixel under the centre of the new one, as the bilinear resize of the
     image does. torchvision's own resize of a mask uses `nearest`, which is off by half a pixel.
@@ -44,7 +44,7 @@ class RandomScaleCrop(v2.Transform):
 
     Args:
         size: (height, width) of the result.
-        scale: range of the factor; ``None`` for no scaling.
+        scale: range of the factor; `None` for no scaling.
     """
 
     def __init__(self, size: Sequence[int], scale: Sequence[float] | None = (0.5, 2.0)) -> None:
@@ -98,11 +98,11 @@ def augment(
     """The training transform: random scale and crop, horizontal flip, colour jitter.
 
     Args:
-        crop: (height, width) of the window; ``None`` leaves size and scale as they are.
-        scale: range of the random factor, ``None`` for none; needs ``crop``.
+        crop: (height, width) of the window; `None` leaves size and scale as they are.
+        scale: range of the random factor, `None` for none; needs `crop`.
         flip: probability of a horizontal flip.
         jitter: largest relative change of brightness, contrast and saturation, one number for all
-            or three; ``None`` for no change of colour at all.
+            or three; `None` for no change of colour at all.
         hue: largest change of hue, as a share of the colour circle.
     """
     steps: list[v2.Transform] = []

@@ -1,4 +1,4 @@
-"""Films: an overlay of every frame, at its own time. Needs PyAV (``seg_torch[video]``)."""
+"""Films: an overlay of every frame, at its own time. Needs PyAV (`seg_torch[video]`)."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
 def additive_overlay(
     image: np.ndarray, mask: np.ndarray, labels: Labels, strength: float = 0.6
 ) -> Image.Image:
-    """The colours of the classes added to a picture: image x 1.0 + colours x ``strength``.
+    """The colours of the classes added to a picture: image x 1.0 + colours x `strength`.
 
-    Sums above 255 become 255, as in OpenCV's ``addWeighted``; ignored pixels stay as they are.
+    Sums above 255 become 255, as in OpenCV's `addWeighted`; ignored pixels stay as they are.
 
     Args:
         image: RGB, uint8 [H, W, 3].
@@ -94,13 +94,13 @@ def legend(
     width: int = 640,
     columns: int | None = None,
 ) -> Image.Image:
-    """A swatch and the name of each class, in as many columns as ``width`` pixels hold.
+    """A swatch and the name of each class, in as many columns as `width` pixels hold.
 
     Args:
         labels: the classes.
         ids: those to show, by default all.
         width: of the picture in pixels.
-        columns: instead of ``width``: so many columns, and a picture as wide as they need.
+        columns: instead of `width`: so many columns, and a picture as wide as they need.
     """
     ids = range(len(labels)) if ids is None else ids
     font = ImageFont.load_default(14)
@@ -175,8 +175,8 @@ def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Losses and scores by epoch, as a picture.
 
     Args:
-        history: one row an epoch, with ``epoch`` and any of ``train_loss``, ``val_loss``,
-            ``val_mean_iou``, ``val_pixel_accuracy``.
+        history: one row an epoch, with `epoch` and any of `train_loss`, `val_loss`,
+            `val_mean_iou`, `val_pixel_accuracy`.
         path: of the PNG.
     """
     from matplotlib.figure import Figure  # a second of import time that prediction can do without

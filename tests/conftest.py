@@ -24,7 +24,7 @@ SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.pre
 
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
-    """``compose("train", "model=fcn", ...)``: the configuration of that command line."""
+    """`compose("train", "model=fcn", ...)`: the configuration of that command line."""
 
     def compose(name: str, *overrides: str) -> DictConfig:
         GlobalHydra.instance().clear()
@@ -36,7 +36,7 @@ def compose() -> Callable[..., DictConfig]:
 
 @pytest.fixture
 def small(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., DictConfig]:
-    """``small("train", ...)``: the same, on small images, small networks and two epochs."""
+    """`small("train", ...)`: the same, on small images, small networks and two epochs."""
 
     def small(name: str, *overrides: str) -> DictConfig:
         return compose(

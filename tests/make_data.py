@@ -1,6 +1,6 @@
 """Tiny copies of each dataset in its exact format on disk, with made-up pictures.
 
-``make_NAME(root)`` writes what ``seg_torch.datasets.NAME(root, split)`` reads.
+`make_NAME(root)` writes what `seg_torch.datasets.NAME(root, split)` reads.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FUNCTIONS = {"train": train, "evaluate": evaluate, "predict": predict}
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """``command("train data=voc ...")`` runs it here and returns (exit code, standard error)."""
+    """`command("train data=voc ...")` runs it here and returns (exit code, standard error)."""
 
     def command(line: str) -> tuple[int | str | None, str]:
         name, *arguments = line.split()

@@ -71,7 +71,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def run(compose, weights, photos, tmp_path):
-    """``run("save=[mask]", ...)`` predicts the photos into ``out``."""
+    """`run("save=[mask]", ...)` predicts the photos into `out`."""
 
     def run(*overrides: str) -> int:
         inputs = (f"input={photos}", f"output={tmp_path / 'out'}", f"checkpoint={weights}")

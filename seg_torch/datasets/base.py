@@ -50,9 +50,9 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
     """The folder of a dataset, once everything that has to be there is there.
 
     Args:
-        root: the folder to look in; ``~`` is the home directory.
+        root: the folder to look in; `~` is the home directory.
         dataset: its name, for the message.
-        entries: paths below ``root`` that have to exist.
+        entries: paths below `root` that have to exist.
         source: how to get the dataset.
 
     Raises:
@@ -200,10 +200,10 @@ def id_table(ids: Mapping[int, int]) -> np.ndarray:
 
 
 def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """An index mask with its values looked up in an :func:`id_table`.
+    """An index mask with its values looked up in an `id_table`.
 
     Raises:
-        InputError: as :func:`read_index_mask`, or a value that the table does not allow.
+        InputError: as `read_index_mask`, or a value that the table does not allow.
     """
     values = read_index_mask(path)
     ids = table.take(values)
@@ -226,7 +226,7 @@ class SegmentationDataset(Dataset):
             grey or palette image. A module-level function or a partial of one, so that worker
             processes can be started with it.
 
-    Items are ``(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])``.
+    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
     """
 
     def __init__(

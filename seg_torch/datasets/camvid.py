@@ -45,8 +45,8 @@ def camvid(root: str | Path, split: str) -> SegmentationDataset:
 
     367 train, 101 val, 233 test.
 
-    ``root`` holds ``train/``, ``trainannot/``, ``val/``, ... and the lists ``train.txt``, ...
-    of image and mask, whose ``/SegNet/CamVid/`` prefix is ignored. Without a list the folders
+    `root` holds `train/`, `trainannot/`, `val/`, ... and the lists `train.txt`, ...
+    of image and mask, whose `/SegNet/CamVid/` prefix is ignored. Without a list the folders
     themselves say what belongs to the split; without test images the test split is val.
 
     Raises:

@@ -58,8 +58,8 @@ CAMVID32_LABELS = Labels(tuple(CAMVID32_CLASSES), np.array(list(CAMVID32_CLASSES
 def camvid32(root: str | Path, split: str) -> SegmentationDataset:
     """CamVid (Brostow, Fauqueur, Cipolla, 2009), 960 x 720, 701 images, 32 classes with Void.
 
-    ``root`` holds ``701_StillsRaw_full/*.png`` and ``LabeledApproved_full/*_L.png``. The dataset
-    comes without a split: put lists of names in ``train.txt``, ``val.txt`` and ``test.txt``, or a
+    `root` holds `701_StillsRaw_full/*.png` and `LabeledApproved_full/*_L.png`. The dataset
+    comes without a split: put lists of names in `train.txt`, `val.txt` and `test.txt`, or a
     fixed random fifth is val and also test.
 
     Raises:

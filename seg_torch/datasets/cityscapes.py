@@ -78,8 +78,8 @@ def _look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def cityscapes(root: str | Path, split: str) -> SegmentationDataset:
     """Cityscapes (Cordts et al., CVPR 2016), 2048 x 1024, 19 classes: 2,975 train, 500 val.
 
-    ``root`` holds ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png`` and
-    ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``. The labels of the test images are not
+    `root` holds `leftImg8bit/{train,val}/CITY/*_leftImg8bit.png` and
+    `gtFine/{train,val}/CITY/*_gtFine_labelIds.png`. The labels of the test images are not
     public, so the test split is val.
 
     Raises:

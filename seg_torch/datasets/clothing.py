@@ -27,16 +27,16 @@ CLOTHING_LABELS = Labels(tuple(NAMES.split()))
 
 
 def read_clothing_mask(path: Path) -> np.ndarray:
-    """The variable ``groundtruth`` of an annotation file, uint8 [H, W]."""
+    """The variable `groundtruth` of an annotation file, uint8 [H, W]."""
     return np.ascontiguousarray(read_mat(path, "groundtruth"), np.uint8)
 
 
 def clothing(root: str | Path, split: str, limit: int | None = None) -> SegmentationDataset:
     """Clothing Co-Parsing (Yang, Luo, Lin, CVPR 2014): 1,004 annotated photos, 59 classes.
 
-    ``root`` holds ``photos/*.jpg`` and ``annotations/pixel-level/*.mat``. A fifth of the annotated
+    `root` holds `photos/*.jpg` and `annotations/pixel-level/*.mat`. A fifth of the annotated
     photos, rounded up, is val and also test; the rest is train. The split is the one of
-    scikit-learn's ``train_test_split(photos, test_size=0.2, random_state=0)`` over the photos in
+    scikit-learn's `train_test_split(photos, test_size=0.2, random_state=0)` over the photos in
     the order of their names.
 
     Args:

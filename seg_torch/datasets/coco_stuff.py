@@ -52,8 +52,8 @@ IDS = id_table({category - 1: i for i, category in enumerate(CATEGORIES)} | {255
 def coco_stuff(root: str | Path, split: str) -> SegmentationDataset:
     """COCO-Stuff (Caesar, Uijlings, Ferrari, CVPR 2018), 171 classes: 118,287 train, 5,000 val.
 
-    ``root`` holds ``images/{train2017,val2017}/*.jpg`` and the pixel maps
-    ``stuffthingmaps/{train2017,val2017}/*.png`` (or ``annotations/...``). The test split is val.
+    `root` holds `images/{train2017,val2017}/*.jpg` and the pixel maps
+    `stuffthingmaps/{train2017,val2017}/*.png` (or `annotations/...`). The test split is val.
 
     Raises:
         InputError: an unknown split, no such dataset, or an image without its mask.

@@ -26,13 +26,13 @@ VARIANTS = (
 
 
 def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place: Any) -> Any:
-    """Any dataset with its training split as an :class:`EightFold`; val and test as they are.
+    """Any dataset with its training split as an `EightFold`; val and test as they are.
 
     Args:
-        dataset: ``dataset(split=..., **place)`` gives the samples.
+        dataset: `dataset(split=..., **place)` gives the samples.
         split: "train", "val" or "test".
         side: height and width of the training samples.
-        place: ``root`` and ``download``, handed on.
+        place: `root` and `download`, handed on.
     """
     samples = dataset(split=split, **place)
     return EightFold(samples, side) if split == "train" else samples
@@ -41,15 +41,15 @@ def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place:
 class EightFold(Dataset):
     """All samples as they are, then all of them in each of seven variants: 8 x n samples.
 
-    Images are resized to ``side`` x ``side`` first. The variants compute what TensorFlow computes
-    on images in [0, 1] (``tf.image``: ``adjust_brightness(0.1)``, ``adjust_gamma(gamma=0.1)``,
-    ``adjust_hue(-0.1)``, ``central_crop(0.7)`` and ``resize`` back, ``flip_left_right``,
-    ``flip_up_down``, ``rot90``, which turns counter-clockwise). The result is rounded to the
+    Images are resized to `side` x `side` first. The variants compute what TensorFlow computes
+    on images in [0, 1] (`tf.image`: `adjust_brightness(0.1)`, `adjust_gamma(gamma=0.1)`,
+    `adjust_hue(-0.1)`, `central_crop(0.7)` and `resize` back, `flip_left_right`,
+    `flip_up_down`, `rot90`, which turns counter-clockwise). The result is rounded to the
     nearest of 256 levels, an error of 1/510 at most, and what brightness lifts above 1 becomes 1;
     TensorFlow goes on with floats up to 1.1.
 
     Args:
-        dataset: samples (image uint8 [3, H, W], mask uint8 [H, W]) with ``labels`` and ``mask(i)``.
+        dataset: samples (image uint8 [3, H, W], mask uint8 [H, W]) with `labels` and `mask(i)`.
         side: height and width of the result; one number, since a rotation exchanges the two.
 
     Attributes:

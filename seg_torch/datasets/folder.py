@@ -39,17 +39,17 @@ def folder(
 ) -> SegmentationDataset:
     """The user's own dataset.
 
-    ``root`` holds ``images/``, ``masks/`` and ``classes.txt``. A mask belongs to the image of the
-    same path without its suffix. ``classes.txt`` has one class a line, ``name`` or ``name R G B``,
-    in the order of the ids; blank lines and ``#`` comments are skipped.
+    `root` holds `images/`, `masks/` and `classes.txt`. A mask belongs to the image of the
+    same path without its suffix. `classes.txt` has one class a line, `name` or `name R G B`,
+    in the order of the ids; blank lines and `#` comments are skipped.
 
-    What a mask holds is told by its kind. RGB and RGBA masks hold the colours of ``classes.txt``
+    What a mask holds is told by its kind. RGB and RGBA masks hold the colours of `classes.txt`
     (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold class ids; 255
-    is not labelled. Where all colours of ``classes.txt`` are greys, grey masks hold these greys:
-    black-and-white masks need the lines ``background 0 0 0`` and ``object 255 255 255``.
+    is not labelled. Where all colours of `classes.txt` are greys, grey masks hold these greys:
+    black-and-white masks need the lines `background 0 0 0` and `object 255 255 255`.
 
-    ``train.txt`` and ``val.txt`` list the names of the splits, with or without suffix; without
-    them the pairs are split at random. ``test.txt`` is optional; without it the test split is val.
+    `train.txt` and `val.txt` list the names of the splits, with or without suffix; without
+    them the pairs are split at random. `test.txt` is optional; without it the test split is val.
 
     Args:
         root: the dataset's folder.
@@ -58,9 +58,9 @@ def folder(
         seed: of the random split; it does not depend on the seed of the training.
 
     Raises:
-        InputError: an unknown split, something missing in ``root``, a list with unknown names,
+        InputError: an unknown split, something missing in `root`, a list with unknown names,
             pairs that are incomplete, ambiguous or differ in size, or masks that do not fit
-            ``classes.txt``.
+            `classes.txt`.
     """
     check_split(split)
     source = (
@@ -85,12 +85,12 @@ def folder(
 def write_folder(
     samples: Iterable[tuple[Tensor, Tensor]], labels: Labels, root: str | Path
 ) -> None:
-    """Writes samples as PNG files in the layout that :func:`folder` reads.
+    """Writes samples as PNG files in the layout that `folder` reads.
 
     Args:
         samples: images uint8 [3, H, W] with masks uint8 [H, W], such as a dataset of this package.
         labels: their classes.
-        root: where ``images/``, ``masks/`` and ``classes.txt`` go; what lies there already under
+        root: where `images/`, `masks/` and `classes.txt` go; what lies there already under
             the same names is replaced.
     """
     for number, (image, mask) in enumerate(samples):
@@ -105,7 +105,7 @@ def write_folder(
 
 
 def read_classes(path: Path) -> tuple[Labels, bool]:
-    """The classes in a ``classes.txt``, and whether it gives their colours.
+    """The classes in a `classes.txt`, and whether it gives their colours.
 
     Raises:
         InputError: no classes, a colour above 255, or colours for some classes only.
@@ -135,11 +135,11 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
 
 
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
-    """A mask of colours or of class ids, told apart by the kind of the file as in :func:`folder`.
+    """A mask of colours or of class ids, told apart by the kind of the file as in `folder`.
 
     Args:
         path: the file.
-        palette: the classes' colours, uint8 [C, 3], or None where ``classes.txt`` gives none.
+        palette: the classes' colours, uint8 [C, 3], or None where `classes.txt` gives none.
 
     Returns:
         uint8 [H, W] of class ids and 255.
@@ -162,11 +162,11 @@ def split_names(
 ) -> list[str]:
     """The names that belong to a split.
 
-    They are read from ``train.txt``, ``val.txt`` and ``test.txt`` in ``root``. Where there is
-    neither ``train.txt`` nor ``val.txt``, whatever is not in ``test.txt`` is split at random.
+    They are read from `train.txt`, `val.txt` and `test.txt` in `root`. Where there is
+    neither `train.txt` nor `val.txt`, whatever is not in `test.txt` is split at random.
 
     Raises:
-        InputError: a list with unknown names, ``train.txt`` without ``val.txt`` or the reverse, or
+        InputError: a list with unknown names, `train.txt` without `val.txt` or the reverse, or
             too few names to split.
     """
     known = set(names)

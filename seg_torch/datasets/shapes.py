@@ -133,9 +133,9 @@ def _paint(
 
 
 class Shapes(Dataset):
-    """What :func:`shapes` returns.
+    """What `shapes` returns.
 
-    Items are ``(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask uint8 [size, size])``.
+    Items are `(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask uint8 [size, size])`.
     """
 
     labels = SHAPES_LABELS
@@ -194,7 +194,7 @@ def shapes(
     """Overlapping shapes on a textured ground, each with a rim of ignored pixels.
 
     Six classes: background, disc, square, triangle, star and ring; one to four shapes an image.
-    Nothing is stored: a sample follows from ``(seed, split, index)`` by a generator of its own, so
+    Nothing is stored: a sample follows from `(seed, split, index)` by a generator of its own, so
     it is the same on every machine and in every worker process.
 
     Args:

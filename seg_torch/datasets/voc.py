@@ -61,18 +61,18 @@ def voc(
 
     2012 has 1,464 train and 1,449 val images.
 
-    ``root`` holds ``VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}``. The
+    `root` holds `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`. The
     masks are palette PNGs whose indices are the classes; 255 is the rim around objects. Only 2007
     has public test labels; in the other years the test split is val.
 
     Args:
-        root: the folder that holds ``VOCdevkit`` (for 2011: ``TrainVal/VOCdevkit``, as its archive
+        root: the folder that holds `VOCdevkit` (for 2011: `TrainVal/VOCdevkit`, as its archive
             unpacks).
         split: "train", "val" or "test".
         year: "2007" to "2012".
-        download: fetch it (2012: 2 GB) into ``root`` where it is missing.
+        download: fetch it (2012: 2 GB) into `root` where it is missing.
         halve_val: make a test set out of val: its list is shuffled by Python's
-            ``random.Random(42)``; the first half, rounded down, is val, the second test.
+            `random.Random(42)`; the first half, rounded down, is val, the second test.
 
     Raises:
         InputError: an unknown split or year, no such dataset, or the download failed.
@@ -124,9 +124,9 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
     not in VOC val. Where VOC has a mask of its own for a training image, that one is taken. Val
     and test are VOC val.
 
-    ``root`` holds ``VOCdevkit/VOC2012`` and SBD, either as its archive unpacks
-    (``benchmark_RELEASE/dataset/{img,cls,train.txt,val.txt}``) or as torchvision's SBDataset leaves
-    it (``{img,cls,train.txt,val.txt}``).
+    `root` holds `VOCdevkit/VOC2012` and SBD, either as its archive unpacks
+    (`benchmark_RELEASE/dataset/{img,cls,train.txt,val.txt}`) or as torchvision's SBDataset leaves
+    it (`{img,cls,train.txt,val.txt}`).
 
     Raises:
         InputError: an unknown split, or one of the two datasets is not there.

@@ -17,7 +17,7 @@ class Network(nn.Module):
     Args:
         model: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": ...} or the logits alone.
         mean: of the channels of the model's input, for images scaled to [0, 1]; by default what
-            the model says its weights were trained with (``model.mean``), else ImageNet's.
+            the model says its weights were trained with (`model.mean`), else ImageNet's.
         std: standard deviation, likewise.
     """
 
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
 
 def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> Tensor:
-    """Rows ``top`` to ``bottom`` of what logits become at another size, bilinearly.
+    """Rows `top` to `bottom` of what logits become at another size, bilinearly.
 
     The rows are the same numbers, to the last bit, whichever others are computed with them. So a
     picture can be decided band by band: at its full size the logits of all classes may not fit
@@ -76,9 +76,9 @@ def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> 
 
 
 def _resample(x: Tensor, dim: int, size: int, start: int, stop: int) -> Tensor:
-    """``interpolate`` (linear, align_corners=False) along one dimension, ``start`` to ``stop``.
+    """`interpolate` (linear, align_corners=False) along one dimension, `start` to `stop`.
 
-    The kernels of ``interpolate`` itself round differently from one band to the next.
+    The kernels of `interpolate` itself round differently from one band to the next.
     """
     length = x.shape[dim]
     if length == size:
