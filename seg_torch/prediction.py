@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as tvf
 from seg_torch import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
-from seg_torch.hardware import available_cpus
+from seg_torch.hardware import available_cpus, reuse_memory
 from seg_torch.images import PARTIAL, pixel_limit, read_image, write_atomically
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -67,6 +67,8 @@ def predict(cfg: DictConfig) -> int:
     film = source.is_file() and source.suffix.lower() in video.SUFFIXES
     files = {} if film else find_images(source, output)
     fabric = _fabric(cfg.trainer)
+    if fabric.device.type == "cpu":
+        reuse_memory()
     segmenter, beside = _segmenter(cfg, fabric.device), _beside(cfg, fabric.device)
     saved = [name for name in outputs if name != "legend"]
     if beside is not None and "side_by_side" not in saved:
