@@ -212,7 +212,8 @@ def _with_active_residuals(model: nn.Module) -> nn.Module:
 
     They serve the hundreds of epochs on ImageNet. In the dozens of epochs from scratch for which
     one takes a random encoder they seem to cost accuracy: on CamVid (12 epochs, ResNet-18, a U-Net
-    with another decoder) mIoU was 0.39 with them, 0.42 without, though the latter run also flipped by image, not by batch.
+    with another decoder) mIoU was 0.39 with them, 0.42 without, though the latter run also flipped
+    by image, not by batch.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
