@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -40,7 +41,7 @@ JPEG_QUALITY = 92
 
 # Logits that are decided together. A band that stays in the processor's cache is decided several
 # times as fast as a whole picture; a GPU wants enough to be busy.
-BAND = {"cpu": 1 << 18}
+BAND = {"cpu": 1 << 19}
 BAND_ELSEWHERE = 1 << 26
 
 DEFAULT_TILE = 1024
@@ -331,7 +332,7 @@ class Segmenter:
                 end_column = right if right == width else right - overlap
                 window = photo[read_top:bottom, read_left:right]
                 logits = self._logits(self._as_input(window))
-                logits = enlarge_rows(logits, window.shape[:2], 0, window.shape[0])
+                logits = enlarge_rows(logits, window.shape[:2], 0, window.shape[0]).float()
                 logits = logits[0, :, top - read_top :, left - read_left :]
                 if left > 0:
                     logits[..., :overlap] = torch.lerp(right_edge, logits[..., :overlap], fade_in)
@@ -418,19 +419,33 @@ def _decide(logits: Tensor, mask: Tensor, scores: Tensor | None) -> float:
         The sum, over the pixels, of the probability of the chosen class.
     """
     height, width = mask.shape
+    classes = logits.shape[1]
     band = BAND.get(logits.device.type, BAND_ELSEWHERE)
-    rows = max(1, band // (logits.shape[1] * max(1, width)))
+    rows = min(height, max(1, band // (classes * max(1, width))))
+    # The same memory for every band, so that it stays in the cache.
+    values, log_probabilities = torch.empty(2, rows, classes, width, device=logits.device)
     total = 0.0
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        values = enlarge_rows(logits, mask.shape, top, bottom)[0]
-        best, ids = values.max(0)
-        mask[top:bottom] = ids
+        if bottom - top < rows:
+            values, log_probabilities = values[: bottom - top], log_probabilities[: bottom - top]
+        values.copy_(enlarge_rows(logits, mask.shape, top, bottom)[0].movedim(0, 1))
+        mask[top:bottom] = _most_probable(values)
+        torch.log_softmax(values, 1, out=log_probabilities)
+        total += log_probabilities.amax(1).exp_().sum().item()
         if scores is not None:
-            scores[:, top:bottom] = values.softmax(0)
-        chosen = (values - best).exp_().sum(0).reciprocal_()
-        total += chosen.sum().item()
+            scores[:, top:bottom] = log_probabilities.exp_().movedim(1, 0)
     return total
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """`argmax` over the classes of [h, C, w] -> [h, w]."""
+    if logits.device.type != "cpu":
+        return logits.argmax(1)
+    # On a processor pooling finds the same indices, and many pixels at a time: 6 times as fast.
+    pixels_as_channels = logits[:, :, None].permute(0, 3, 1, 2)  # [h, w, C, 1]
+    _, ids = F.max_pool2d(pixels_as_channels, (logits.shape[1], 1), return_indices=True)
+    return ids.view(len(logits), -1)
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:

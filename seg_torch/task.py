@@ -138,7 +138,7 @@ class SegmentationTask(LightningModule):
         """
         for images, masks in groups:
             for output, mask in zip(self.network(images)["out"], masks, strict=True):
-                yield enlarge_rows(output[None], mask.shape, 0, mask.shape[0]), mask[None]
+                yield enlarge_rows(output[None], mask.shape, 0, mask.shape[0]).float(), mask[None]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None

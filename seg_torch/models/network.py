@@ -50,7 +50,7 @@ class Network(nn.Module):
         first and enlarging class ids loses accuracy at every boundary.
         """
         logits = self(images)["out"]
-        return enlarge_rows(logits, size, 0, size[0])
+        return enlarge_rows(logits, size, 0, size[0]).float()
 
 
 def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> Tensor:
@@ -67,12 +67,12 @@ def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> 
         bottom: the row after the last.
 
     Returns:
-        float32 [N, C, bottom - top, width].
+        [N, C, bottom - top, width], float32; of the type of `logits` if their size stays the same.
     """
     x = logits.movedim(1, -1)  # the memory order of channels_last
     x = _resample(x, 1, size[0], top, bottom)
     x = _resample(x, 2, size[1], 0, size[1])
-    return x.movedim(-1, 1).float()
+    return x.movedim(-1, 1)
 
 
 def _resample(x: Tensor, dim: int, size: int, start: int, stop: int) -> Tensor:
