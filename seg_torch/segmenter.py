@@ -272,7 +272,7 @@ class Segmenter:
         """
         return self.predict_batch([image], probabilities)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, which keeps autocast from caching the weights
     def predict_batch(
         self,
         images: Sequence[str | Path | Image.Image | np.ndarray | Tensor],

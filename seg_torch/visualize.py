@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from seg_torch.images import write_atomically
-from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap
+from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap, palette_image
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
@@ -29,7 +29,8 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
     for top in range(0, height, 256):  # bands, since the whole would take several copies
         rows = slice(top, top + 256)
         photo = Image.fromarray(image[rows])
-        blended = Image.blend(photo, Image.fromarray(decode_segmap(mask[rows], labels)), alpha)
+        colours = palette_image(mask[rows], labels).convert("RGB")
+        blended = Image.blend(photo, colours, alpha)
         ignored = mask[rows] == IGNORE_INDEX
         if ignored.any():
             blended.paste(photo, mask=Image.fromarray(ignored))

@@ -321,6 +321,26 @@ def test_masks_are_those_of_evaluation(landscape):
         assert np.array_equal(segmenter.predict(landscape).mask, logits.argmax(1)[0].numpy())
 
 
+class Levels(nn.Module):
+    """Logits of few levels: at most pixels several of the 20 classes share the highest one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(1, 21).view(1, -1, 1, 1)
+        return (x.sum(1, keepdim=True) * steps).round().remainder(3)
+
+
+def test_the_first_of_the_most_probable_classes_wins_and_confidence_is_its_probability(landscape):
+    labels = Labels(tuple(f"class {i}" for i in range(20)))
+    segmenter = Segmenter(Network(Levels()), labels, device="cpu")
+    image = torch.from_numpy(landscape).permute(2, 0, 1)[None]
+    logits = segmenter.network.logits(image, landscape.shape[:2])[0].numpy().astype(np.float64)
+    assert ((logits == logits.max(0)).sum(0) > 1).mean() > 0.9
+    highest = np.exp(logits.max(0)) / np.exp(logits).sum(0)
+    result = segmenter.predict(landscape)
+    assert np.array_equal(result.mask, logits.argmax(0))
+    assert result.confidence == pytest.approx(highest.mean(), rel=1e-6)
+
+
 @pytest.mark.parametrize(("height", "width"), [(70, 101), (33, 47), (31, 97), (40, 47)])
 def test_enlarged_rows_are_those_of_bilinear_interpolation(height, width):
     logits = torch.randn(2, 3, 33, 47)
