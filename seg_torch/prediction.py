@@ -214,7 +214,7 @@ def _label(
         }
 
     def photos(opened: Iterable[_Photo | Record]) -> Iterator[_Photo]:
-        # Drawing the bar ten times a second, as rich does by default, takes a hundredth of the time.
+        # Drawn ten times a second, as rich does by default, the bar takes a hundredth of the time.
         shown = track(opened, "labelling", len(files), disable=not progress, refresh_per_second=2)
         for photo in shown:
             if isinstance(photo, _Photo):
