@@ -78,7 +78,8 @@ def predict(cfg: DictConfig) -> int:
     shrink = partial(_shrink, resize=cfg.resize, crop=cfg.crop)
     if film:
         target = output / f"{source.stem}.mp4"
-        frames = video.predict_video(segmenter, source, target, batch_size, shrink)
+        with autocast(fabric.device):  # as below
+            frames = video.predict_video(segmenter, source, target, batch_size, shrink)
         log.info("%d frames labelled: %s", frames, target)
         return 0
     fabric.launch()  # not before all settings are known to be right, lest every process complain

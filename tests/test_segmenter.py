@@ -90,6 +90,14 @@ def test_an_overlay_is_the_weighted_mean_and_leaves_ignored_pixels(picture):
     assert np.array_equal(pixels[:5], picture[:5])
 
 
+@pytest.mark.parametrize("output", ["mask", "colour", "overlay"])
+def test_a_mask_with_unknown_ids_is_neither_drawn_nor_saved(picture, tmp_path, output):
+    mask = np.full(picture.shape[:2], 7, np.uint8)
+    with pytest.raises(InputError, match=r"holds ids \[7\]"):
+        Segmentation(mask, LABELS, picture).save(tmp_path, outputs=[output])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_legend_shows_the_colours_of_the_classes_that_occur(picture):
     mask = np.ones((48, 64), np.uint8)
     legend = np.array(Segmentation(mask, LABELS, picture).legend()).reshape(-1, 3)
