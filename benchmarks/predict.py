@@ -24,12 +24,12 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 from seg_torch import Labels, Segmenter, checkpoint, hardware
 from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.commands.predict import predict
 from seg_torch.datasets import clothing
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.images import pixel_limit, read_image
 from seg_torch.models import unet
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
-from seg_torch.prediction import predict
 from seg_torch.transforms import resize_image, resize_mask
 
 PHOTOS = 300

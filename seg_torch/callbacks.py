@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from seg_torch.images import write_atomically
+from seg_torch.files import write_atomically
 from seg_torch.segmenter import Segmenter
 from seg_torch.task import SegmentationTask
 from seg_torch.visualize import sample_sheet, save_curves

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
+from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
-from seg_torch.images import write_atomically
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
 

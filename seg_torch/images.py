@@ -1,11 +1,10 @@
-"""Reading and writing pictures: one loading rule for training, evaluation and prediction."""
+"""Reading images: one loading rule for training, evaluation and prediction."""
 
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +12,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seg_torch.errors import InputError
-
-# How the names of files begin that are still being written; a killed process may leave some.
-PARTIAL = ".partial-"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -80,20 +76,3 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = usual
-
-
-def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Calls `write(temporary_name)` and renames the result to `path`.
-
-    The temporary file lies in the same folder and keeps the suffix, from which writers choose
-    their format. Whatever happens, `path` is the old file or the complete new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

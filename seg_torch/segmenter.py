@@ -20,7 +20,8 @@ from torch import Tensor
 from seg_torch import checkpoint, hardware
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
-from seg_torch.images import read_image, upright_rgb, write_atomically
+from seg_torch.files import write_atomically
+from seg_torch.images import read_image, upright_rgb
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network, enlarge_rows

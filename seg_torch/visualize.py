@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from seg_torch.images import write_atomically
+from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap, palette_image
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)

@@ -12,8 +12,8 @@ from make_data import make_camvid
 from PIL import Image
 
 from seg_torch.cli import entry_point
-from seg_torch.prediction import predict
-from seg_torch.training import evaluate, train
+from seg_torch.commands.predict import predict
+from seg_torch.trainer import evaluate, train
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {"train": train, "evaluate": evaluate, "predict": predict}

@@ -28,7 +28,7 @@ from seg_torch.datasets.eightfold import VARIANTS, EightFold
 from seg_torch.labels import Labels
 from seg_torch.models import deeplabv3
 from seg_torch.task import SegmentationTask
-from seg_torch.training import evaluate, train
+from seg_torch.trainer import evaluate, train
 
 # Of each experiment: its data, and what makes it small.
 EXPERIMENTS = {
@@ -239,9 +239,9 @@ def test_a_stalled_loss_lowers_the_rate_after_3_epochs_and_ends_the_run_after_6(
         self.validation_loss.update(torch.tensor(1.0))
 
     monkeypatch.setattr(SegmentationTask, "validation_step", stalled)
-    monkeypatch.setattr("seg_torch.training.SampleSheet.on_validation_end", lambda *_: None)
+    monkeypatch.setattr("seg_torch.trainer.SampleSheet.on_validation_end", lambda *_: None)
     no_files = partial(ModelCheckpoint, save_top_k=0)
-    monkeypatch.setattr("seg_torch.training.ModelCheckpoint", no_files)
+    monkeypatch.setattr("seg_torch.trainer.ModelCheckpoint", no_files)
     small = ["data.resize=[32,32]", "data.augment.crop=[32,32]", "trainer.max_epochs=25"]
     model = ["model.weights=null", "model.backbone=mobilenet_v3_large"]
     folder = run("voc", "experiment=voc_deeplabv3_resnet50", *model, *small)

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from seg_torch.errors import InputError
-from seg_torch.images import read_image, write_atomically
+from seg_torch.files import write_atomically
+from seg_torch.images import read_image
 
 RED = [200, 30, 40]
 

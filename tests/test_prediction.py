@@ -18,12 +18,13 @@ from PIL import Image
 from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter, checkpoint, prediction
+from seg_torch.commands.predict import find_images, predict
 from seg_torch.errors import InputError
-from seg_torch.images import PARTIAL, read_image
+from seg_torch.files import PARTIAL
+from seg_torch.images import read_image
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
-from seg_torch.prediction import find_images, predict
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from seg_torch import Segmenter, checkpoint
 from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.commands.predict import predict
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError
-from seg_torch.prediction import predict
-from seg_torch.training import evaluate, train
+from seg_torch.trainer import evaluate, train
 
 
 def history(folder: Path) -> list[dict[str, str]]:

@@ -10,10 +10,10 @@ from test_prediction import threshold  # noqa: F401 (a fixture)
 from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter
+from seg_torch.commands.predict import predict
+from seg_torch.commands.video import predict_video
 from seg_torch.errors import InputError
 from seg_torch.models.network import Network
-from seg_torch.prediction import predict
-from seg_torch.video import predict_video
 
 av = pytest.importorskip("av")
 

@@ -23,7 +23,7 @@ from seg_torch.datasets.base import (
     val_for_test,
 )
 from seg_torch.errors import InputError
-from seg_torch.images import write_atomically
+from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")

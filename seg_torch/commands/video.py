@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from seg_torch.errors import InputError
-from seg_torch.images import write_atomically
+from seg_torch.files import write_atomically
 from seg_torch.segmenter import Segmenter
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")

@@ -23,7 +23,7 @@ from seg_torch import checkpoint, hardware
 from seg_torch.callbacks import History, SampleSheet, SaveOnInterrupt, StopOnNan
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
-from seg_torch.images import write_atomically
+from seg_torch.files import write_atomically
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.task import SegmentationTask

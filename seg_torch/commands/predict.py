@@ -31,11 +31,12 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
-from seg_torch import video
+from seg_torch.commands import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
+from seg_torch.files import PARTIAL, write_atomically
 from seg_torch.hardware import autocast, available_cpus, reuse_memory
-from seg_torch.images import PARTIAL, pixel_limit, read_image, write_atomically
+from seg_torch.images import pixel_limit, read_image
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.polygons import write_coco

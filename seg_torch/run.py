@@ -1,0 +1,74 @@
+"""A run's folder: who may write to it, and how its configuration comes back on resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from seg_torch.errors import InputError
+
+# What a resumed run may set anew: where it runs and where the data lie, and how long it goes on.
+RESUMABLE = (
+    "resume",
+    "data.root",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.max_epochs",
+)
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint from which a run is resumed.
+
+    Raises:
+        InputError: The folder holds no run, or one that was stopped before its first checkpoint.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(
+            f"resume={folder}: expected a run's folder, such as runs/2026-11-24_20-15-00; to start "
+            f"a new run with the weights of a checkpoint, use init_from={folder}"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"resume={folder}: no run there (it would hold config.yaml)")
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise InputError(
+            f"resume={folder}: the run was stopped before its first checkpoint; delete the folder "
+            "and start it again"
+        )
+    return last
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Returns the configuration of the run that `cfg.resume` names.
+
+    Args:
+        cfg: The configuration that the command line asks for.
+        overrides: Its settings, each as `key=value`.
+
+    Returns:
+        The run's own configuration, with `resume` and the settings that may change.
+
+    Raises:
+        InputError: There is no such run, or a setting that could change its result.
+    """
+    last_checkpoint(cfg.resume)
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    refused = [key for key in keys if key not in RESUMABLE]
+    if refused:
+        raise InputError(
+            f"resume={cfg.resume} goes on with that run's own settings; {', '.join(refused)} would "
+            f"change its result (allowed are {', '.join(RESUMABLE[1:])}). For a new run that "
+            f"starts from its weights, use init_from={cfg.resume}"
+        )
+    run = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    assert isinstance(run, DictConfig)
+    for key in keys:
+        OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
+    run.output_dir = str(cfg.resume)
+    return run
