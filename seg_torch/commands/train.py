@@ -120,7 +120,8 @@ def _announce(
     data: SegmentationDataModule,
     folder: Path,
 ) -> None:
-    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(cfg, path, True))
+    config = OmegaConf.merge(cfg, {"resume": None})
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
     trained = sum(p.numel() for p in task.network.parameters() if p.requires_grad) / 1e6
     log.info(
         "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
