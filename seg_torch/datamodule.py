@@ -11,6 +11,7 @@ Three rules make runs repeatable and scores exact:
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -201,6 +202,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
+            worker_init_fn=_leave_signals_to_the_run,
             **arguments,
         )
 
@@ -227,6 +229,16 @@ class SegmentationDataModule(LightningDataModule):
         epochs = self.trainer.fit_loop.epoch_progress.current
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
+
+    The run finishes its step before it stops. SIGTERM is what ends a worker, not the handler that
+    it may have inherited.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _ResumableLoader(DataLoader):

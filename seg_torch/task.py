@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,6 @@ class SegmentationTask(LightningModule):
         scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
         aux_weight: Weight of the loss of the auxiliary head, where there is one.
         description: What `seg_torch.checkpoint` needs to build the network again.
-        pixel_counts_cache: File for the class counts of losses that are weighted by them.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
     """
@@ -54,7 +52,6 @@ class SegmentationTask(LightningModule):
         scheduler: Callable[..., Any] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
-        pixel_counts_cache: Path | None = None,
         seed: int = 0,
         average_precision: bool = False,
     ) -> None:
@@ -67,7 +64,6 @@ class SegmentationTask(LightningModule):
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.description = description
-        self.pixel_counts_cache = pixel_counts_cache
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
@@ -84,7 +80,7 @@ class SegmentationTask(LightningModule):
                 counts = None
                 if self.trainer.is_global_zero:
                     data = self.trainer.datamodule  # type: ignore[attr-defined]
-                    counts = data.pixel_counts(self.pixel_counts_cache)
+                    counts = data.pixel_counts()
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 
     def on_train_epoch_start(self) -> None:

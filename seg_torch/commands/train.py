@@ -35,8 +35,7 @@ def train(cfg: DictConfig) -> None:
     folder = run_folder(trainer, cfg.output_dir)
     on_first_process(trainer, partial(claim, folder, cfg.trainer.max_epochs, resumed))
     data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
-    # Whatever is downloaded or checked, once.
-    on_first_process(trainer, data.check)
+    on_first_process(trainer, data.check_files)  # and downloads them
     task = _task(cfg, data, trainer, folder, resumed)
 
     trainer.callbacks = [*_callbacks(cfg, folder), *trainer.callbacks]
@@ -97,7 +96,6 @@ def _task(
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
-        pixel_counts_cache=folder / "pixel_counts.json",
         seed=cfg.seed,
     )
 
