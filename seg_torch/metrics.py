@@ -132,15 +132,14 @@ class AveragePrecision(torchmetrics.Metric):
 
 
 def _count(bins: Tensor, num_bins: int) -> Tensor:
-    """Count how often each of 0..num_bins-1 occurs: integer [...] to int64 [num_bins].
-
-    `torch.bincount` looks for the largest value, for which a CUDA device would have to be waited
-    for.
-    """
-    bins = bins.flatten()
+    """Count how often each of 0..num_bins-1 occurs: integer [...] to int64 [num_bins]."""
     if bins.device.type in ("cpu", "mps"):
-        return torch.bincount(bins, minlength=num_bins)
-    bins = bins.long()
+        return torch.bincount(bins.flatten(), minlength=num_bins)
+    return _count_without_waiting(bins.flatten().long(), num_bins)
+
+
+def _count_without_waiting(bins: Tensor, num_bins: int) -> Tensor:
+    """Count int64 [n]; `torch.bincount` asks the device for the largest value and waits for it."""
     return bins.new_zeros(num_bins).scatter_add_(0, bins, bins.new_ones(1).expand_as(bins))
 
 
