@@ -38,14 +38,14 @@ class ConfusionMatrix(torchmetrics.Metric):
         self.add_state("matrix", default=empty, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count a batch. On CUDA the CPU does not wait for it, and values are not checked.
+        """Count a batch; on CUDA without waiting for the device.
 
         Args:
             prediction: Integer [...], class ids in 0..C-1 (also where the label is ignored).
             target: Integer, the shape of `prediction`, class ids in 0..C-1 or `IGNORE_INDEX`.
 
         Raises:
-            InputError: The shapes differ or a value is none of the above.
+            InputError: The shapes differ or, on the CPU, a value is none of the above.
         """
         if prediction.shape != target.shape:
             raise InputError(
@@ -104,7 +104,7 @@ class AveragePrecision(torchmetrics.Metric):
         self.add_state("counts", default=empty, dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, target: Tensor) -> None:
-        """Count a batch. On CUDA the CPU does not wait for it.
+        """Count a batch; on CUDA without waiting for the device.
 
         Args:
             probabilities: Float [N, C, H, W] in [0, 1].
