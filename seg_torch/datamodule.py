@@ -95,6 +95,7 @@ class SegmentationDataModule(LightningDataModule):
         self.seed = seed
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
+        self._position = (0, 0)  # the epoch and the batch that training begins with
 
     def dataset(self, split: str) -> Any:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -147,13 +148,33 @@ class SegmentationDataModule(LightningDataModule):
         counts = checked_pixels(self.dataset("train"), "train")
         return torch.from_numpy(counts[: len(self.labels)])
 
+    def state_dict(self) -> dict[str, int]:
+        """Returns how far training is: what the weights of a checkpoint contain.
+
+        A checkpoint is saved between epochs (as many were started as processed; the batches that
+        Lightning counts are those of the epoch before) or within one, after a batch or during
+        validation.
+        """
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        within = epochs.started > epochs.processed
+        return {"epoch": epochs.processed, "batch": batches.processed if within else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the training loader begin where `state` says.
+
+        Lightning makes the loader, and its workers draw their first batches, before it restores
+        its own progress and calls `set_epoch`.
+        """
+        self._position = state["epoch"], state["batch"]
+
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
         dataset = _TrainingSamples(
             self._samples("train", resize_labels=True), self.augment, self.seed
         )
         sampler = EpochSampler(
-            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position()
+            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position
         )
         return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
 
@@ -214,21 +235,6 @@ class SegmentationDataModule(LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
-
-    def _position(self) -> tuple[int, int]:
-        """Return the epoch that training is in or begins next, and how many batches of it are done.
-
-        On resuming, Lightning restores its progress before it asks for the loader, but calls
-        `set_epoch` only after the workers have drawn their first batches. "Processed" counts what
-        the checkpoint's weights contain: it was saved between epochs (as many were started as
-        processed; the batches counted are those of the epoch before) or within one, after a batch
-        or during validation.
-        """
-        if self.trainer is None:
-            return 0, 0
-        epochs = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -90,8 +90,8 @@ def _task(
         labels,
         Inference(network, len(labels), data.resize, precision=str(trainer.precision)),
         loss=instantiate(cfg.loss, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler) or None,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all") or None,
         aux_weight=cfg.aux_weight,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
