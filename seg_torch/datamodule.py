@@ -14,6 +14,7 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    checked_pixels,
-    checked_sample,
-    in_threads,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
@@ -125,9 +121,9 @@ class SegmentationDataModule(LightningDataModule):
         for split in ("train", "val") if self.check else ():
             dataset = self.dataset(split)
             dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
-            if not isinstance(dataset, SegmentationDataset):
+            if not isinstance(dataset, base.SegmentationDataset):
                 continue
-            values = np.flatnonzero(checked_pixels(dataset, split)).tolist()
+            values = np.flatnonzero(base.checked_pixels(dataset, split)).tolist()
             if split == "train" and values == [0, 255] and len(self.labels) > 1:
                 background, *objects = self.labels.names
                 raise InputError(
@@ -143,7 +139,7 @@ class SegmentationDataModule(LightningDataModule):
         Ignored pixels do not count. The counts of a dataset in files are remembered, see
         `seg_torch.datasets.base.checked_pixels`.
         """
-        counts = checked_pixels(self.dataset("train"), "train")
+        counts = base.checked_pixels(self.dataset("train"), "train")
         return torch.from_numpy(counts[: len(self.labels)])
 
     def train_dataloader(self) -> DataLoader:
@@ -214,19 +210,23 @@ class SegmentationDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _position(self) -> tuple[int, int]:
-        """Return the epoch that training is in or begins next, and how many batches of it are done.
+        """Return the epoch that training is in or begins next, and how many of its batches are done.
 
         On resuming, Lightning restores its progress before it asks for the loader, but calls
         `set_epoch` only after the workers have drawn their first batches. "Processed" counts what
-        the checkpoint's weights contain: it was saved between epochs (as many were started as
-        processed; the batches counted are those of the epoch before) or within one, after a batch
-        or during validation.
+        the checkpoint's weights contain, whether it was saved between epochs (then all that were
+        started are processed), within one or during validation.
         """
         if self.trainer is None:
             return 0, 0
-        epochs = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        batches: Any = progress.current
+        if epochs.started == epochs.processed:
+            return epochs.processed, 0
+        if progress.is_last_batch and batches.completed < batches.processed:
+            return epochs.processed + 1, 0  # saved after the last step: Lightning ends the epoch
+        return epochs.processed, batches.processed
 
 
 class _ResumableLoader(DataLoader):
@@ -249,7 +249,7 @@ class _Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = checked_sample(self.dataset, index)
+        image, mask = base.checked_sample(self.dataset, index)
         if self.size is not None:
             image = tv_tensors.Image(resize_image(image, self.size))
             if self.resize_labels:
@@ -263,7 +263,7 @@ def _packed(samples: _Samples) -> tuple[torch.Tensor, list[tuple]]:
     One tensor, since each that is sent to a spawned worker takes up a file descriptor.
     """
     content, places = bytearray(), []
-    for image, mask in in_threads(samples.__getitem__, range(len(samples))):
+    for image, mask in base.in_threads(samples.__getitem__, range(len(samples))):
         places.append((len(content), tuple(image.shape), tuple(mask.shape)))
         content += image.numpy().tobytes() + mask.numpy().tobytes()
     return torch.frombuffer(content, dtype=torch.uint8), places
@@ -305,6 +305,7 @@ class _TrainingSamples(Dataset):
             return self.augment(*sample)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Training batches of (epoch, index), in an order that depends on (seed, epoch) alone.
 
@@ -321,19 +322,13 @@ class EpochSampler(Sampler):
         start: Batches of the first epoch to leave out, since a resumed run has seen them.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
-        self.epoch, self.start = epoch, start
+    length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def sampler(self) -> EpochSampler:
