@@ -210,7 +210,7 @@ class SegmentationDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _position(self) -> tuple[int, int]:
-        """Return the epoch that training is in or begins next, and how many of its batches are done.
+        """Return the epoch that training is in or begins next, and the number of its batches done.
 
         On resuming, Lightning restores its progress before it asks for the loader, but calls
         `set_epoch` only after the workers have drawn their first batches. "Processed" counts what
