@@ -198,7 +198,9 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
         state_dict = read_state_dict(file)
         overlay = {"file": str(file)}
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except RuntimeError as error:
+    except InputError:
+        raise
+    except Exception as error:  # also what timm's translation of names makes of other names
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
     lacking = _random_tensors(model, name, file, state_dict.keys())
@@ -228,15 +230,17 @@ def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[s
     lacking = [key for key in own if _plain_name(key) not in plain]
     if not lacking:
         return []
-    # Or the names are those of another project, which timm translates. Its strict loading into the
-    # whole model, with the classifier, tells; where it is not strict, what is random differs.
+    # Or the names are those of another project, which timm translates. Then it loads them strictly
+    # into the whole model, with the classifier, or, if it is not strict, what is random differs.
     try:
         whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError:
         return lacking
     tensors = {_plain_name(key): tensor for key, tensor in whole.state_dict().items()}
-    same = all(torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking)
-    return [] if same else lacking
+    translated = len(plain - tensors.keys()) >= len(lacking) and all(
+        torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking
+    )
+    return [] if translated else lacking
 
 
 def _plain_name(key: str) -> str:
