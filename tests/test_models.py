@@ -849,7 +849,8 @@ def test_smp_gives_the_librarys_logits_with_the_published_encoder(tmp_path):
         torch.testing.assert_close(model(x)["out"], expected(x))
 
 
-def test_smp_takes_timms_weights_for_timms_encoders(tmp_path):
+def test_smp_takes_timms_weights_for_timms_encoders(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     pytest.importorskip("segmentation_models_pytorch")
     published = timm.create_model("tf_efficientnet_lite0.in1k")
     repository = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").hf_hub_id
@@ -859,14 +860,19 @@ def test_smp_takes_timms_weights_for_timms_encoders(tmp_path):
     own = model.model.encoder.model.state_dict()
     assert all(torch.equal(v, published.state_dict()[k]) for k, v in own.items())
     assert model.mean == (0.5, 0.5, 0.5)
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder tf_efficientnet_lite0.in1k from {file}"
 
 
-def test_smp_takes_the_weights_of_a_file_and_refuses_those_of_another_encoder(tmp_path):
+def test_smp_takes_the_weights_of_a_file_and_refuses_those_of_another_encoder(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     library = pytest.importorskip("segmentation_models_pytorch")
     for name in ("resnet18", "resnet34"):
         encoder = library.encoders.get_encoder(name, weights=None)
         torch.save(encoder.state_dict(), tmp_path / f"{name}.pth")
     model = smp(NUM_CLASSES, "FPN", "resnet34", weights=tmp_path / "resnet34.pth")
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder resnet34 from {tmp_path / 'resnet34.pth'}"
     own = model.model.encoder.state_dict()
     assert all(torch.equal(own[k], v) for k, v in encoder.state_dict().items())
     with pytest.raises(InputError, match=r"resnet18\.pth does not fit the encoder resnet34"):
@@ -920,6 +926,7 @@ def test_transformers_takes_published_weights_but_for_other_classes(source, tmp_
     exchanged = {"decode_head.classifier.weight", "decode_head.classifier.bias"}
     skipped = next(r.getMessage() for r in caplog.records if "skipped" in r.getMessage())
     assert set(skipped.split(": ")[1].split(", ")) == exchanged
+    assert all(module.training for module in model.modules())  # as Lightning will train it
     own = model.model.state_dict()
     for name, tensor in published.state_dict().items():
         assert torch.equal(tensor, own[name]) or name in exchanged, name
@@ -945,6 +952,16 @@ def test_transformers_without_network_is_one_message(tmp_path):
         for part in (str(weights), "model.weights=FOLDER", "model.weights=null"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_d26_a_broken_file_of_transformers_is_one_message(tmp_path):
+    pytest.importorskip("transformers")
+    transformers(NUM_CLASSES, SEGFORMER).model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    for content in (file.read_bytes()[:-1000], b"<!DOCTYPE html>", b""):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="cannot load"):
+            transformers(NUM_CLASSES, SEGFORMER, tmp_path)
 
 
 def test_transformers_refuses_configurations_that_make_no_model():
