@@ -11,6 +11,7 @@ Three rules make runs repeatable and scores exact:
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import tempfile
 import uuid
@@ -236,11 +237,11 @@ class SegmentationDataModule(LightningDataModule):
 def _leave_signals_to_the_run(worker: int) -> None:
     """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
 
-    The run finishes its step before it stops. SIGTERM is what ends a worker, not the handler that
-    it may have inherited.
+    The run finishes its step before it stops. SIGTERM ends a worker when the run ends; dying of it
+    would be reported as an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 class _ResumableLoader(DataLoader):

@@ -319,7 +319,6 @@ CHECKPOINTS = {
     "after-epoch-7": 7,
     "after-step-9": 9,
     "during-step-11": 10,
-    "after-step-14": 14,
     "during-validation-14-1": 14,
     "after-epoch-14": 14,
 }
