@@ -1,0 +1,5 @@
+"""The command evaluate."""
+
+from seg_torch.trainer import evaluate
+
+__all__ = ["evaluate"]
