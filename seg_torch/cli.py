@@ -39,8 +39,6 @@ from omegaconf.errors import OmegaConfBaseException
 from seg_torch import __version__, run
 from seg_torch.errors import InputError
 
-log = logging.getLogger(__name__)
-
 _PACKAGE = Path(__file__).parent
 # In the wheel the folder lies inside the package, in the repository beside it.
 CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
@@ -229,7 +227,7 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     state = HydraConfig.get()
     argv, environment = sys.argv, set(os.environ)
     overrides = list(state.overrides.task)
-    if "output_dir" in cfg and not (call.command == "train" and cfg.resume):
+    if "output_dir" in cfg and not (call.command == "train" and cfg.get("resume")):
         if state.mode == RunMode.MULTIRUN:
             cfg.output_dir = state.runtime.output_dir
         overrides = [o for o in overrides if not o.startswith("output_dir=")]
@@ -329,7 +327,7 @@ def _help(call: Namespace) -> str:
     lines += ["", "Settings, as this command line leaves them:"]
     plain: Any = OmegaConf.to_container(cfg)
     for key, value in _settings(dict(sorted(plain.items(), key=lambda i: isinstance(i[1], dict)))):
-        if value is not None:
+        if value or key in comments:
             lines.append(_columns(f"  {key}{value}", comments.get(key, ""), 44))
     return "\n".join([*lines, "", HINTS])
 
@@ -371,11 +369,11 @@ def _comments(path: Path, package: str) -> dict[str, str]:
     return comments
 
 
-def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every setting and section with its value; that of a section is its function, if any."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield f"{prefix}{key}", f": {value['_target_']}" if "_target_" in value else None
+            yield f"{prefix}{key}", f": {value['_target_']}" if "_target_" in value else ""
             yield from _settings(value, f"{prefix}{key}.")
         elif key not in ("_target_", "_partial_"):
             yield f"{prefix}{key}", f"={_text(value)}"
@@ -388,6 +386,8 @@ def _columns(left: str, right: str, width: int) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
@@ -397,21 +397,22 @@ def _text(value: Any) -> str:
 def _check(call: Namespace, cfg: DictConfig) -> DictConfig:
     """Returns the configuration, or raises InputError for what is wrong in it."""
     overrides, files = list(HydraConfig.get().overrides.task), FILES
-    if call.command == "train" and cfg.resume:
+    comments: dict[str, str] = {}
+    if call.command == "train" and cfg.get("resume"):
         cfg, usual = run.resumed_config(cfg, overrides), run.resumed_config(cfg, [])
         files = ["data.root"]
     else:
+        name = str(HydraConfig.get().job.config_name)
         choices = [o for o in overrides if run.key_of(o) in _groups(call.command)]
-        usual, comments = _compose(str(HydraConfig.get().job.config_name), choices, call.config_dir)
-        for key in sorted(OmegaConf.missing_keys(cfg)):
-            raise InputError(f"{key} must be given: {comments.get(key, 'no default')}")
+        usual, comments = _compose(name, choices, call.config_dir)
     if "callbacks" in usual and cfg.get("callbacks") is None:
         OmegaConf.update(cfg, "callbacks", {}, force_add=True)
-    top = [str(key) for key in usual if not OmegaConf.is_missing(usual, key)]
-    for key in [*top, *NOT_NULL]:
+    for key in [*(str(k) for k in usual if not OmegaConf.is_missing(usual, k)), *NOT_NULL]:
         default = OmegaConf.select(usual, key)
         if default not in (None, "auto") and OmegaConf.select(cfg, key) is None:
             raise InputError(f"{key} must not be null")
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{key} must be given: {comments.get(key, 'no default')}")
     _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(usual))
     for key in files:
         _check_file(cfg, key, OmegaConf.select(cfg, key))
