@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seg_torch import __version__, run
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, StoppedError
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the folder lies inside the package, in the repository beside it.
@@ -199,6 +199,9 @@ def _exit_code(work: Callable[[], Any]) -> int:
         return 1 if work() else 0
     except KeyboardInterrupt:
         sys.exit(130)
+    except StoppedError as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into exit(1).
         sys.exit(130 if isinstance(stop.__context__, KeyboardInterrupt) else stop.code)
