@@ -23,15 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra import errors
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -184,7 +179,7 @@ def _compose_and_run(call: Namespace, codes: list[int]) -> None:
             print(_help(call))
         else:
             hydra.main(str(CONFIG_FOLDER), call.command, version_base="1.3")(job)()
-    except ConfigCompositionException as error:
+    except errors.ConfigCompositionException as error:
         unknown = re.search(r"Could not override '([^'@]+)", str(error))
         if unknown is None:
             raise
@@ -276,18 +271,18 @@ def _explain(error: BaseException) -> str | None:
                 "out of memory; use a smaller data.batch_size, data.eval_batch_size, "
                 "data.augment.crop or tile, or trainer.precision=16-mixed"
             )
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, errors.MissingConfigException) and error.options:
         group, choice = str(error.missing_cfg_file).rsplit("/", 1)
         options = [option for option in error.options if option not in INTERNAL]
         hint = _did_you_mean(choice, options)
         return f"there is no {group}={choice}{hint}\nThere are: {', '.join(options) or 'none'}"
-    if isinstance(error, OverrideParseException):
+    if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}"
     # The last one is Lightning's, which takes seconds to import.
-    known = isinstance(error, HydraException | OmegaConfBaseException)
+    known = isinstance(error, errors.HydraException | OmegaConfBaseException)
     if known or type(error).__name__ == "MisconfigurationException":
         lines = [line for line in str(error).splitlines() if line.strip()]
-        if not isinstance(chain[-1], HydraException) and chain[-1] is not error:
+        if not isinstance(chain[-1], errors.HydraException) and chain[-1] is not error:
             lines.append(f"{type(chain[-1]).__name__}: {chain[-1]}")
         return "\n".join(lines[:12])
     if "Config group override" in str(error):
@@ -302,7 +297,7 @@ def _unknown_setting(call: Namespace, key: str) -> str:
     others = [o for o in call.overrides if "=" in o and not o.lstrip("+~").startswith(key)]
     try:
         cfg, _ = _compose(call.command, others, call.config_dir)
-    except (HydraException, OmegaConfBaseException):
+    except (errors.HydraException, OmegaConfBaseException):
         cfg, _ = _compose(call.command, [], call.config_dir)
     keys = [name for name, _ in _settings(OmegaConf.to_container(cfg))]
     message = f"there is no setting {key}{_did_you_mean(key, {*_groups(call.command), *keys})}"

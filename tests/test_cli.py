@@ -1,9 +1,11 @@
 """The command line: what a mistake is answered with, and what the other processes are told."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from seg_torch import cli
+from seg_torch.errors import StoppedError
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -140,7 +143,7 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("train trainer.precision=bf17", "trainer: Precision 'bf17' is invalid"),
+        ("train trainer.precision=bf17", "trainer.precision=bf17: use one of"),
         ("train data.batch_size=0", "data.batch_size=0: expected at least 1"),
         ("train model.encoder=resnet3", "did you mean resnet"),
         ("train loss=weighted_ce loss.weights=datset", "loss.weights"),
@@ -295,6 +298,15 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
         assert f"pip install {package}" in message
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])
+def test_loggers_write_inside_the_run_and_their_settings_exist(compose, name):
+    settings = compose("train", f"logger={name}", "output_dir=here").logger[name]
+    module, _, cls = settings._target_.rpartition(".")
+    accepted = inspect.signature(getattr(importlib.import_module(module), cls)).parameters
+    assert set(settings) - {"_target_"} <= set(accepted)
+    assert "here" in (settings.get("save_dir") or settings.tracking_uri)
+
+
 # Which run
 
 
@@ -360,6 +372,8 @@ def test_exit_codes_and_d19_out_of_memory(command, stub):
     assert command("train") == (1, "")
     stub(raising(KeyboardInterrupt()))
     assert command("train") == (130, "")
+    stub(raising(StoppedError("stopped; go on with resume=run", signal.SIGTERM)))
+    assert command("train -m seed=1,2 output_dir=sweep")[0] == 143
     stub(raising(OutOfMemoryError("CUDA out of memory. Tried to allocate")))
     code, message = command("train")
     assert code == 2
