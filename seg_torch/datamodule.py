@@ -15,6 +15,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    checked_pixels,
-    checked_sample,
-    in_threads,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
@@ -127,9 +123,9 @@ class SegmentationDataModule(LightningDataModule):
         for split in ("train", "val") if self.check else ():
             dataset = self.dataset(split)
             dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
-            if not isinstance(dataset, SegmentationDataset):
+            if not isinstance(dataset, base.SegmentationDataset):
                 continue
-            values = np.flatnonzero(checked_pixels(dataset, split)).tolist()
+            values = np.flatnonzero(base.checked_pixels(dataset, split)).tolist()
             if split == "train" and values == [0, 255] and len(self.labels) > 1:
                 background, *objects = self.labels.names
                 raise InputError(
@@ -145,7 +141,7 @@ class SegmentationDataModule(LightningDataModule):
         Ignored pixels do not count. The counts of a dataset in files are remembered, see
         `seg_torch.datasets.base.checked_pixels`.
         """
-        counts = checked_pixels(self.dataset("train"), "train")
+        counts = base.checked_pixels(self.dataset("train"), "train")
         return torch.from_numpy(counts[: len(self.labels)])
 
     def state_dict(self) -> dict[str, int]:
@@ -267,7 +263,7 @@ class _Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = checked_sample(self.dataset, index)
+        image, mask = base.checked_sample(self.dataset, index)
         if self.size is not None:
             image = tv_tensors.Image(resize_image(image, self.size))
             if self.resize_labels:
@@ -281,7 +277,7 @@ def _packed(samples: _Samples) -> tuple[torch.Tensor, list[tuple]]:
     One tensor, since each that is sent to a spawned worker takes up a file descriptor.
     """
     content, places = bytearray(), []
-    for image, mask in in_threads(samples.__getitem__, range(len(samples))):
+    for image, mask in base.in_threads(samples.__getitem__, range(len(samples))):
         places.append((len(content), tuple(image.shape), tuple(mask.shape)))
         content += image.numpy().tobytes() + mask.numpy().tobytes()
     return torch.frombuffer(content, dtype=torch.uint8), places
@@ -323,6 +319,7 @@ class _TrainingSamples(Dataset):
             return self.augment(*sample)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Training batches of (epoch, index), in an order that depends on (seed, epoch) alone.
 
@@ -339,19 +336,13 @@ class EpochSampler(Sampler):
         start: Batches of the first epoch to leave out, since a resumed run has seen them.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
-        self.epoch, self.start = epoch, start
+    length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def sampler(self) -> EpochSampler:
