@@ -256,7 +256,6 @@ def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left
 
 
 @pytest.mark.parametrize("setting", ["optimizer.lr=1", "optimizer=sgd", "seed=3", "model=fcn"])
-@pytest.mark.parametrize("setting", ["optimizer.lr=1", "optimizer=sgd", "seed=3", "model=fcn"])
 def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, setting):
     with pytest.raises(InputError, match=f"own settings; {setting.split('=')[0]} would"):
         complete_overrides("train", [f"resume={tmp_path}", setting, "trainer.devices=1"])
