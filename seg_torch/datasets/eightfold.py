@@ -32,7 +32,7 @@ def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place:
         dataset: `dataset(split=..., **place)` gives the samples.
         split: "train", "val" or "test".
         side: Height and width of the training samples.
-        place: `root` and `download`, passed on to `dataset`.
+        place: `root` and other arguments, passed on to `dataset`.
 
     Returns:
         The samples of the split.
