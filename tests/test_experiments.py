@@ -8,61 +8,106 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
+import hydra
 import make_data
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter, datasets
 from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.commands.evaluate import evaluate
+from seg_torch.commands.train import train
 from seg_torch.datamodule import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
 from seg_torch.labels import Labels
 from seg_torch.models import deeplabv3
 from seg_torch.task import SegmentationTask
-from seg_torch.trainer import evaluate, train
 
-# Of each experiment: its data, and what makes it small.
-EXPERIMENTS = {
+FEW = ("data.dataset.train=2", "data.dataset.val=1", "data.dataset.test=1")
+# What is run: every experiment, and data, models, losses and schedulers that no experiment has.
+# Of each run, the data whose tiny copy it gets, and its command line.
+RUNS = {
+    "shapes": ("shapes", ["experiment=shapes", "data.dataset.size=32", *FEW]),
     "camvid32_hrnet_w48": (
         "camvid32",
-        ["model.encoder=hrnet_w18_small", "data.augment.crop=[64,96]"],
+        [
+            "experiment=camvid32_hrnet_w48",
+            "model.encoder=hrnet_w18_small",
+            "data.augment.crop=[64,96]",
+        ],
     ),
-    "clothing_unet_densenet121": ("clothing", ["data.resize=[32,32]", "data.dataset.side=32"]),
-    "pet_unet_mobilenetv2": ("pet", ["model.encoder=mobilenetv2_050", "data.resize=[32,32]"]),
+    "clothing_unet_densenet121": (
+        "clothing",
+        ["experiment=clothing_unet_densenet121", "data.resize=[32,32]", "data.dataset.side=32"],
+    ),
+    "pet_unet_mobilenetv2": (
+        "pet",
+        ["experiment=pet_unet_mobilenetv2", "model.encoder=mobilenetv2_050", "data.resize=[32,32]"],
+    ),
     "voc_deeplabv3_resnet50": (
         "voc",
-        ["model.backbone=mobilenet_v3_large", "data.resize=[48,48]", "data.augment.crop=[40,40]"],
+        [
+            "experiment=voc_deeplabv3_resnet50",
+            "model.backbone=mobilenet_v3_large",
+            "data.resize=[48,48]",
+            "data.augment.crop=[40,40]",
+        ],
     ),
-    "voc_fcn_resnet101": ("voc", ["model.backbone=resnet50", "data.augment.crop=[32,32]"]),
     "voc_deeplabv3_resnet101": (
         "voc",
-        ["model.backbone=mobilenet_v3_large", "data.augment.crop=[32,32]"],
+        [
+            "experiment=voc_deeplabv3_resnet101",
+            "model.backbone=mobilenet_v3_large",
+            "data.augment.crop=[32,32]",
+        ],
     ),
+    "voc_fcn_resnet101": (
+        "voc",
+        ["experiment=voc_fcn_resnet101", "model.backbone=resnet50", "data.augment.crop=[32,32]"],
+    ),
+    "folder": ("folder", ["data=folder", "model=lraspp", "loss=weighted_ce", "scheduler=cosine"]),
+    "camvid": ("camvid", ["data=camvid", "model=unet", "loss=dice", "model.encoder=resnet10t"]),
+    "cityscapes": (
+        "cityscapes",
+        ["data=cityscapes", "model=smp", "model.encoder=tu-resnet10t", "scheduler=step"],
+    ),
+    "ade20k": (
+        "ade20k",
+        ["data=ade20k", "model=segformer", "model.config.depths=[1,1,1,1]", "scheduler=multistep"],
+    ),
+    "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random"]),
+    "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random"]),
+    "clothing": ("clothing", ["data=clothing", "model=unet_random"]),
 }
+FROZEN = ["clothing_unet_densenet121", "pet_unet_mobilenetv2"]
 BRIEF = (
     "data.num_workers=0",
     "data.batch_size=2",
     "trainer.accelerator=cpu",
     "trainer.precision=32",
     "trainer.max_epochs=1",
-    "trainer.limit_train_batches=2",
+    "trainer.limit_train_batches=1",
     "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
 )
-DATA = sorted(
-    path.stem
-    for path in (CONFIG_FOLDER / "data").iterdir()
-    if path.stem not in ("default", "from_checkpoint")
-)
+
+
+def command_line(name: str) -> list[str]:
+    """Of the run of this name; each network starts from random weights and sees few pixels."""
+    line = [*RUNS[name][1], "model.weights=null"]
+    return line if line[0].startswith("experiment=") else [*line, "data.augment.crop=[32,32]"]
+
+
+@pytest.fixture(autouse=True)
+def no_confusion_matrix(monkeypatch) -> None:
+    """Drawing one takes five seconds for 171 classes; tests/test_visualize.py has its tests."""
+    monkeypatch.setattr("seg_torch.trainer.save_confusion_matrix", lambda *_: None)
 
 
 @pytest.fixture
@@ -74,20 +119,33 @@ def run(compose, tmp_path) -> Iterator[Callable[..., Path]]:
         if dataset != "shapes":
             getattr(make_data, f"make_{dataset}")(tmp_path / "data")
             overrides = (*overrides, f"data.root={tmp_path / 'data'}")
-        train(compose("train", f"output_dir={folder}", *BRIEF, *overrides))
+        train(compose("train", f"output_dir={folder}", "logger=none", *BRIEF, *overrides))
         return folder
 
     yield run
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # hundreds of megabytes
 
 
+@pytest.fixture
+def states(monkeypatch) -> list[dict[str, Tensor]]:
+    """The model's state when training starts and when it ends, once something is trained."""
+    states: list[dict[str, Tensor]] = []
+
+    def keep(self: SegmentationTask) -> None:
+        states.append({k: v.clone() for k, v in self.network.model.state_dict().items()})
+
+    monkeypatch.setattr(SegmentationTask, "on_train_start", keep)
+    monkeypatch.setattr(SegmentationTask, "on_train_end", keep)
+    return states
+
+
 def history(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def scores(folder: Path) -> dict:
-    return json.loads((folder / "test_metrics.json").read_text())
+    return json.loads((folder / "test_metrics.json").read_text(encoding="utf-8"))
 
 
 def touch(*paths: Path) -> None:
@@ -96,28 +154,39 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-def test_every_experiment_is_in_the_table_above():
-    assert set(EXPERIMENTS) == {path.stem for path in (CONFIG_FOLDER / "experiment").iterdir()}
+def test_every_choice_of_a_user_is_in_one_of_the_runs_above():
+    groups = ("experiment", "data", "model", "loss", "optimizer", "scheduler")
+    chosen = set()
+    for name in RUNS:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            cfg = hydra.compose("train", command_line(name), return_hydra_config=True)
+        chosen |= {f"{group}={cfg.hydra.runtime.choices[group]}" for group in groups}
+    files = {f"{group}={p.stem}" for group in groups for p in (CONFIG_FOLDER / group).iterdir()}
+    assert files - chosen == {"data=default", "data=from_checkpoint"}  # no choices of a user
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_trains_is_scored_and_predicts(run, name):
-    dataset, small = EXPERIMENTS[name]
-    folder = run(dataset, f"experiment={name}", "model.weights=null", *small)
-    assert math.isfinite(float(history(folder)[0]["train_loss"]))
-    segmenter = Segmenter.load(folder / "checkpoints/best.ckpt")
-    names = getattr(datasets, dataset)(folder.parent / "data", "val").labels.names
-    assert segmenter.labels.names == tuple(scores(folder)["per_class"]) == names
-    mask = segmenter.predict(np.zeros((70, 90, 3), np.uint8)).mask
-    assert mask.shape == (70, 90)
-    assert mask.max() < len(names)
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_every_data_config_fits_a_step(run, name):
-    small = ["data.resize=[32,32]", "data.augment.crop=[32,32]", "trainer.limit_train_batches=1"]
-    folder = run(name, f"data={name}", "model=unet_random", *small)
-    assert history(folder)[0]["step"] == "1"
+@pytest.mark.parametrize("name", RUNS)
+def test_everything_trains_is_scored_and_predicts(run, states, name):
+    dataset, _ = RUNS[name]
+    folder = run(dataset, *command_line(name))
+    (row,) = history(folder)
+    assert row["step"] == "1"
+    assert math.isfinite(float(row["train_loss"]))
+    before, after = states
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved
+    if name in FROZEN:  # with its BatchNorm statistics, and all else is trained
+        frozen = {key for key in before if key.startswith("encoder.")}
+        assert any("running_mean" in key for key in frozen)
+        assert moved == before.keys() - frozen
+    segmenter = Segmenter.load(folder)
+    place = {} if dataset == "shapes" else {"root": folder.parent / "data"}
+    val = getattr(datasets, dataset)(split="val", **place)
+    assert segmenter.labels.names == tuple(scores(folder)["per_class"]) == val.labels.names
+    assert sum(row["pixels"] for row in scores(folder)["per_class"].values()) > 0
+    mask = segmenter.predict(val[0][0]).mask
+    assert mask.shape == val.mask(0).shape
+    assert mask.max() < len(val.labels)
 
 
 # What each experiment promises
@@ -129,26 +198,7 @@ def test_scaled_to_0_1_means_neither_mean_nor_deviation(compose):
         assert (preprocessing.mean, preprocessing.std) == ([0, 0, 0], [1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["clothing_unet_densenet121", "pet_unet_mobilenetv2"])
-def test_the_frozen_encoder_does_not_move_in_training_and_the_decoder_does(run, monkeypatch, name):
-    states = []
-
-    def keep(self: SegmentationTask) -> None:
-        states.append({k: v.clone() for k, v in self.network.model.state_dict().items()})
-
-    monkeypatch.setattr(SegmentationTask, "on_train_start", keep)
-    monkeypatch.setattr(SegmentationTask, "on_train_end", keep)
-    dataset, small = EXPERIMENTS[name]
-    run(dataset, f"experiment={name}", "model.weights=null", *small)
-    before, after = states
-    encoder = [key for key in before if key.startswith("encoder.")]
-    assert any("running_mean" in key for key in encoder)
-    assert all(torch.equal(before[key], after[key]) for key in encoder)
-    decoder = [key for key in before if key not in encoder]
-    assert all(not torch.equal(before[key], after[key]) for key in decoder)
-
-
-def test_camvid32_sees_33_outputs_and_whole_pictures(compose):
+def test_camvid32_sees_33_outputs_and_whole_images(compose):
     cfg = compose("train", "experiment=camvid32_hrnet_w48", "model.weights=null")
     assert (cfg.model.encoder, cfg.data.augment.crop) == ("hrnet_w48", [720, 960])
     cfg.model.encoder = "hrnet_w18_small"
@@ -183,10 +233,14 @@ def test_pet_takes_57_steps_an_epoch(compose, tmp_path):
     assert len(loader) == 57
 
 
-def test_the_class_weights_of_pet_are_an_override(run):
-    small = EXPERIMENTS["pet_unet_mobilenetv2"][1]
-    weights = ["loss=weighted_ce", "loss.weights=[0.4,0.4,0.2]", "model.weights=null"]
-    assert len(history(run("pet", "experiment=pet_unet_mobilenetv2", *weights, *small))) == 1
+def test_the_class_weights_of_pet_are_an_override(compose):
+    weights = ["loss=weighted_ce", "loss.weights=[0.4,0.4,0.2]"]
+    loss = instantiate(compose("train", "experiment=pet_unet_mobilenetv2", *weights).loss)
+    # Three pixels, one of each class; with logits (ln 2, 0, 0) the probabilities are 1/2, 1/4, 1/4.
+    logits = torch.tensor([math.log(2), 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 1, 3)
+    target = torch.tensor([[[0, 1, 2]]], dtype=torch.uint8)
+    expected = 0.4 * math.log(2) + 0.4 * math.log(4) + 0.2 * math.log(4)  # the weights add up to 1
+    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_voc_val_is_halved_after_pythons_shuffle_with_seed_42(compose, tmp_path):
@@ -233,37 +287,40 @@ def test_voc_deeplabv3_resnet50_has_the_atrous_rates_of_the_book(compose):
     assert rates == [1, 6, 12, 18, 1, 1, 1, 1]  # 1x1, three 3x3, pooled, projection, 3x3, logits
 
 
-def test_a_stalled_loss_lowers_the_rate_after_3_epochs_and_ends_the_run_after_6(run, monkeypatch):
-    def stalled(self: SegmentationTask, groups: list, batch_index: int) -> None:
-        self.confusion.update(*2 * [torch.zeros(1, dtype=torch.int64)])
-        self.validation_loss.update(torch.tensor(1.0))
+class LearnsNothing(nn.Module):
+    """Logits that stay zero, so that the validation loss stays what it is."""
 
-    monkeypatch.setattr(SegmentationTask, "validation_step", stalled)
-    monkeypatch.setattr("seg_torch.trainer.SampleSheet.on_validation_end", lambda *_: None)
-    no_files = partial(ModelCheckpoint, save_top_k=0)
-    monkeypatch.setattr("seg_torch.trainer.ModelCheckpoint", no_files)
+    def __init__(self, num_classes: int, **settings: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_classes, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * self.weight * x[:, :1]
+
+
+def test_a_stalled_loss_lowers_the_rate_after_3_epochs_and_ends_the_run_after_6(run):
     small = ["data.resize=[32,32]", "data.augment.crop=[32,32]", "trainer.max_epochs=25"]
-    model = ["model.weights=null", "model.backbone=mobilenet_v3_large"]
-    folder = run("voc", "experiment=voc_deeplabv3_resnet50", *model, *small)
+    model = f"model._target_={__name__}.LearnsNothing"
+    folder = run("voc", "experiment=voc_deeplabv3_resnet50", model, *small)
     # The first epoch sets the best loss; the fourth is the third without a better one.
     rates = [float(row["learning_rate"]) for row in history(folder)]
     np.testing.assert_allclose(rates, [1e-4] * 4 + [1e-5] * 3)
 
 
 def test_the_published_weights_can_be_scored_without_training(run):
-    small = ["model.weights=null", *EXPERIMENTS["voc_deeplabv3_resnet101"][1]]
-    folder = run("voc", "experiment=voc_deeplabv3_resnet101", *small, "trainer.max_epochs=0")
+    folder = run("voc", *command_line("voc_deeplabv3_resnet101"), "trainer.max_epochs=0")
     assert sum(row["pixels"] for row in scores(folder)["per_class"].values()) > 0
+    assert not (folder / "metrics.csv").exists()
 
 
 def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_path):
-    small = ["data.dataset.size=32", "data.dataset.train=4", "data.dataset.test=3"]
-    best = run("shapes", *small) / "checkpoints/best.ckpt"
+    small = ["data.dataset.size=32", *FEW, "data.dataset.test=3"]
+    trained = run("shapes", *small, "model=unet_random")
     reports = []
     for size in (1, 3):
-        options = [f"checkpoint={best}", f"data.batch_size={size}", "data.num_workers=0"]
+        options = [f"checkpoint={trained}", f"data.eval_batch_size={size}", "data.num_workers=0"]
         folder = tmp_path / f"evaluation{size}"
-        settings = ["trainer.accelerator=cpu", "trainer.precision=32", f"output_dir={folder}"]
+        settings = ["trainer.accelerator=cpu", f"output_dir={folder}"]
         evaluate(compose("evaluate", *options, *settings, "average_precision=true"))
         reports.append(scores(folder))
     for report in reports:
@@ -272,14 +329,14 @@ def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_p
         assert report["mean_average_precision"] == pytest.approx(np.mean(known))
     means = [report["mean_average_precision"] for report in reports]
     assert means[0] == pytest.approx(means[1], abs=1e-4)
-    assert "mean_average_precision" not in scores(best.parents[1])
+    assert "mean_average_precision" not in scores(trained)
 
 
 # The eight-fold training set, each variant computed with other means
 
 
 class Noise:
-    """Three square pictures of noise with masks."""
+    """Three square images of noise with masks."""
 
     labels = Labels(("a", "b", "c"))
 
@@ -316,8 +373,8 @@ def to_levels(values: np.ndarray) -> np.ndarray:
 
 def test_the_eightfold_set_has_each_sample_in_each_variant_once():
     assert len(EIGHT) == 8 * len(NOISE) == 24
-    pictures = {image.numpy().tobytes() for image, _ in map(EIGHT.__getitem__, range(24))}
-    assert len(pictures) == 24
+    images = {image.numpy().tobytes() for image, _ in map(EIGHT.__getitem__, range(24))}
+    assert len(images) == 24
     with pytest.raises(IndexError):
         EIGHT[24]
     assert EIGHT.labels is NOISE.labels
