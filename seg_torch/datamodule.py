@@ -152,8 +152,8 @@ class SegmentationDataModule(LightningDataModule):
         Lightning counts are those of the epoch before) or within one, after a batch or during
         validation.
         """
-        epochs = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         within = epochs.started > epochs.processed
         return {"epoch": epochs.processed, "batch": batches.processed if within else 0}
 
