@@ -1,16 +1,20 @@
-"""What a run leaves behind besides weights: scores by epoch, curves, samples."""
+"""What happens beside the training steps: scores by epoch, curves, samples, stopping."""
 
 from __future__ import annotations
 
 import csv
 import logging
+import os
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
 from seg_torch.segmenter import Segmenter
 from seg_torch.task import SegmentationTask
@@ -28,60 +32,62 @@ COLUMNS = {
     "val_pixel_accuracy": float,
     "val_mean_accuracy": float,
     "val_mean_dice": float,
-    "seconds": float,
 }
 
 
 class History(Callback):
-    """Writes `metrics.csv`, a row an epoch, and draws `curves.png` from it.
+    """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it.
 
-    Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay.
+    Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay. There
+    are no times in it, so that a resumed run leaves the same file as an undisturbed one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.table = folder / "metrics.csv"
-        self.picture = folder / "curves.png"
+        self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+        self.started = time.perf_counter()
         if trainer.current_epoch > 0 and self.table.exists():
-            with self.table.open(newline="") as file:
+            with self.table.open(newline="", encoding="utf-8") as file:
                 rows = [
                     {key: COLUMNS[key](value) for key, value in row.items() if value}
                     for row in csv.DictReader(file)
                 ]
             self.rows = [row for row in rows if row["epoch"] < trainer.current_epoch]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
         self.started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+        train_loss = pl_module.training_loss()  # of all processes
         if not trainer.is_global_zero:
             return
-        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train_loss": logged.get("train/loss_epoch"),
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "train_loss": train_loss,
         }
         for name in ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
-            row[f"val_{name}"] = logged.get(f"val/{name}")
+            # Lightning keeps the values of earlier epochs.
+            value = trainer.callback_metrics.get(f"val/{name}") if pl_module.validated else None
+            row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
         write_atomically(self.table, self._write)
-        save_curves(self.rows, self.picture)
+        save_curves(self.rows, self.figure)
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         log.info(
             "epoch %d of %s: %s (%.1f s)",
             trainer.current_epoch + 1,
             trainer.max_epochs,
-            ", ".join(f"{k} {row[v]:.4f}" for k, v in shown.items() if row.get(v) is not None),
-            row["seconds"],
+            ", ".join(f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None),
+            time.perf_counter() - self.started,
         )
 
     def _write(self, path: str) -> None:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -94,56 +100,120 @@ class SampleSheet(Callback):
         self.folder = folder / "samples"
         self.count = count
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, SegmentationTask)
         data = trainer.datamodule  # type: ignore[attr-defined]
         samples = data.dataset("val")
         step = max(1, len(samples) // self.count)
         chosen = [samples[i] for i in range(0, len(samples), step)][: self.count]
         images = [image.permute(1, 2, 0).numpy() for image, _ in chosen]
-        segmenter = Segmenter(pl_module.network, pl_module.labels, data.resize, pl_module.device)
+        segmenter = Segmenter(
+            pl_module.network,
+            pl_module.labels,
+            data.resize,
+            pl_module.device,
+            precision=pl_module.inference.precision,
+        )
         sheet = sample_sheet(
             images,
             [mask.numpy() for _, mask in chosen],
             [segmenter.predict(image).mask for image in images],
             pl_module.labels,
         )
-        path = self.folder / f"epoch_{trainer.current_epoch:03d}.png"
-        write_atomically(path, lambda name: sheet.save(name))
+        write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
 
 
-class SaveOnInterrupt(Callback):
-    """Leaves a `last.ckpt` when Ctrl-C comes before the first epoch's own one.
+class Checkpoints(ModelCheckpoint):
+    """Lightning's checkpoint of an epoch under one name, in a run's folder that may be moved."""
 
-    After an epoch there is one already, and it is the better one to resume from.
+    def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
+        super().__init__(
+            folder / "checkpoints",
+            filename=name,
+            monitor=monitor,
+            mode="max",
+            enable_version_counter=False,
+            # The last one is saved after all else of the epoch.
+            save_on_train_epoch_end=None if monitor else True,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the best score, which Lightning would forget in a folder of another name."""
+        path = f"{self.dirpath}/{self.filename}.ckpt"
+        best = dict.fromkeys([path][: len(state_dict["best_k_models"])], state_dict["kth_value"])
+        moved = {
+            "dirpath": self.dirpath,
+            "best_k_models": best,
+            "best_model_path": path if best else "",
+            "kth_best_model_path": path if best else "",
+        }
+        super().load_state_dict({**state_dict, **moved})
+
+
+class StopOnSignal(Callback):
+    """Ends the run on Ctrl-C or SIGTERM after the step that is under way, saved in `last.ckpt`.
+
+    A second Ctrl-C ends it at once. Several processes agree on the step every ten batches.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "checkpoints" / "last.ckpt"
+        self.folder = folder
+        self.signum = 0
+        self.process = os.getpid()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    def on_fit_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+        self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for signum in self.before:
+            signal.signal(signum, self._note)
+
+    def teardown(self, trainer: Trainer, pl_module: SegmentationTask, stage: str) -> None:  # type: ignore[override]
+        for signum, handler in getattr(self, "before", {}).items():
+            signal.signal(signum, handler)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: SegmentationTask,
+        outputs: Any,
+        batch: Any,
+        batch_index: int,
     ) -> None:
-        if not isinstance(exception, KeyboardInterrupt):
-            return
-        # With several processes all of them save together, and the others may be gone by now.
-        if not self.path.exists() and trainer.world_size == 1 and trainer.global_step > 0:
-            trainer.save_checkpoint(self.path)
-        if self.path.exists() and trainer.is_global_zero:
-            log.info("interrupted; go on with checkpoint=%s", self.path)
-
-
-class StopOnNan(Callback):
-    """Ends a training whose loss is no longer a number; what was best before stays the best."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics.get("train/loss_epoch")
-        if loss is not None and not torch.isfinite(loss):
-            log.warning(
-                "the training loss is %s: stopping. Try a lower optimizer.lr or "
-                "trainer.gradient_clip_val=1",
-                loss.item(),
+        done = batch_index + 1
+        if done == trainer.num_training_batches or done % trainer.accumulate_grad_batches:
+            return  # the epoch's end follows, or the optimiser has not stepped
+        if trainer.world_size == 1:
+            stop = bool(self.signum)
+        else:
+            stop = done % 10 == 0 and trainer.strategy.reduce_boolean_decision(
+                bool(self.signum), all=False
             )
-            trainer.should_stop = True
+        if stop:
+            self._stop(trainer, pl_module)
+
+    def on_validation_batch_start(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: SegmentationTask,
+        batch: Any,
+        batch_index: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.signum and trainer.world_size == 1 and not trainer.sanity_checking:
+            self._stop(trainer, pl_module)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return  # a worker process that was forked from this one
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        log.info("stopping after this step; once more to stop at once")
+
+    def _stop(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+        pl_module.check_losses()
+        trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        raise StoppedError(
+            f"stopped in epoch {trainer.current_epoch + 1}; go on with resume={self.folder}",
+            self.signum or signal.SIGTERM,
+        )

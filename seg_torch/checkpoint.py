@@ -7,7 +7,6 @@ configuration may only name the packages that are listed here.
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import zipfile
@@ -17,13 +16,11 @@ from typing import Any
 
 import hydra
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-
-log = logging.getLogger(__name__)
 
 KEY = "seg_torch"
 KNOWN_PACKAGES = (
@@ -43,13 +40,13 @@ def describe(
     data: dict[str, Any],
     resize: Sequence[int] | None,
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Returns what a checkpoint says of itself, as plain data.
 
     Args:
-        network: for its mean and standard deviation.
-        labels: the classes.
-        model: configuration of the model, plain data with `_target_`.
-        data: configuration of the data module, likewise.
+        network: For its mean and standard deviation.
+        labels: The classes.
+        model: Configuration of the model, plain data with `_target_`.
+        data: Configuration of the data module, likewise.
         resize: (height, width) at which the network sees images, or `None`.
     """
     return {
@@ -66,11 +63,16 @@ def describe(
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Reads the content of a checkpoint, on the CPU.
+
+    Args:
+        path: Of the file, or of a run's folder for its best one.
 
     Raises:
-        InputError: the file is missing, is no checkpoint, or none of seg_torch's.
+        InputError: The file is missing, is no checkpoint, or none of seg_torch's.
     """
+    if os.path.isdir(path):
+        path = Path(path, "checkpoints", "best.ckpt")
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
     if not zipfile.is_zipfile(path):  # what torch.save writes; anything else is not worth parsing
@@ -89,14 +91,14 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[Network, Labels]:
-    """The network that a checkpoint describes, with its weights, and its labels.
+    """Builds the network that a checkpoint describes, with its weights, and its labels.
 
     Args:
-        content: from `read`.
-        trust: further packages from which the model may come.
+        content: From `read`.
+        trust: Further packages from which the model may come.
 
     Raises:
-        InputError: the model is from a package that is not known, or the weights do not fit it.
+        InputError: The model is from a package that is not known, or the weights do not fit it.
     """
     description = content[KEY]
     labels = Labels.from_dict(description["labels"])
@@ -114,7 +116,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of the network alone."""
+    """Returns the weights of the network alone."""
     prefix = "network."
     return {
         key.removeprefix(prefix): value
@@ -123,24 +125,18 @@ def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def load_matching(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Loads the weights whose names and shapes fit; returns (and logs) the names of the others."""
-    own = module.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    module.load_state_dict(fitting, strict=False)
-    skipped = sorted((own.keys() | state.keys()) - fitting.keys())
-    log.info(
-        "%d weights taken over, %d skipped: %s", len(fitting), len(skipped), ", ".join(skipped)
-    )
-    return skipped
-
-
 def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: Any) -> Any:
-    """Hydra's `instantiate` for a configuration from a file, which may come from anywhere.
+    """Calls Hydra's `instantiate` on a configuration from a file, which may come from anywhere.
 
     Raises:
-        InputError: a `_target_` outside the known and trusted packages.
+        InputError: A `_target_` outside the known and trusted packages, or an interpolation, which
+            could read the environment.
     """
+    if "${" in str(config):
+        raise InputError(
+            "the checkpoint's configuration holds an interpolation (${...}), which seg_torch never "
+            "writes; resolving it could read this machine's environment"
+        )
     packages = (*KNOWN_PACKAGES, *trust)
     for target in _targets(config):
         inside = any(target.startswith(f"{package}.") for package in packages)

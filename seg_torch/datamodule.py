@@ -10,10 +10,11 @@ Three rules make runs repeatable and scores exact:
 
 from __future__ import annotations
 
-import json
 import logging
+import signal
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,13 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    checked_pixels,
+    checked_sample,
+    in_threads,
+)
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
@@ -41,15 +47,21 @@ class SegmentationDataModule(LightningDataModule):
     Args:
         dataset: `dataset(split=...)` or, with `root`, `dataset(root=..., split=...)` gives
             the samples of `train`, `val` and `test`; see `seg_torch.datasets`.
-        root: the dataset's folder.
-        batch_size: images per device and step.
-        num_workers: processes that prepare batches; by default as many as there are processors for
-            each device, at most 8, but none for training on a processor with `cache`.
+        root: The dataset's folder.
+        batch_size: Training images per device and step.
+        eval_batch_size: Images per device that are evaluated together; by default 4 on a CUDA
+            device, else 1.
+        num_workers: Processes that prepare batches; by default as many as there are CPUs for each
+            device, at most 8, but none for training on the CPU with `cache`.
         resize: (height, width) at which the network sees every image; `None` for its own size.
-        augment: transform of the training samples, see `seg_torch.transforms.augment`.
-        cache: keep the decoded and resized samples in memory.
-        seed: of order and augmentation.
-        download: ask the dataset to fetch itself, for those that can.
+        augment: Transform of the training samples, see `seg_torch.transforms.augment`.
+        cache: Keep the decoded and resized samples in memory, once per machine.
+        check: Whether `check_files` does anything.
+        seed: Seed of order and augmentation.
+        download: Ask the dataset to fetch itself, for those that can.
+
+    Raises:
+        InputError: A batch size is below 1.
     """
 
     def __init__(
@@ -57,30 +69,39 @@ class SegmentationDataModule(LightningDataModule):
         dataset: Callable[..., Any],
         root: str | None = None,
         batch_size: int = 8,
+        eval_batch_size: int | None = None,
         num_workers: int | None = None,
         resize: Sequence[int] | None = None,
         augment: Callable[..., Any] | None = None,
         cache: bool = False,
+        check: bool = True,
         seed: int = 0,
         download: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"data.batch_size={batch_size}: expected at least 1")
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
+            if not isinstance(size, int) or size < 1:
+                raise InputError(f"data.{name}={size}: expected at least 1")
         self.make_dataset = dataset
         self.root = root
         self.download = download
         self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.resize = resize
         self.augment = augment
         self.cache = cache
+        self.check = check
         self.seed = seed
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
 
     def dataset(self, split: str) -> Any:
-        """The samples of `train`, `val` or `test` at their original size."""
+        """Return the samples of `train`, `val` or `test` at their original size.
+
+        Raises:
+            InputError: The split has no samples, or the dataset cannot be read.
+        """
         if split not in self._datasets:
             place: dict[str, Any] = {} if self.root is None else {"root": self.root}
             if self.download:
@@ -93,89 +114,145 @@ class SegmentationDataModule(LightningDataModule):
 
     @cached_property
     def labels(self) -> Labels:
-        """The classes, from whichever split is at hand."""
+        """The classes, from whichever split was read first."""
         return self.dataset(next(iter(self._datasets), "train")).labels
 
-    def pixel_counts(self, cache: Path | None = None) -> torch.Tensor:
-        """Pixels of each class over the training masks, int64 [C]; ignored pixels do not count.
+    def check_files(self) -> None:
+        """Check every file of train and val unless `check` is off; generated samples are skipped.
 
-        Args:
-            cache: JSON file to take the counts from, or to write them to.
+        Raises:
+            InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
         """
-        dataset = self.dataset("train")
-        names = list(dataset.labels.names)
-        if cache is not None and cache.exists():
-            stored = json.loads(cache.read_text())
-            if stored["classes"] == names and stored["samples"] == len(dataset):
-                return torch.tensor(stored["pixels"])
+        for split in ("train", "val") if self.check else ():
+            dataset = self.dataset(split)
+            dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
+            if not isinstance(dataset, SegmentationDataset):
+                continue
+            values = np.flatnonzero(checked_pixels(dataset, split)).tolist()
+            if split == "train" and values == [0, 255] and len(self.labels) > 1:
+                background, *objects = self.labels.names
+                raise InputError(
+                    f"{dataset.pairs[0].mask} and the other masks hold only 0 and 255, and 255 "
+                    "means not labelled: no class but the first would be learnt. If white stands "
+                    f"for {objects[0]}, say so in classes.txt:\n{background} 0 0 0\n{objects[0]} "
+                    "255 255 255"
+                )
 
-        def count(index: int) -> np.ndarray:
-            return np.bincount(np.asarray(dataset.mask(index)).ravel(), minlength=256)
+    def pixel_counts(self) -> torch.Tensor:
+        """Return the pixels of each class over the training masks, int64 [C].
 
-        counts = sum(in_threads(count, range(len(dataset))), np.zeros(256, np.int64))[: len(names)]
-        if cache is not None:
-            text = json.dumps(
-                {"classes": names, "samples": len(dataset), "pixels": counts.tolist()}
-            )
-            write_atomically(cache, lambda path: Path(path).write_text(text))
-        return torch.from_numpy(counts)
+        Ignored pixels do not count. The counts of a dataset in files are remembered, see
+        `seg_torch.datasets.base.checked_pixels`.
+        """
+        counts = checked_pixels(self.dataset("train"), "train")
+        return torch.from_numpy(counts[: len(self.labels)])
 
     def train_dataloader(self) -> DataLoader:
+        """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
         dataset = _TrainingSamples(
-            self._resized("train", resize_labels=True), self.augment, self.seed
+            self._samples("train", resize_labels=True), self.augment, self.seed
         )
-        sampler = EpochSampler(len(dataset), self.batch_size, self.seed, *self._rank_and_world())
-        if self.trainer is not None:
-            # On resuming, Lightning draws the first batches before it calls set_epoch.
-            sampler.set_epoch(self.trainer.current_epoch)
+        sampler = EpochSampler(
+            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position()
+        )
         return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
 
     def val_dataloader(self) -> DataLoader:
+        """Return a loader of lists of (images, masks), one pair per size."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
+        """Return a loader of lists of (images, masks), one pair per size."""
         return self._evaluation_loader(self.test_split)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        dataset = self._resized(split, resize_labels=False)
-        batches = evaluation_batches(len(dataset), self.batch_size, *self._rank_and_world())
+        dataset = self._samples(split, resize_labels=False)
+        size = self.eval_batch_size or (4 if self._device == "cuda" else 1)
+        batches = evaluation_batches(len(dataset), size, *self._rank_and_world())
         return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
 
-    def _resized(self, split: str, resize_labels: bool) -> _Resized | _Cached:
-        samples = _Resized(self.dataset(split), self.resize, resize_labels)
-        return _Cached(samples) if self.cache else samples
+    def _samples(self, split: str, resize_labels: bool) -> _Samples | _Cached:
+        samples = _Samples(self.dataset(split), self.resize, resize_labels)
+        if not self.cache:
+            return samples
+        if self.trainer is None or self.trainer.num_devices == 1:
+            return _Cached(*_packed(samples))
+        # One process of each machine reads the images, and all of them map its file.
+        strategy = self.trainer.strategy
+        path = Path(tempfile.gettempdir(), f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}.pt")
+        if self.trainer.local_rank == 0:
+            torch.save(_packed(samples), path)
+        strategy.barrier()
+        cached = _Cached(*torch.load(path, mmap=True))
+        strategy.barrier()
+        if self.trainer.local_rank == 0:
+            path.unlink()  # the memory stays mapped
+        return cached
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers
-        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
-        if workers is None and self.cache and device == "cpu":
-            workers = 0  # there is nothing to wait for, and the network needs the processors
+        if workers is None and self.cache and self._device == "cpu":
+            workers = 0  # there is nothing to wait for, and the network needs the CPUs
         elif workers is None:
             on_this_node = self.trainer.num_devices if self.trainer is not None else 1
             workers = min(8, max(1, available_cpus() // on_this_node))
-        return DataLoader(
+        return _ResumableLoader(
             dataset,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=device == "cuda",
+            pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
+            worker_init_fn=_leave_signals_to_the_run,
             **arguments,
         )
+
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
 
     def _rank_and_world(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch that training is in or begins next, and how many batches of it are done.
 
-def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
-    """`map` over threads, in order; decoding of pictures releases Python's lock."""
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        yield from pool.map(function, items)
+        On resuming, Lightning restores its progress before it asks for the loader, but calls
+        `set_epoch` only after the workers have drawn their first batches. "Processed" counts what
+        the checkpoint's weights contain: it was saved between epochs (as many were started as
+        processed; the batches counted are those of the epoch before) or within one, after a batch
+        or during validation.
+        """
+        if self.trainer is None:
+            return 0, 0
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
 
 
-class _Resized(Dataset):
-    """Samples at the size that the network is to see."""
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
+
+    The run finishes its step before it stops. SIGTERM is what ends a worker, not the handler that
+    it may have inherited.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _ResumableLoader(DataLoader):
+    """A loader that Lightning takes to be resumable: it begins where `EpochSampler` does."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class _Samples(Dataset):
+    """Checked samples at the size that the network is to see."""
 
     def __init__(self, dataset: Any, size: Sequence[int] | None, resize_labels: bool) -> None:
         self.dataset, self.size, self.resize_labels = dataset, size, resize_labels
@@ -184,7 +261,7 @@ class _Resized(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = self.dataset[index]
+        image, mask = checked_sample(self.dataset, index)
         if self.size is not None:
             image = tv_tensors.Image(resize_image(image, self.size))
             if self.resize_labels:
@@ -192,17 +269,32 @@ class _Resized(Dataset):
         return image, mask
 
 
-class _Cached(Dataset):
-    """Samples read once, before the workers start, whose memory they then share."""
+def _packed(samples: _Samples) -> tuple[torch.Tensor, list[tuple]]:
+    """Return all samples as one uint8 tensor, and for each its offset and the two shapes.
 
-    def __init__(self, dataset: Any) -> None:
-        self.samples = list(in_threads(dataset.__getitem__, range(len(dataset))))
+    One tensor, since each that is sent to a spawned worker takes up a file descriptor.
+    """
+    content, places = bytearray(), []
+    for image, mask in in_threads(samples.__getitem__, range(len(samples))):
+        places.append((len(content), tuple(image.shape), tuple(mask.shape)))
+        content += image.numpy().tobytes() + mask.numpy().tobytes()
+    return torch.frombuffer(content, dtype=torch.uint8), places
+
+
+class _Cached(Dataset):
+    """Samples read once, before the workers start, whose memory they share."""
+
+    def __init__(self, content: torch.Tensor, places: list[tuple]) -> None:
+        self.content, self.places = content, places
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+        offset, *shapes = self.places[index]
+        lengths = [int(np.prod(shape)) for shape in shapes]
+        image, mask = self.content[offset : offset + sum(lengths)].split(lengths)
+        return tv_tensors.Image(image.view(shapes[0])), tv_tensors.Mask(mask.view(shapes[1]))
 
 
 class _TrainingSamples(Dataset):
@@ -228,22 +320,42 @@ class _TrainingSamples(Dataset):
 class EpochSampler(Sampler):
     """Training batches of (epoch, index), in an order that depends on (seed, epoch) alone.
 
-    All processes get the same number of batches and all batches the same size: what does not fill
-    the last ones waits for another epoch. A dataset smaller than that is repeated.
+    All processes get the same number of batches and all batches have the same size; the images that
+    are left over differ from epoch to epoch. A dataset smaller than one step is repeated.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per process and step.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world: Number of processes.
+        epoch: The first epoch.
+        start: Batches of the first epoch to leave out, since a resumed run has seen them.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        epoch: int = 0,
+        start: int = 0,
+    ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world = rank, world
-        self.epoch = 0
+        self.epoch, self.start = epoch, start
 
     @property
     def sampler(self) -> EpochSampler:
-        """Lightning calls `set_epoch` on the `sampler` of a batch sampler."""
+        """Return itself: Lightning calls `set_epoch` on the `sampler` of a batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        """Go to the beginning of an epoch, unless it is the present one."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
         return max(1, self.length // (self.batch_size * self.world))
@@ -255,25 +367,34 @@ class EpochSampler(Sampler):
         # ones beginning anew, so that no process is without a batch.
         size = min(self.batch_size, -(-self.length // self.world))
         order = np.resize(order, len(self) * size * self.world)
-        for batch in order[self.rank :: self.world].reshape(len(self), size):
+        for batch in order[self.rank :: self.world].reshape(len(self), size)[self.start :]:
             yield [(self.epoch, int(index)) for index in batch]
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The batches of one process: each index in exactly one batch of one process.
+    """Return the batches of one process: each index is in exactly one batch of one process.
 
-    A process without images gets one empty batch. With none at all it would skip the loop, and the
-    others would wait for it for ever where they add up the confusion matrix.
+    A process without images gets one empty batch. Without any it would skip the loop, and the
+    others would wait for it forever where they add up the confusion matrix.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per batch, at most.
+        rank: Number of this process.
+        world: Number of processes.
+
+    Returns:
+        Lists of indices.
     """
     mine = list(range(rank, length, world))
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [[]]
 
 
 def stack(samples: Sequence[Sample]) -> Sample:
-    """Training samples as (images uint8 [N, 3, H, W], masks uint8 [N, H, W]).
+    """Return training samples as (images uint8 [N, C, H, W], masks uint8 [N, H, W]).
 
     Raises:
-        InputError: the images have several sizes.
+        InputError: The images have several sizes.
     """
     sizes = sorted({tuple(image.shape[-2:]) for image, _ in samples})
     if len(sizes) > 1:
@@ -286,7 +407,7 @@ def stack(samples: Sequence[Sample]) -> Sample:
 
 
 def group_by_size(samples: Sequence[Sample]) -> list[Sample]:
-    """Evaluation samples as (images [n, 3, H, W], masks [n, h, w]), a pair for each size."""
+    """Return evaluation samples as (images [n, C, H, W], masks [n, h, w]), a pair per size."""
     groups: dict[tuple, list[Sample]] = {}
     for image, mask in samples:
         groups.setdefault((image.shape, mask.shape), []).append((image, mask))

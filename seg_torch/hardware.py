@@ -5,21 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
+from seg_torch.errors import InputError
+
 
 def available_cpus() -> int:
-    """The processors that this process may use."""
+    """Returns how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory of a device, whether in use or not."""
+    """Returns the bytes of memory of a device, whether in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
@@ -34,7 +35,7 @@ def total_memory(device: torch.device) -> int:
 def reuse_memory() -> None:
     """Keeps memory that was freed for the next tensor, instead of giving it back (glibc only).
 
-    A training step on a processor allocates the same large tensors again and again. glibc returns
+    A training step on a CPU allocates the same large tensors again and again. glibc returns
     each to the system, which clears its pages when they are next used: a tenth of the step's time.
     The settings are those of mallopt(3).
     """
@@ -47,7 +48,7 @@ def reuse_memory() -> None:
 
 
 def best_device() -> torch.device:
-    """A CUDA GPU, else Apple's, else the processor."""
+    """Returns a CUDA GPU, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -55,24 +56,60 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def best_precision(device_type: str) -> str:
-    """Lightning's name of the fastest precision that trains well on this kind of device.
+def accelerator(name: str) -> str:
+    """Turns `trainer.accelerator` into `cuda`, `mps` or `cpu`; other names stay as they are.
 
-    bfloat16 where there are instructions for it (without them it is emulated, and slower than
-    float32), float16 on older GPUs, else float32.
+    Raises:
+        InputError: The machine has no such device.
     """
-    if device_type == "cuda":
-        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
-    if device_type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    best = best_device().type
+    if name == "auto":
+        return best
+    wanted = best if name == "gpu" and best != "cpu" else {"gpu": "cuda"}.get(name, name)
+    if (
+        wanted in ("cuda", "mps")
+        and not {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+        }[wanted]
     ):
-        return "bf16-mixed"
-    return "32-true"
+        raise InputError(
+            f"trainer.accelerator={name}: PyTorch finds no such device here; use "
+            "trainer.accelerator=auto, or install a build of PyTorch for the GPU"
+        )
+    return wanted
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which a network runs at `best_precision`."""
-    precision = best_precision(device.type)
-    if precision == "32-true":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if "bf16" in precision else torch.float16)
+def resolve_precision(precision: str | int, device_type: str) -> str:
+    """Turns a precision as the user writes it into Lightning's name.
+
+    `auto` is the fastest that trains well on this kind of device: bfloat16 where there are
+    instructions for it (without them it is emulated, and slower than float32), float16 on older
+    GPUs, else float32.
+
+    Args:
+        precision: `auto` or one of Lightning's names, such as 32, "32-true" or "bf16-mixed".
+        device_type: Such as "cpu".
+
+    Raises:
+        InputError: An unknown name.
+    """
+    name = str(precision)
+    if name == "auto":
+        if device_type == "cuda":
+            return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16-mixed" if device_type == "cpu" and fast else "32-true"
+    name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}.get(
+        name, name
+    )
+    known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+    if name not in known:
+        raise InputError(f"trainer.precision={precision}: use one of auto, {', '.join(known)}")
+    return name
+
+
+def autocast(precision: str, device_type: str) -> torch.autocast:
+    """The context in which a network runs at a precision; float32 also inside another autocast."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)

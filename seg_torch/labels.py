@@ -2,28 +2,37 @@
 
 Everything that shows or stores a mask goes through `Labels`, `decode_segmap` and
 `encode_segmap`, so that a class has the same colour in a sample sheet, a saved PNG and a
-legend.
+legend. PyTorch is not imported: class names are wanted where nothing is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from seg_torch.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
+# The id of unlabelled pixels in every mask, whatever the dataset's files call them.
 IGNORE_INDEX = 255
 
 
 def voc_colour_map(n: int = 256) -> np.ndarray:
-    """The PASCAL VOC colour map, uint8 [n, 3], n <= 256.
+    """Return the PASCAL VOC colour map (`VOCcolormap.m` of the VOC 2012 development kit).
 
-    The bits of the class id are dealt in turn to red, green and blue, most significant first
-    (`VOCcolormap.m` of the VOC 2012 development kit).
+    The bits of the class id go in turn to red, green and blue, most significant first.
+
+    Args:
+        n: Number of colours, at most 256.
+
+    Returns:
+        uint8 [n, 3].
     """
     ids = np.arange(n)
     palette = np.zeros((n, 3), np.uint8)
@@ -42,17 +51,15 @@ class Labels:
     """The classes of a dataset or a model.
 
     Args:
-        names: one name a class, in the order of the ids; 1 to 255 of them.
+        names: One name per class, in the order of the ids; 1 to 255 of them.
         palette: RGB colours, uint8 [C, 3]; by default the PASCAL VOC colour map.
-        ignore_index: the id of unlabelled pixels in every tensor, 255.
 
     Raises:
-        InputError: no names, too many, one twice, or a palette of another length.
+        InputError: There are no names, too many, one twice, or a palette of another length.
     """
 
     names: tuple[str, ...]
     palette: np.ndarray = field(default=None)  # type: ignore[arg-type]
-    ignore_index: int = IGNORE_INDEX
 
     def __post_init__(self) -> None:
         names = tuple(str(name) for name in self.names)
@@ -76,30 +83,28 @@ class Labels:
         return len(self.names)
 
     def __eq__(self, other: object) -> bool:
-        """The same classes in the same order; colours are a matter of taste."""
-        if not isinstance(other, Labels):
-            return NotImplemented
-        return self.names == other.names and self.ignore_index == other.ignore_index
+        """Whether the classes and their order are the same; colours do not count."""
+        return self.names == other.names if isinstance(other, Labels) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.names, self.ignore_index))
+        return hash(self.names)
 
     def to_dict(self) -> dict:
-        """As plain data, for checkpoints and JSON."""
-        return {
-            "names": list(self.names),
-            "palette": self.palette.tolist(),
-            "ignore_index": self.ignore_index,
-        }
+        """Return names and palette as plain data, for checkpoints and JSON."""
+        return {"names": list(self.names), "palette": self.palette.tolist()}
 
     @classmethod
     def from_dict(cls, data: dict) -> Labels:
-        """The inverse of `to_dict`."""
-        return cls(tuple(data["names"]), np.array(data["palette"]), data["ignore_index"])
+        """Return the labels that `to_dict` described; further keys are ignored."""
+        return cls(tuple(data["names"]), np.array(data["palette"]))
+
+
+def _as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _colour_table(palette: Labels | np.ndarray | Sequence) -> tuple[np.ndarray, int]:
-    """Colours for all 256 ids, uint8 [256, 3], and the number of classes.
+    """Return colours for all 256 ids, uint8 [256, 3], and the number of classes.
 
     Ids beyond the palette keep their VOC colour; that of 255, a pale cream, marks ignored pixels.
     """
@@ -112,10 +117,10 @@ def _colour_table(palette: Labels | np.ndarray | Sequence) -> tuple[np.ndarray, 
 def decode_segmap(
     mask: np.ndarray | torch.Tensor, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
 ) -> np.ndarray:
-    """Colours a map of class ids by table look-up.
+    """Return the colours of a map of class ids, by table look-up.
 
     Args:
-        mask: class ids, any integer type, NumPy or torch, [H, W] or [N, H, W]. 255 is an ignored
+        mask: Class ids, any integer type, NumPy or torch, [H, W] or [N, H, W]. 255 is an ignored
             pixel and becomes VOC's void colour (224, 224, 192) unless the palette has 256 entries.
         palette: Labels, or RGB colours [C, 3]; by default the PASCAL VOC colour map.
 
@@ -123,9 +128,9 @@ def decode_segmap(
         uint8 NumPy array [..., H, W, 3].
 
     Raises:
-        InputError: an id that is neither in the palette nor 255.
+        InputError: An id is neither in the palette nor 255.
     """
-    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    array = _as_array(mask)
     if array.dtype.kind not in "iub":
         raise InputError(f"a mask holds class ids (integers), this one is {array.dtype}")
     ids = array.astype(np.uint8, copy=False)
@@ -139,17 +144,17 @@ def decode_segmap(
 def palette_image(
     mask: np.ndarray, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
 ) -> Image.Image:
-    """A mask as a Pillow image of mode P: the pixels are class ids, viewers show the colours.
+    """Return a mask as a Pillow image of mode P: pixels are class ids, viewers show the colours.
 
-    The palette always has 256 colours. With fewer, Pillow would save fewer than 8 bits a pixel and
-    cut off the bits of 255.
+    The palette always has 256 colours. With fewer, Pillow would save fewer than 8 bits per pixel
+    and cut off the bits of 255.
 
     Args:
-        mask: class ids, uint8 [H, W].
+        mask: Class ids, uint8 [H, W].
         palette: Labels, or RGB colours [C, 3].
 
     Raises:
-        InputError: an id that is neither in the palette nor 255.
+        InputError: An id is neither in the palette nor 255.
     """
     table, num_classes = _colour_table(palette)
     # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
@@ -171,7 +176,7 @@ def _unknown_ids(mask: np.ndarray, num_classes: int) -> InputError:
 def encode_segmap(
     rgb: np.ndarray | torch.Tensor, palette: Labels | np.ndarray | Sequence = VOC_PALETTE
 ) -> np.ndarray:
-    """The inverse of `decode_segmap`: colours back to class ids.
+    """Return the class ids of colours: the inverse of `decode_segmap`.
 
     Args:
         rgb: uint8 [..., H, W, 3], NumPy or torch.
@@ -181,10 +186,10 @@ def encode_segmap(
         uint8 NumPy array [..., H, W]; VOC's void colour becomes 255.
 
     Raises:
-        InputError: a colour that is not in the palette, named with the number of its pixels and
-            the place of the first; or a palette with the same colour for two classes.
+        InputError: A colour is not in the palette (the message gives the number of its pixels and
+            the position of the first), or the palette has the same colour for two classes.
     """
-    array = rgb.detach().cpu().numpy() if isinstance(rgb, torch.Tensor) else np.asarray(rgb)
+    array = _as_array(rgb)
     if array.shape[-1:] != (3,) or array.dtype != np.uint8:
         raise InputError(f"expected uint8 [..., H, W, 3], found {array.dtype} {array.shape}")
     table, num_classes = _colour_table(palette)

@@ -1,8 +1,8 @@
-"""Losses: plain modules that turn logits and a label map into a scalar.
+"""Losses: plain modules that turn logits and a label map of the same size into a scalar.
 
-Every loss here leaves pixels labelled `ignore_index` out exactly (their logits get zero gradient),
+Every loss here leaves pixels labelled `IGNORE_INDEX` out exactly (their logits get zero gradient),
 returns a finite zero with zero gradients when every pixel is ignored, and computes in float32
-whatever type the model ran in.
+whatever type the model ran in. None of them makes the CPU wait for a GPU.
 """
 
 import logging
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
+from seg_torch.labels import IGNORE_INDEX
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class CrossEntropyLoss(nn.Module):
@@ -29,7 +30,7 @@ class CrossEntropyLoss(nn.Module):
               sum of the weights of the valid pixels.
             - `"dataset"`: the same, with weights from the number of pixels each class has in the
               training set. `needs_pixel_counts` is true until `set_pixel_counts` gives them.
-            - `"batch"`: weights from each image by itself, (total - count_c) / total, where total
+            - `"image"`: weights from each image by itself, (total - count_c) / total, where total
               is the image's number of valid pixels and count_c its pixels of class c. As in the
               source, the weighted loss is averaged over valid pixels, not divided by the sum of the
               weights. Source: Ganegedara, TensorFlow in Action (2022), chapter 8.
@@ -41,7 +42,6 @@ class CrossEntropyLoss(nn.Module):
               class c, here to the whole training set.
 
             A class without a pixel in the training set gets weight 0.
-        ignore_index: Target value of the pixels to leave out.
 
     Raises:
         InputError: `weights` or `balance` is not one of the above.
@@ -51,21 +51,19 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        weights: Sequence[float] | Literal["dataset", "batch"] | None = None,
+        weights: Sequence[float] | Literal["dataset", "image"] | None = None,
         balance: Literal["inverse", "median_frequency"] = "inverse",
-        ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        if isinstance(weights, str) and weights not in ("dataset", "batch"):
+        if isinstance(weights, str) and weights not in ("dataset", "image"):
             raise InputError(
-                f"loss.weights is {weights!r}; use null, dataset, batch or a list with one number "
+                f"loss.weights is {weights!r}; use null, dataset, image or a list with one number "
                 "per class"
             )
         if balance not in ("inverse", "median_frequency"):
             raise InputError(f"loss.balance is {balance!r}; use inverse or median_frequency")
         self.balance = balance
-        self.ignore_index = ignore_index
-        self.per_image = weights == "batch"
+        self.per_image = weights == "image"
         self.needs_pixel_counts = weights == "dataset"
         self.weighted = weights is not None and not self.per_image
         listed = [] if weights is None or isinstance(weights, str) else [float(w) for w in weights]
@@ -90,24 +88,24 @@ class CrossEntropyLoss(nn.Module):
         self.class_weights = class_weights.to(self.class_weights)
         self.needs_pixel_counts = False
         rounded = [round(weight, 4) for weight in class_weights.tolist()]
-        logger.info("class weights (%s): %s", self.balance, rounded)
+        log.info("class weights (%s): %s", self.balance, rounded)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
 
         Args:
             logits: Float [N, C, H, W].
-            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `ignore_index`.
+            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
 
         Returns:
             Scalar, float32.
 
         Raises:
-            InputError: The shapes do not fit, there is only one class, the number of class weights
-                is not C, or (on the CPU) the target holds another value.
+            InputError: The shapes do not fit, there is only one class, (on the CPU) the target
+                holds another value, or the number of class weights is not C.
             RuntimeError: `weights="dataset"` and `set_pixel_counts` was not called.
         """
-        _check_shapes(logits, target)
+        _check(logits, target)
         if self.needs_pixel_counts:
             raise RuntimeError(
                 'CrossEntropyLoss(weights="dataset") has no pixel counts yet: call '
@@ -120,23 +118,17 @@ class CrossEntropyLoss(nn.Module):
                 "give loss.weights one number per class"
             )
         target = target.long()
+        valid = target != IGNORE_INDEX
+        ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
         with torch.autocast(logits.device.type, enabled=False):
-            try:
-                # reduction="none" is the one that CUDA computes deterministically.
-                pixel_loss = F.cross_entropy(
-                    logits.float(),
-                    target,
-                    weight=self.class_weights if self.weighted else None,
-                    ignore_index=self.ignore_index,
-                    reduction="none",
-                )
-            except IndexError as error:
-                raise InputError(
-                    f"the labels hold the values {target.unique().tolist()}; allowed are "
-                    f"0..{num_classes - 1} and {self.ignore_index} (ignored)"
-                ) from error
-            valid = target != self.ignore_index
-            ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
+            # reduction="none" is the one that CUDA computes deterministically.
+            pixel_loss = F.cross_entropy(
+                logits.float(),
+                target,
+                weight=self.class_weights if self.weighted else None,
+                ignore_index=IGNORE_INDEX,
+                reduction="none",
+            )
             if self.per_image:
                 pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
@@ -153,45 +145,39 @@ class DiceLoss(nn.Module):
 
     Args:
         smooth: Added to numerator and denominator; keeps the gradient of rare classes bounded.
-        weights: `"batch"` instead takes all classes together, where each pixel counts with the
-            weight of its class that `CrossEntropyLoss(weights="batch")` gives it. Source:
+        weights: `"image"` instead takes all classes together, where each pixel counts with the
+            weight of its class that `CrossEntropyLoss(weights="image")` gives it. Source:
             Ganegedara, TensorFlow in Action (2022), listing 8.15.
-        ignore_index: Target value of the pixels to leave out.
 
     Raises:
         InputError: `weights` is not one of the above.
     """
 
-    def __init__(
-        self,
-        smooth: float = 1.0,
-        weights: Literal["batch"] | None = None,
-        ignore_index: int = 255,
-    ) -> None:
+    def __init__(self, smooth: float = 1.0, weights: Literal["image"] | None = None) -> None:
         super().__init__()
-        if weights not in (None, "batch"):
-            raise InputError(f"loss.weights is {weights!r}; the Dice loss takes null or batch")
+        if weights not in (None, "image"):
+            raise InputError(f"loss.weights is {weights!r}; the Dice loss takes null or image")
         self.smooth = smooth
-        self.per_image = weights == "batch"
-        self.ignore_index = ignore_index
+        self.per_image = weights == "image"
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
 
         Args:
             logits: Float [N, C, H, W].
-            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `ignore_index`.
+            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
 
         Returns:
             Scalar, float32, in [0, 1].
 
         Raises:
-            InputError: The shapes do not fit or there is only one class.
+            InputError: The shapes do not fit, there is only one class, or (on the CPU) the target
+                holds another value.
         """
-        _check_shapes(logits, target)
+        _check(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
             probabilities = logits.float().softmax(dim=1)
-            valid = (target != self.ignore_index).unsqueeze(1)
+            valid = (target != IGNORE_INDEX).unsqueeze(1)
             class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
             # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
             # deterministic on CUDA.
@@ -239,7 +225,7 @@ class WeightedSum(nn.Module):
         return torch.stack([weight * loss(logits, target) for weight, loss in terms]).sum()
 
 
-def _check_shapes(logits: Tensor, target: Tensor) -> None:
+def _check(logits: Tensor, target: Tensor) -> None:
     if logits.ndim != 4 or target.shape != logits[:, 0].shape:
         raise InputError(
             f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)} "
@@ -249,6 +235,27 @@ def _check_shapes(logits: Tensor, target: Tensor) -> None:
         raise InputError(
             "the model has one output channel, and a softmax over one class is always 1; "
             "use two classes, background and foreground (num_classes=2)"
+        )
+    check_labels(target, logits.shape[1])
+
+
+def check_labels(target: Tensor, num_classes: int) -> None:
+    """Refuse label values that are no class, on the CPU only: a GPU would have to be waited for.
+
+    Args:
+        target: Integer [...].
+        num_classes: Number of classes C.
+
+    Raises:
+        InputError: A value is neither in 0..C-1 nor `IGNORE_INDEX`.
+    """
+    if target.device.type != "cpu" or target.numel() == 0:
+        return
+    lowest, highest = target.masked_fill(target == IGNORE_INDEX, 0).aminmax()
+    if lowest < 0 or highest >= num_classes:
+        raise InputError(
+            f"the labels hold the values {target.unique().tolist()}; allowed are "
+            f"0..{num_classes - 1} and {IGNORE_INDEX} (ignored)"
         )
 
 
@@ -263,14 +270,8 @@ def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:
     Returns:
         Float32 [N, H, W].
     """
-    counts = _count_pixels(ids, valid, num_classes)
+    counts = ids.new_zeros(len(ids), num_classes)
+    counts.scatter_add_(1, ids.flatten(1), valid.flatten(1).long())
     totals = counts.sum(dim=1, keepdim=True)
     weights = (totals - counts) / totals.clamp(min=1)
     return weights.gather(1, ids.flatten(1)).view_as(ids)
-
-
-def _count_pixels(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:
-    """Count valid pixels per image and class: int64 and bool [N, H, W] -> int64 [N, C]."""
-    image_ids = torch.arange(len(ids), device=ids.device).view(-1, 1, 1)
-    bins = (image_ids * num_classes + ids)[valid]
-    return torch.bincount(bins, minlength=len(ids) * num_classes).view(-1, num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -72,3 +73,29 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
     run.output_dir = str(cfg.resume)
     return run
+
+
+def claim(folder: Path, max_epochs: int, resumed: dict[str, Any] | None) -> None:
+    """Refuses a folder that holds another run, and a run that is complete.
+
+    Args:
+        folder: Where the run is to write.
+        max_epochs: How many epochs it is to have in the end.
+        resumed: The checkpoint that it goes on from, if any.
+
+    Raises:
+        InputError: There is a run already, or nothing left to do.
+    """
+    if resumed is None:
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            raise InputError(
+                f"output_dir={folder} holds a run already: choose another folder, or go on with it "
+                f"by resume={folder}"
+            )
+        return
+    epochs = resumed["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if epochs >= max_epochs and (folder / "test_metrics.json").exists():
+        raise InputError(
+            f"resume={folder}: this run is complete ({epochs} of {max_epochs} epochs); to train "
+            "further set trainer.max_epochs, to score it use evaluate"
+        )

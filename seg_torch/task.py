@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,99 +10,139 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
 from seg_torch.datamodule import Sample
+from seg_torch.errors import InputError
+from seg_torch.inference import Inference, decide, upsample
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
-from seg_torch.models.network import Network, enlarge_rows
+from seg_torch.models.network import Network
+from seg_torch.schedulers import scheduler_config
+
+# Batches between two looks at the training loss, each of which makes the CPU wait for a GPU.
+LOOK_EVERY = 50
 
 
 class SegmentationTask(LightningModule):
     """Trains and scores a network.
 
     Args:
-        network: what is trained.
-        labels: its classes.
+        network: What is trained.
+        labels: Its classes.
+        inference: How validation and test go from images to class ids.
         loss: (logits float [N, C, H, W], target uint8 [N, H, W]) -> scalar. Not needed to score.
         optimizer: `optimizer(parameters)`, as a partial.
-        scheduler: `scheduler(optimizer, total_steps)` stepped after each batch, or a partial of
-            `ReduceLROnPlateau`, stepped after each epoch on the validation loss.
-        aux_weight: weight of the loss of the auxiliary head, where there is one.
-        description: what `seg_torch.checkpoint` needs to build the network again.
-        pixel_counts_cache: file for the class counts of losses that are weighted by them.
-        seed: of what is random inside the network, such as dropout.
-        average_precision: score it in tests, too.
+        scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
+        aux_weight: Weight of the loss of the auxiliary head, where there is one.
+        description: What `seg_torch.checkpoint` needs to build the network again.
+        seed: Of what is random inside the network, such as dropout.
+        average_precision: Score it in tests, too.
     """
 
     def __init__(
         self,
         network: Network,
         labels: Labels,
+        inference: Inference,
         loss: nn.Module | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
-        pixel_counts_cache: Path | None = None,
         seed: int = 0,
         average_precision: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.labels = labels
+        self.inference = inference
         self.loss = loss
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.description = description
-        self.pixel_counts_cache = pixel_counts_cache
         self.seed = seed
-        self.confusion = ConfusionMatrix(len(labels), labels.ignore_index)
-        self.average_precision = (
-            AveragePrecision(len(labels), labels.ignore_index) if average_precision else None
-        )
+        self.confusion = ConfusionMatrix(len(labels))
+        self.average_precision = AveragePrecision(len(labels)) if average_precision else None
         self.validation_loss = MeanMetric(nan_strategy="disable")
+        self.step_losses = torch.empty(0)  # of the epoch's batches so far
+        self.validated = False  # in this epoch
         self.test_report: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.loss is not None:
-            for loss in self.loss.modules():
-                if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
+        if stage != "fit" or self.loss is None:
+            return
+        for loss in self.loss.modules():
+            if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
+                counts = None
+                if self.trainer.is_global_zero:
                     data = self.trainer.datamodule  # type: ignore[attr-defined]
-                    loss.set_pixel_counts(data.pixel_counts(self.pixel_counts_cache))
+                    counts = data.pixel_counts()
+                loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 
     def on_train_epoch_start(self) -> None:
-        # By epoch, so that a resumed run goes on with the numbers of an uninterrupted one.
-        entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
-        torch.manual_seed(int(entropy.generate_state(1)[0]))
+        self.validated = False
+
+    def on_train_batch_start(self, batch: Sample, batch_index: int) -> None:
+        # By epoch and batch, so that a resumed run goes on with the numbers of an undisturbed one.
+        place = [self.seed, self.current_epoch, batch_index, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         assert self.loss is not None
         images, masks = batch
         outputs = self.network(images)
-        loss = self.loss(outputs["out"], masks)
+        size = masks.shape[-2:]
+        loss = self.loss(upsample(outputs["out"], size), masks)
         if "aux" in outputs:
-            loss = loss + self.aux_weight * self.loss(outputs["aux"], masks)
-        self.log(
-            "train/loss",
-            loss,
-            prog_bar=True,
-            on_step=True,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(images),
+            loss = loss + self.aux_weight * self.loss(upsample(outputs["aux"], size), masks)
+        self.step_losses = torch.cat(
+            [self.step_losses[:batch_index].to(loss.device), loss.detach()[None]]
         )
+        self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Sample, batch_index: int) -> None:
+        last = batch_index + 1 == self.trainer.num_training_batches
+        if last or (batch_index + 1) % LOOK_EVERY == 0:
+            self.check_losses()
+
+    def check_losses(self) -> None:
+        """Ends the run where the loss is no longer a number, before anything of it is saved.
+
+        Raises:
+            InputError: In all processes, if a loss of this epoch in any of them is not finite.
+        """
+        losses = self._losses_by_rank().mean(0)
+        wrong = (~losses.isfinite()).nonzero()
+        if len(wrong):
+            batch = int(wrong[0])
+            self._refuse(f"the training loss is {losses[batch]:g} at batch {batch + 1}")
+
+    def training_loss(self) -> float:
+        """Returns the mean over the epoch's batches so far, of all processes."""
+        return self._losses_by_rank().cpu().double().mean().item()
+
+    def _losses_by_rank(self) -> Tensor:
+        return self.all_gather(self.step_losses).view(self.trainer.world_size, -1)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/loss_epoch", self.training_loss())
+        plateau = self.lr_schedulers()
+        if isinstance(plateau, torch.optim.lr_scheduler.ReduceLROnPlateau) and self.validated:
+            plateau.step(self.trainer.callback_metrics["val/loss"])
+
     def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for logits, mask in self._logits_at_label_size(groups):
-            self.confusion.update(logits.argmax(1), mask)
-            if self.loss is not None:
-                self.validation_loss.update(self.loss(logits, mask))
+        for images, masks in groups:
+            for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
+                mask = masks[index, rows, columns]
+                self.confusion.update(decide(logits)[0], mask)
+                if self.loss is not None:
+                    share = mask.numel() / masks[index].numel()
+                    self.validation_loss.update(self.loss(logits[None], mask[None]), share)
 
     def on_validation_epoch_end(self) -> None:
         results = scores(self.confusion.compute())
@@ -113,14 +152,20 @@ class SegmentationTask(LightningModule):
         for name in ("pixel_accuracy", "mean_accuracy", "mean_dice"):
             self.log(f"val/{name}", results[name].float())
         if self.validation_loss.update_called or self.trainer.world_size > 1:
-            self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
+            loss = self.validation_loss.compute()
+            self.log("val/loss", loss, prog_bar=True)
+            if not self.trainer.sanity_checking and not loss.isfinite():
+                self._refuse(f"the validation loss is {loss:g}")
         self.validation_loss.reset()
+        self.validated = True
 
     def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for logits, mask in self._logits_at_label_size(groups):
-            self.confusion.update(logits.argmax(1), mask)
-            if self.average_precision is not None:
-                self.average_precision.update(logits.softmax(1), mask)
+        for images, masks in groups:
+            for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
+                mask = masks[index, rows, columns]
+                self.confusion.update(decide(logits)[0], mask)
+                if self.average_precision is not None:
+                    self.average_precision.update(logits[None].float().softmax(1), mask[None])
 
     def on_test_epoch_end(self) -> None:
         average_precision = None
@@ -128,36 +173,40 @@ class SegmentationTask(LightningModule):
             average_precision = self.average_precision.compute()
             self.average_precision.reset()
         self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
+        self.test_report["precision"] = self.inference.precision
         self.confusion.reset()
-
-    def _logits_at_label_size(self, groups: Sequence[Sample]) -> Iterator[Sample]:
-        """Logits float32 [1, C, h, w] and mask uint8 [1, h, w] of each image.
-
-        One by one: at label size the logits of a whole batch may not fit into memory, and on a
-        processor those of one image fit into its cache.
-        """
-        for images, masks in groups:
-            for output, mask in zip(self.network(images)["out"], masks, strict=True):
-                yield enlarge_rows(output[None], mask.shape, 0, mask.shape[0]).float(), mask[None]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(parameters)
         if self.make_scheduler is None:
             return optimizer
-        if getattr(self.make_scheduler, "func", None) is ReduceLROnPlateau:
-            settings = {"scheduler": self.make_scheduler(optimizer), "monitor": "val/loss"}
-        else:
-            steps = int(self.trainer.estimated_stepping_batches)
-            settings = {"scheduler": self.make_scheduler(optimizer, steps), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": settings}  # type: ignore[return-value]
+        steps = int(self.trainer.estimated_stepping_batches)
+        config = scheduler_config(self.make_scheduler, optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         if self.description is not None:
             state[checkpoint.KEY] = self.description
+        state["step_losses"] = self._losses_by_rank()
+        if self.trainer.validating:
+            # What validation has counted so far is not saved, so it begins again on resuming.
+            # Lightning tells by these numbers that the epoch's training is complete.
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress.update(total=begun.copy(), current=begun.copy(), is_last_batch=False)
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        by_rank = state["step_losses"]
+        self.step_losses = by_rank[min(self.global_rank, len(by_rank) - 1)]
         # The schedule is as long as this run, which may go on for more epochs than the first.
         for scheduler in state["lr_schedulers"]:
             for key in ("total_steps", "total_iters", "_schedule_phases"):
                 scheduler.pop(key, None)
+
+    def _refuse(self, found: str) -> None:
+        raise InputError(
+            f"{found} of epoch {self.current_epoch + 1}: the training has diverged. Try a lower "
+            "optimizer.lr or trainer.gradient_clip_val=1; checkpoints/ holds the epochs before it"
+        )

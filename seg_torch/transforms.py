@@ -1,7 +1,7 @@
 """Joint transforms of image and mask, built on torchvision.transforms.v2.
 
 Masks are only ever moved by nearest neighbour, and every pixel that a transform invents is
-`ignore_index` in the mask, so no transform can make a label that was not there.
+`IGNORE_INDEX` in the mask, so no transform can make a label that was not there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PADDING_COLOUR = (124.0, 116.0, 104.0)
 
 
 def resize_image(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """An image uint8 [..., H, W] at `size` = (height, width), bilinear and anti-aliased."""
+    """Return an image uint8 [..., H, W] at `size` = (height, width), bilinear and anti-aliased."""
     return tvf.resize_image(image, list(size), antialias=True)
 
 
 def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A mask uint8 [H, W] at `size` = (height, width).
+    """Return a mask uint8 [H, W] at `size` = (height, width).
 
     `nearest-exact` takes the pixel under the centre of the new one, as the bilinear resize of the
     image does. torchvision's own resize of a mask uses `nearest`, which is off by half a pixel.
@@ -36,7 +36,7 @@ def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class RandomScaleCrop(v2.Transform):
-    """Scales by a random factor and cuts a random window of fixed size.
+    """Scale by a random factor and cut a random window of fixed size.
 
     The window is cut from the original first and only then resized, which costs the same for every
     image size. Where the scaled image is smaller than the window, the rest of the image is
@@ -44,7 +44,10 @@ class RandomScaleCrop(v2.Transform):
 
     Args:
         size: (height, width) of the result.
-        scale: range of the factor; `None` for no scaling.
+        scale: Range of the factor; `None` for no scaling.
+
+    Raises:
+        InputError: The size is not two positive numbers, or the range is not positive and ordered.
     """
 
     def __init__(self, size: Sequence[int], scale: Sequence[float] | None = (0.5, 2.0)) -> None:
@@ -95,15 +98,21 @@ def augment(
     jitter: float | Sequence[float] | None = 0.25,
     hue: float = 0.05,
 ) -> v2.Transform:
-    """The training transform: random scale and crop, horizontal flip, colour jitter.
+    """Return the training transform: random scale and crop, horizontal flip, colour jitter.
 
     Args:
         crop: (height, width) of the window; `None` leaves size and scale as they are.
-        scale: range of the random factor, `None` for none; needs `crop`.
-        flip: probability of a horizontal flip.
-        jitter: largest relative change of brightness, contrast and saturation, one number for all
-            or three; `None` for no change of colour at all.
-        hue: largest change of hue, as a share of the colour circle.
+        scale: Range of the random factor, `None` for none; needs `crop`.
+        flip: Probability of a horizontal flip.
+        jitter: Largest relative change of brightness, contrast and saturation, one number for all
+            or three; `None` for no change of colour at all, hue included.
+        hue: Largest change of hue, as a fraction of the colour circle.
+
+    Returns:
+        A transform of (image uint8 [3, H, W], mask uint8 [H, W]), both tv_tensors.
+
+    Raises:
+        InputError: `crop` or `scale` is not what `RandomScaleCrop` takes.
     """
     steps: list[v2.Transform] = []
     if crop is not None:

@@ -25,9 +25,9 @@ LOSSES = {
     "ce": CrossEntropyLoss,
     "ce_list": lambda: CrossEntropyLoss(weights=[0.5, 2.0, 1.0, 3.0]),
     "ce_dataset": dataset_weighted,
-    "ce_batch": lambda: CrossEntropyLoss(weights="batch"),
+    "ce_image": lambda: CrossEntropyLoss(weights="image"),
     "dice": DiceLoss,
-    "dice_batch": lambda: DiceLoss(weights="batch"),
+    "dice_image": lambda: DiceLoss(weights="image"),
     "ce_dice": lambda: WeightedSum([CrossEntropyLoss(), DiceLoss()], [1.0, 0.5]),
 }
 
@@ -202,11 +202,11 @@ TWO_IMAGES = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1).expand(2, 2, 2, 2
 TWO_LABELS = torch.tensor([[[0, 0], [0, 1]], [[1, 255], [255, 255]]], dtype=torch.uint8)
 
 
-def test_batch_weights_by_hand():
+def test_image_weights_by_hand():
     # First image: weights (4 - 3)/4 = 1/4 and (4 - 1)/4 = 3/4; second: class 1 has (1 - 1)/1 = 0.
     # Five valid pixels: 3 * 1/4 * -ln(3/4), 1 * 3/4 * -ln(1/4) and 0.
     expected = (3 * 0.25 * -math.log(0.75) + 0.75 * -math.log(0.25) + 0) / 5
-    value = CrossEntropyLoss(weights="batch")(TWO_IMAGES, TWO_LABELS)
+    value = CrossEntropyLoss(weights="image")(TWO_IMAGES, TWO_LABELS)
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -219,18 +219,18 @@ def test_dice_by_hand():
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_batch_weighted_dice_by_hand():
+def test_image_weighted_dice_by_hand():
     # Weights as above: 1/4 for three pixels, 3/4 for the fourth, and 0 for the second image's.
     # Intersection: 3 * 1/4 * 3/4 + 3/4 * 1/4 = 3/4; labels and predictions: 3/2 each.
     expected = 1 - (2 * 3 / 4 + 1) / (3 / 2 + 3 / 2 + 1)
-    value = DiceLoss(smooth=1.0, weights="batch")(TWO_IMAGES, TWO_LABELS)
+    value = DiceLoss(smooth=1.0, weights="image")(TWO_IMAGES, TWO_LABELS)
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_batch_weighted_dice_of_one_class_only_is_a_finite_zero(batch):
+def test_image_weighted_dice_of_one_class_only_is_a_finite_zero(batch):
     logits, target = batch  # one class has weight (n - n) / n = 0
     for smooth in (0.0, 1.0):
-        loss = DiceLoss(smooth=smooth, weights="batch")
+        loss = DiceLoss(smooth=smooth, weights="image")
         value, gradient = value_and_gradient(loss, logits, torch.ones_like(target))
         assert value == 0
         assert torch.all(gradient == 0)
@@ -273,17 +273,17 @@ def test_wrong_number_of_weights_is_refused(batch):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(InputError, match="'datset'; use null, dataset, batch"):
+    with pytest.raises(InputError, match="'datset'; use null, dataset, image"):
         CrossEntropyLoss(weights="datset")
     with pytest.raises(InputError, match="'median'; use inverse or median_frequency"):
         CrossEntropyLoss(weights="dataset", balance="median")
     with pytest.raises(InputError, match="finite"):
         CrossEntropyLoss(weights=[1.0, float("nan")])
-    with pytest.raises(InputError, match="'dataset'; the Dice loss takes null or batch"):
+    with pytest.raises(InputError, match="'dataset'; the Dice loss takes null or image"):
         DiceLoss(weights="dataset")
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0, 1.0], "batch"])
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0, 1.0], "image"])
 def test_a_label_that_is_no_class_is_named(batch, weights):
     logits, target = batch
     target[0, 5, 5] = 7

@@ -1,4 +1,4 @@
-"""One function a dataset: `name(root, split) -> SegmentationDataset`; `eightfold` wraps one."""
+"""One function per dataset: `name(root, split) -> SegmentationDataset`; `eightfold` wraps one."""
 
 from seg_torch.datasets.ade20k import ade20k
 from seg_torch.datasets.base import Pair, SegmentationDataset

@@ -40,14 +40,21 @@ IDS = id_table({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
 
 
 def ade20k(root: str | Path, split: str) -> SegmentationDataset:
-    """ADE20K (Zhou et al., CVPR 2017), SceneParsing: 20,210 train, 2,000 val, 150 classes.
+    """Return ADE20K (Zhou et al., CVPR 2017), SceneParsing: 20,210 train, 2,000 val, 150 classes.
 
     `root/ADEChallengeData2016` holds `images/{training,validation}/*.jpg` and
     `annotations/{training,validation}/*.png`, where 0 is "other" and becomes 255, and 1 to 150
     become 0 to 149. The test split is val.
 
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
     Raises:
-        InputError: an unknown split, no such dataset, or an image without its mask.
+        InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
     split = val_for_test(split, "ADE20K")
     part = "training" if split == "train" else "validation"

@@ -1,20 +1,33 @@
-"""What all datasets share: pairs of files, read under one rule and checked on the way in."""
+"""What all datasets share: pairs of files, read under one rule and checked."""
 
 from __future__ import annotations
 
+import codecs
+import hashlib
+import inspect
+import json
 import logging
+import os
+import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
+from seg_torch.files import write_atomically
+from seg_torch.hardware import available_cpus
 from seg_torch.images import read_image
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
 
@@ -32,13 +45,13 @@ class Pair(NamedTuple):
 
 
 def check_split(split: str) -> None:
-    """Raises InputError unless the split is one of the three."""
+    """Raise InputError unless the split is one of the three."""
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
 
 
 def val_for_test(split: str, dataset: str) -> str:
-    """The split to read where a dataset has no labelled test images: val in place of test."""
+    """Return the split to read where a dataset has no labelled test images: val for test."""
     check_split(split)
     if split == "test":
         log.info("%s: no labelled test images here, so the test split is val", dataset)
@@ -47,16 +60,19 @@ def val_for_test(split: str, dataset: str) -> str:
 
 
 def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: str) -> Path:
-    """The folder of a dataset, once everything that has to be there is there.
+    """Return the folder of a dataset after checking that it is complete.
 
     Args:
-        root: the folder to look in; `~` is the home directory.
-        dataset: its name, for the message.
-        entries: paths below `root` that have to exist.
-        source: how to get the dataset.
+        root: The folder to look in; `~` is the home directory.
+        dataset: Its name, for the message.
+        entries: Paths below `root` that have to exist.
+        source: How to get the dataset, for the message.
+
+    Returns:
+        The folder as a path, with `~` expanded.
 
     Raises:
-        InputError: the folder or an entry is missing.
+        InputError: The folder or an entry is missing.
     """
     folder = Path(root).expanduser()
     missing = [entry for entry in entries if not (folder / entry).exists()]
@@ -76,9 +92,31 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
     )
 
 
+def refuse(problems: Sequence[str], what: str) -> None:
+    """Raise InputError with the number of problems and the first five, if there are any."""
+    if problems:
+        listing = "\n  ".join([*problems[:5], *["..."][: len(problems) > 5]])
+        raise InputError(f"{len(problems)} {what}:\n  {listing}")
+
+
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file, blank ones left out."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    """Return the lines of a text file without the blank ones.
+
+    Raises:
+        InputError: The file is neither UTF-8 nor UTF-16 with a byte order mark.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        lines = content.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path}: line {line} is not UTF-8 (byte {content[error.start]:#04x}); "
+            "save the file with the encoding UTF-8"
+        ) from None
+    if any("\0" in line for line in lines):
+        raise InputError(f"{path}: holds zero bytes; save the file with the encoding UTF-8")
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -94,15 +132,20 @@ def pair_files(
     mask_suffix: str = ".png",
     names: Sequence[str] | None = None,
 ) -> list[Pair]:
-    """Pairs images and masks by name: the path below their folder without the suffix.
+    """Pair images and masks by name: the path below their folder without the suffix.
 
     Args:
-        images, masks: the folders, searched with their subfolders.
-        image_suffix, mask_suffix: how the file names end.
-        names: which pairs, in this order; by default every mask, sorted by name.
+        images: The folder of the images, searched with its subfolders.
+        masks: The folder of the masks, likewise.
+        image_suffix: How the names of image files end.
+        mask_suffix: How the names of mask files end.
+        names: Which pairs, in this order; by default every mask, sorted by name.
+
+    Returns:
+        The pairs.
 
     Raises:
-        InputError: no pair at all, or a name without an image or mask.
+        InputError: There is no pair at all, or a name without an image or mask.
     """
     image_files, mask_files = _by_name(images, image_suffix), _by_name(masks, mask_suffix)
     chosen = list(mask_files) if names is None else list(names)
@@ -110,33 +153,35 @@ def pair_files(
         raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
-    if missing:
-        raise InputError(
-            f"{len(missing)} files are missing, the download or its unpacking is incomplete:\n  "
-            + "\n  ".join(missing[:5] + ["..."] * (len(missing) > 5))
-        )
+    refuse(missing, "files are missing, the download or its unpacking is incomplete")
     return [Pair(name, image_files[name], mask_files[name]) for name in chosen]
 
 
 @contextmanager
-def open_mask(path: str | Path) -> Iterator[Image.Image]:
-    """Opens a mask; whatever goes wrong while it is read becomes an InputError."""
+def opened(path: str | Path, kind: str = "a mask") -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong while it is read becomes an InputError."""
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as a mask: {error}") from None
+        raise InputError(f"{path}: cannot be read as {kind}: {error}") from None
 
 
 def read_index_mask(path: str | Path) -> np.ndarray:
-    """The ids in a grey or palette image, uint8 [H, W]: indices, never luminance.
+    """Return the ids in a grey or palette image: indices, never luminance.
+
+    Args:
+        path: The file.
+
+    Returns:
+        uint8 [H, W].
 
     Raises:
-        InputError: the file is missing, no image, or has several channels.
+        InputError: The file is missing, no image, has several channels or values above 255.
     """
-    with open_mask(path) as image:
+    with opened(path) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
@@ -153,16 +198,19 @@ def read_index_mask(path: str | Path) -> np.ndarray:
 
 
 def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
-    """The ids of the colours in an image, uint8 [H, W].
+    """Return the ids of the colours in an image.
 
     Args:
-        path: an image of any mode; transparency is ignored.
-        palette: the classes' colours, uint8 [C, 3].
+        path: An image of any mode; transparency is ignored.
+        palette: Colours of the classes, uint8 [C, 3].
+
+    Returns:
+        uint8 [H, W].
 
     Raises:
-        InputError: the file is missing, no image, or holds a colour that no class has.
+        InputError: The file is missing, no image, or holds a colour that no class has.
     """
-    with open_mask(path) as image:
+    with opened(path) as image:
         rgb = np.array(image.convert("RGB"))
     try:
         return encode_segmap(rgb, palette)
@@ -171,10 +219,10 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
-    """One variable of a MATLAB file.
+    """Return one variable of a MATLAB file.
 
     Raises:
-        InputError: the file is missing, cut off, or holds no such variable.
+        InputError: The file is missing, cut off, or holds no such variable.
     """
     from scipy.io import loadmat  # half a second that only two of the datasets need
 
@@ -193,17 +241,18 @@ NOT_ALLOWED = 254
 
 
 def id_table(ids: Mapping[int, int]) -> np.ndarray:
-    """A look-up table uint8 [256] from the values in a file to class ids and 255."""
+    """Return a look-up table uint8 [256] from the values in a file to class ids and 255."""
     table = np.full(256, NOT_ALLOWED, np.uint8)
     table[list(ids)] = list(ids.values())
     return table
 
 
 def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """An index mask with its values looked up in an `id_table`.
+    """Return an index mask with its values looked up in an `id_table`, uint8 [H, W].
 
     Raises:
-        InputError: as `read_index_mask`, or a value that the table does not allow.
+        InputError: The file is one that `read_index_mask` refuses, or holds a value that the table
+            does not allow.
     """
     values = read_index_mask(path)
     ids = table.take(values)
@@ -217,16 +266,16 @@ def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
 
 
 class SegmentationDataset(Dataset):
-    """Images with masks.
-
-    Args:
-        pairs: the files.
-        labels: the classes.
-        read_mask: mask path -> uint8 [H, W] of class ids and 255; by default the pixel values of a
-            grey or palette image. A module-level function or a partial of one, so that worker
-            processes can be started with it.
+    """Images with masks, in files.
 
     Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
+
+    Args:
+        pairs: The files.
+        labels: The classes.
+        read_mask: Mask path -> uint8 [H, W] of class ids and 255; by default the pixel values of a
+            grey or palette image. A module-level function or a partial of one, so that worker
+            processes can be started with it.
     """
 
     def __init__(
@@ -243,31 +292,155 @@ class SegmentationDataset(Dataset):
         return len(self.pairs)
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask alone, uint8 [H, W], with every value checked.
+        """Return the mask alone, uint8 [H, W], with every value checked.
 
         Raises:
-            InputError: a value that is neither a class id nor 255, with the values found.
+            InputError: The file cannot be read, or a value is neither a class id nor 255.
         """
-        path = self.pairs[index].mask
-        mask = self.read_mask(path)
-        # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
-        if mask.size and int((mask + np.uint8(1)).max()) > len(self.labels):
-            found = np.unique(mask).tolist()
-            raise InputError(
-                f"{path}: mask values {found}; allowed are 0 to {len(self.labels) - 1} (the "
-                f"{len(self.labels)} classes) and {IGNORE_INDEX} (not labelled)"
-            )
+        mask = self.read_mask(self.pairs[index].mask)
+        _check_values(mask, self.labels, self.pairs[index].mask)
         return mask
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = read_image(pair.image), self.mask(index)
-        if image.shape[:2] != mask.shape:
-            raise InputError(
-                f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-                f"{pair.image} has {image.shape[1]} x {image.shape[0]}"
-            )
+        _check_sizes(pair, image.shape[:2], mask)
         return (
             tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous()),
             tv_tensors.Mask(torch.from_numpy(mask)),
         )
+
+
+def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
+    # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
+    if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
+        raise InputError(
+            f"{name}: mask values {np.unique(mask).tolist()}; allowed are 0 to {len(labels) - 1} "
+            f"(the {len(labels)} classes) and {IGNORE_INDEX} (not labelled)"
+        )
+
+
+def _check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
+    if size != mask.shape:
+        raise InputError(
+            f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
+            f"{pair.image} has {size[1]} x {size[0]}"
+        )
+
+
+def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Return a sample of any dataset with its types, sizes and mask values checked.
+
+    Args:
+        dataset: Has `labels` and items (image, mask).
+        index: Which sample.
+
+    Returns:
+        (image uint8 [C, H, W], mask uint8 [H, W] of class ids and 255).
+
+    Raises:
+        InputError: The item is anything else.
+    """
+    files = isinstance(dataset, SegmentationDataset)
+    name = dataset.pairs[index].mask if files else f"{type(dataset).__name__}[{index}]"
+    sample = dataset[index]
+    image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
+    if not (
+        isinstance(image, tv_tensors.Image)
+        and isinstance(mask, tv_tensors.Mask)
+        and image.dtype == mask.dtype == torch.uint8
+        and image.ndim == 3
+        and image.shape[1:] == mask.shape
+    ):
+        found = [
+            f"{type(part).__name__} {getattr(part, 'dtype', '')} {[*getattr(part, 'shape', [])]}"
+            for part in (image, mask)
+        ]
+        raise InputError(
+            f"{name}: found {' and '.join(found)}; a sample is a tv_tensors.Image of "
+            "torch.uint8 [C, H, W] and a tv_tensors.Mask of torch.uint8 [H, W], of one size"
+        )
+    _check_values(mask.numpy(), dataset.labels, name)
+    return image, mask
+
+
+def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+    """Yield `function(item)` in order, from threads: decoding images releases Python's lock."""
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        yield from pool.map(function, items)
+
+
+def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
+    """Check all files of a dataset and count the pixels of its masks.
+
+    Every mask of a `SegmentationDataset` is read, and its size compared with the one in the header
+    of its image. The result is remembered in `~/.cache/seg_torch/checked` (or below
+    `XDG_CACHE_HOME`) for as long as the names, sizes and times of all files stay the same. Of
+    other datasets, the masks are counted.
+
+    Args:
+        dataset: Has `labels` and `mask(index)`.
+        name: What the progress bar calls it.
+
+    Returns:
+        The number of pixels of each mask value, int64 [256].
+
+    Raises:
+        InputError: Files cannot be used; the message lists the first five.
+    """
+    remembered = _remembered(dataset)
+    if remembered is not None and remembered.exists():
+        return np.array(json.loads(remembered.read_text(encoding="utf-8")))
+    counts, problems = np.zeros(256, np.int64), []
+    for found in track(
+        in_threads(partial(_count_pixels, dataset), range(len(dataset))),
+        f"Checking {name}",
+        len(dataset),
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(dataset) < 500 or not sys.stderr.isatty(),
+    ):
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            counts += found
+    refuse(problems, f"of {len(dataset)} samples in {name} cannot be used")
+    if remembered is not None:
+        text = json.dumps(counts.tolist())
+        with suppress(OSError):  # the home folder may be read-only
+            write_atomically(remembered, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    return counts
+
+
+def _count_pixels(dataset: Any, index: int) -> np.ndarray | str:
+    """Return the counts of one mask, or what is wrong with it or its image."""
+    try:
+        mask = np.asarray(dataset.mask(index))
+        if isinstance(dataset, SegmentationDataset):
+            pair = dataset.pairs[index]
+            with opened(pair.image, "an image") as image:
+                size = image.size[::-1]
+                # Pillow decodes a PNG to the end in search of an orientation, which is rare there.
+                if size != mask.shape or image.format != "PNG" or "exif" in image.info:
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                    size = size[::-1] if turned else size
+            _check_sizes(pair, size, mask)
+    except InputError as error:
+        return str(error)
+    return np.bincount(mask.ravel(), minlength=256)
+
+
+def _remembered(dataset: Any) -> Path | None:
+    """Return where the result for exactly these files, read in this way, is remembered."""
+    try:
+        paths = [path.absolute() for pair in dataset.pairs for path in (pair.image, pair.mask)]
+        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
+        reader = dataset.read_mask
+        source = inspect.getsource(getattr(reader, "func", reader))
+        options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+    except Exception:  # no files, or a function whose source or arguments are not to be had
+        return None
+    key = repr((stats, dataset.labels.to_dict(), source, options))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache / "seg_torch" / "checked" / f"{digest}.json"

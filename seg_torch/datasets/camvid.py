@@ -41,16 +41,23 @@ IDS = id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
 
 
 def camvid(root: str | Path, split: str) -> SegmentationDataset:
-    """CamVid (Brostow, Fauqueur, Cipolla, 2009) with 11 classes, 480 x 360 pixels.
+    """Return CamVid (Brostow, Fauqueur, Cipolla, 2009) with 11 classes, 480 x 360 pixels.
 
     367 train, 101 val, 233 test.
 
     `root` holds `train/`, `trainannot/`, `val/`, ... and the lists `train.txt`, ...
-    of image and mask, whose `/SegNet/CamVid/` prefix is ignored. Without a list the folders
-    themselves say what belongs to the split; without test images the test split is val.
+    of image and mask, whose `/SegNet/CamVid/` prefix is ignored. Without a list, all files of
+    the folders belong to the split; without test images the test split is val.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
 
     Raises:
-        InputError: an unknown split, no such dataset, or files that the list names are missing.
+        InputError: The split is unknown, there is no such dataset, or files of the list are missing.
     """
     check_split(split)
     folder = Path(root).expanduser()

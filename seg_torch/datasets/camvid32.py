@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from seg_torch.datasets.base import (
     read_colour_mask,
     val_for_test,
 )
-from seg_torch.datasets.folder import split_names
+from seg_torch.datasets.folder import read_split_lists
+from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
 CAMVID32_CLASSES = {
@@ -55,15 +57,53 @@ CAMVID32_CLASSES = {
 CAMVID32_LABELS = Labels(tuple(CAMVID32_CLASSES), np.array(list(CAMVID32_CLASSES.values())))
 
 
-def camvid32(root: str | Path, split: str) -> SegmentationDataset:
-    """CamVid (Brostow, Fauqueur, Cipolla, 2009), 960 x 720, 701 images, 32 classes with Void.
+def standard_split(name: str) -> str:
+    """Return the split of a frame in the lists that SegNet and later work use.
 
-    `root` holds `701_StillsRaw_full/*.png` and `LabeledApproved_full/*_L.png`. The dataset
-    comes without a split: put lists of names in `train.txt`, `val.txt` and `test.txt`, or a
-    fixed random fifth is val and also test.
+    Badrinarayanan, Kendall, Cipolla (TPAMI 2017) evaluate on 367 train, 101 val and 233 test
+    frames. The splits are stretches of video, so that neighbouring frames are never in two splits
+    but where a stretch ends.
+
+    Args:
+        name: A frame such as "0001TP_006690" or "Seq05VD_f00000".
+
+    Returns:
+        "train", "val" or "test".
 
     Raises:
-        InputError: an unknown split, no such dataset, or an image without its mask.
+        InputError: The name is no frame of the four sequences.
+    """
+    match = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", name)
+    if match is None:
+        raise InputError(
+            f"{name} is no frame of CamVid, so the standard split does not cover it; give "
+            "train.txt, val.txt and test.txt"
+        )
+    sequence, frame = match[1], int(match[2])
+    if sequence == "Seq05VD" or (sequence == "0001TP" and frame > 8520):
+        return "test"
+    return "val" if sequence == "0016E5" and 7959 <= frame <= 8159 else "train"
+
+
+def camvid32(root: str | Path, split: str) -> SegmentationDataset:
+    """Return CamVid (Brostow, Fauqueur, Cipolla, 2009), 960 x 720, with all 32 classes.
+
+    367 train, 101 val, 233 test; Void is a class.
+
+    `root` holds `701_StillsRaw_full/*.png` and `LabeledApproved_full/*_L.png`. The split is the
+    standard one (see `standard_split`) unless `train.txt` and `val.txt` list the names of
+    another; `test.txt` is optional then, without it the test split is val.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The split is unknown, there is no such dataset, a mask has no image, or a name
+            is no frame of CamVid.
     """
     check_split(split)
     folder = find_root(
@@ -73,10 +113,13 @@ def camvid32(root: str | Path, split: str) -> SegmentationDataset:
         "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and the "
         "labelled images",
     )
-    if not (folder / "test.txt").exists():
-        split = val_for_test(split, "CamVid (32 classes)")
     images, masks = folder / "701_StillsRaw_full", folder / "LabeledApproved_full"
     pairs = {pair.name: pair for pair in pair_files(images, masks, ".png", "_L.png")}
-    chosen = split_names(folder, list(pairs), split)
+    lists = read_split_lists(folder, list(pairs))
+    if lists and "test" not in lists:
+        split = val_for_test(split, "CamVid (32 classes)")
+    if lists and split not in lists:
+        raise InputError(f"{folder / split}.txt is missing: give train.txt and val.txt, or neither")
+    chosen = lists.get(split) or [name for name in pairs if standard_split(name) == split]
     read_mask = partial(read_colour_mask, palette=CAMVID32_LABELS.palette)
-    return SegmentationDataset([pairs[n] for n in chosen], CAMVID32_LABELS, read_mask)
+    return SegmentationDataset([pairs[name] for name in chosen], CAMVID32_LABELS, read_mask)

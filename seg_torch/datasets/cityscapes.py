@@ -56,14 +56,31 @@ _TO_LABEL_ID = id_table({**dict(enumerate(LABEL_IDS)), IGNORE_INDEX: 0})
 
 
 def to_train_ids(label_ids: np.ndarray) -> np.ndarray:
-    """Label ids (-1 to 33, any integer type) to train ids 0 to 18 and 255, uint8, same shape."""
+    """Return the train ids, 0 to 18 and 255, of label ids.
+
+    Args:
+        label_ids: Values -1 to 33, any integer type and shape.
+
+    Returns:
+        uint8, the same shape.
+
+    Raises:
+        InputError: A value is out of range.
+    """
     return _look_up(_TO_TRAIN_ID, label_ids)
 
 
 def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
-    """Train ids (0 to 18 and 255, any integer type) to label ids, uint8, same shape.
+    """Return the label ids of train ids, the form that the benchmark's server takes.
 
-    255 becomes 0, unlabeled: the form that the benchmark's server takes.
+    Args:
+        train_ids: Values 0 to 18 and 255, any integer type and shape; 255 becomes 0, unlabeled.
+
+    Returns:
+        uint8, the same shape.
+
+    Raises:
+        InputError: A value is out of range.
     """
     return _look_up(_TO_LABEL_ID, train_ids)
 
@@ -76,14 +93,23 @@ def _look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def cityscapes(root: str | Path, split: str) -> SegmentationDataset:
-    """Cityscapes (Cordts et al., CVPR 2016), 2048 x 1024, 19 classes: 2,975 train, 500 val.
+    """Return Cityscapes (Cordts et al., CVPR 2016): 2048 x 1024, 19 classes.
+
+    2,975 train, 500 val.
 
     `root` holds `leftImg8bit/{train,val}/CITY/*_leftImg8bit.png` and
     `gtFine/{train,val}/CITY/*_gtFine_labelIds.png`. The labels of the test images are not
     public, so the test split is val.
 
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
     Raises:
-        InputError: an unknown split, no such dataset, or an image without its mask.
+        InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
     split = val_for_test(split, "Cityscapes")
     folder = find_root(

@@ -1,4 +1,4 @@
-"""Clothing Co-Parsing: street photographs with every garment labelled."""
+"""Clothing Co-Parsing: street photos with every garment labelled."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ CLOTHING_LABELS = Labels(tuple(NAMES.split()))
 
 
 def read_clothing_mask(path: Path) -> np.ndarray:
-    """The variable `groundtruth` of an annotation file, uint8 [H, W]."""
+    """Return the variable `groundtruth` of an annotation file, uint8 [H, W]."""
     return np.ascontiguousarray(read_mat(path, "groundtruth"), np.uint8)
 
 
 def clothing(root: str | Path, split: str, limit: int | None = None) -> SegmentationDataset:
-    """Clothing Co-Parsing (Yang, Luo, Lin, CVPR 2014): 1,004 annotated photos, 59 classes.
+    """Return Clothing Co-Parsing (Yang, Luo, Lin, CVPR 2014): 1,004 annotated images, 59 classes.
 
     `root` holds `photos/*.jpg` and `annotations/pixel-level/*.mat`. A fifth of the annotated
-    photos, rounded up, is val and also test; the rest is train. The split is the one of
-    scikit-learn's `train_test_split(photos, test_size=0.2, random_state=0)` over the photos in
+    images, rounded up, is val and also test; the rest is train. The split is the one of
+    scikit-learn's `train_test_split(images, test_size=0.2, random_state=0)` over the images in
     the order of their names.
 
     Args:
-        root: the dataset's folder.
+        root: The dataset's folder.
         split: "train", "val" or "test".
-        limit: take only the first so many annotated photos, at most.
+        limit: Take at most so many annotated images, the first by name.
+
+    Returns:
+        The samples of the split.
 
     Raises:
-        InputError: an unknown split, no such dataset, or an annotation without its photo.
+        InputError: The split is unknown, there is no such dataset, or an annotation has no image.
     """
     split = val_for_test(split, "Clothing Co-Parsing")
     folder = find_root(

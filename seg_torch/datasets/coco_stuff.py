@@ -50,13 +50,22 @@ IDS = id_table({category - 1: i for i, category in enumerate(CATEGORIES)} | {255
 
 
 def coco_stuff(root: str | Path, split: str) -> SegmentationDataset:
-    """COCO-Stuff (Caesar, Uijlings, Ferrari, CVPR 2018), 171 classes: 118,287 train, 5,000 val.
+    """Return COCO-Stuff (Caesar, Uijlings, Ferrari, CVPR 2018): 171 classes.
+
+    118,287 train, 5,000 val.
 
     `root` holds `images/{train2017,val2017}/*.jpg` and the pixel maps
     `stuffthingmaps/{train2017,val2017}/*.png` (or `annotations/...`). The test split is val.
 
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
     Raises:
-        InputError: an unknown split, no such dataset, or an image without its mask.
+        InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
     split = val_for_test(split, "COCO-Stuff")
     maps = "stuffthingmaps"

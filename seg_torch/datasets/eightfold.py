@@ -26,20 +26,23 @@ VARIANTS = (
 
 
 def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place: Any) -> Any:
-    """Any dataset with its training split as an `EightFold`; val and test as they are.
+    """Return any dataset with its training split as an `EightFold`, val and test unchanged.
 
     Args:
         dataset: `dataset(split=..., **place)` gives the samples.
         split: "train", "val" or "test".
-        side: height and width of the training samples.
-        place: `root` and `download`, handed on.
+        side: Height and width of the training samples.
+        place: `root` and `download`, passed on to `dataset`.
+
+    Returns:
+        The samples of the split.
     """
     samples = dataset(split=split, **place)
     return EightFold(samples, side) if split == "train" else samples
 
 
 class EightFold(Dataset):
-    """All samples as they are, then all of them in each of seven variants: 8 x n samples.
+    """All samples unchanged, then all of them in each of seven variants: 8 x n samples.
 
     Images are resized to `side` x `side` first. The variants compute what TensorFlow computes
     on images in [0, 1] (`tf.image`: `adjust_brightness(0.1)`, `adjust_gamma(gamma=0.1)`,
@@ -49,11 +52,12 @@ class EightFold(Dataset):
     TensorFlow goes on with floats up to 1.1.
 
     Args:
-        dataset: samples (image uint8 [3, H, W], mask uint8 [H, W]) with `labels` and `mask(i)`.
-        side: height and width of the result; one number, since a rotation exchanges the two.
+        dataset: Samples (image uint8 [3, H, W], mask uint8 [H, W]) with `labels` and `mask(i)`.
+        side: Height and width of the result; one number, since a rotation exchanges the two.
 
     Attributes:
-        labels: the classes.
+        dataset: The original samples.
+        labels: Their classes.
     """
 
     def __init__(self, dataset: Any, side: int) -> None:
@@ -72,7 +76,7 @@ class EightFold(Dataset):
         return tv_tensors.Image(image), tv_tensors.Mask(self._mask(mask, VARIANTS[variant]))
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask alone, uint8 [side, side]."""
+        """Return the mask alone, uint8 [side, side]."""
         variant, original = divmod(index, len(self.dataset))
         mask = torch.from_numpy(self.dataset.mask(original))
         return self._mask(mask, VARIANTS[variant]).numpy()
@@ -84,7 +88,7 @@ class EightFold(Dataset):
 
 
 def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
-    """The image of a variant: uint8 [3, H, W] -> uint8 [3, H, W]."""
+    """Return the image uint8 [3, H, W] with the colours of a variant, the same shape and type."""
     scaled = image / 255
     if variant == "brightness":
         scaled = scaled + 0.1
@@ -98,7 +102,7 @@ def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
 
 
 def change_place(pixels: torch.Tensor, variant: str) -> torch.Tensor:
-    """The pixels of a variant, image or mask: [..., S, S] -> the same, the crop [..., s, s]."""
+    """Return image or mask [..., S, S] with the geometry of a variant; the crop is [..., s, s]."""
     if variant == "central crop":
         side = pixels.shape[-1]
         margin = int((side - side * 0.7) / 2)

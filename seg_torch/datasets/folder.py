@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -12,14 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from seg_torch.datasets.base import (
+    SPLITS,
     Pair,
     SegmentationDataset,
     check_split,
     find_root,
-    open_mask,
+    opened,
     read_colour_mask,
     read_index_mask,
     read_list,
+    refuse,
     val_for_test,
 )
 from seg_torch.errors import InputError
@@ -28,53 +31,48 @@ from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
-# How many masks are read, and how many pairs compared by the sizes in their headers, before
-# training starts. Whatever lies beyond is checked when it is read.
-SAMPLED_MASKS = 20
-COMPARED_SIZES = 500
-
 
 def folder(
     root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
 ) -> SegmentationDataset:
-    """The user's own dataset.
+    """Return the user's own dataset.
 
     `root` holds `images/`, `masks/` and `classes.txt`. A mask belongs to the image of the
-    same path without its suffix. `classes.txt` has one class a line, `name` or `name R G B`,
+    same path without its suffix. `classes.txt` has one class per line, `name` or `name R G B`,
     in the order of the ids; blank lines and `#` comments are skipped.
 
-    What a mask holds is told by its kind. RGB and RGBA masks hold the colours of `classes.txt`
-    (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold class ids; 255
-    is not labelled. Where all colours of `classes.txt` are greys, grey masks hold these greys:
-    black-and-white masks need the lines `background 0 0 0` and `object 255 255 255`.
+    The kind of a mask decides what its pixels mean. RGB and RGBA masks hold the colours of
+    `classes.txt` (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold
+    class ids; 255 is not labelled. Where all colours of `classes.txt` are greys, grey masks hold
+    these greys: black-and-white masks need the lines `background 0 0 0` and `object 255 255 255`.
 
     `train.txt` and `val.txt` list the names of the splits, with or without suffix; without
     them the pairs are split at random. `test.txt` is optional; without it the test split is val.
 
     Args:
-        root: the dataset's folder.
+        root: The dataset's folder.
         split: "train", "val" or "test".
-        val_fraction: share of the pairs in val, where no lists are given.
-        seed: of the random split; it does not depend on the seed of the training.
+        val_fraction: Fraction of the pairs in val, where no lists are given.
+        seed: Seed of the random split; it does not depend on the seed of the training.
+
+    Returns:
+        The samples of the split.
 
     Raises:
-        InputError: an unknown split, something missing in `root`, a list with unknown names,
-            pairs that are incomplete, ambiguous or differ in size, or masks that do not fit
-            `classes.txt`.
+        InputError: The split is unknown, something is missing in `root`, a list has unknown names,
+            or pairs are incomplete or ambiguous.
     """
     check_split(split)
     source = (
-        "put your photos in images/, masks of the same names in masks/, and write the class names "
-        "to classes.txt, one a line"
+        "put your images in images/, masks of the same names in masks/, and write the class names "
+        "to classes.txt, one per line"
     )
     home = find_root(root, "A dataset of your own", ["images", "masks"], source)
     pairs = _pair(home / "images", home / "masks")
-    _check_sizes(pairs)
     if not (home / "classes.txt").exists():
         raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
     labels, has_colours = read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
-    _check_sample(SegmentationDataset(pairs, labels, read_mask))
     if split == "test" and not (home / "test.txt").exists():
         split = val_for_test(split, str(home))
     chosen = split_names(home, [pair.name for pair in pairs], split, val_fraction, seed)
@@ -85,30 +83,30 @@ def folder(
 def write_folder(
     samples: Iterable[tuple[Tensor, Tensor]], labels: Labels, root: str | Path
 ) -> None:
-    """Writes samples as PNG files in the layout that `folder` reads.
+    """Write samples as PNG files in the layout that `folder` reads.
 
     Args:
-        samples: images uint8 [3, H, W] with masks uint8 [H, W], such as a dataset of this package.
-        labels: their classes.
-        root: where `images/`, `masks/` and `classes.txt` go; what lies there already under
-            the same names is replaced.
+        samples: Images uint8 [3, H, W] with masks uint8 [H, W], such as a dataset of this package.
+        labels: Their classes.
+        root: Where `images/`, `masks/` and `classes.txt` go; files of the same names are replaced.
     """
     for number, (image, mask) in enumerate(samples):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        for kind, content in (("images", picture), ("masks", palette_image(mask.numpy(), labels))):
+        rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for kind, content in (("images", rgb), ("masks", palette_image(mask.numpy(), labels))):
             write_atomically(Path(root, kind, f"{number:04d}.png"), content.save)
-    lines = [
-        f"{name} {red} {green} {blue}\n"
-        for name, (red, green, blue) in zip(labels.names, labels.palette.tolist(), strict=True)
-    ]
-    write_atomically(Path(root, "classes.txt"), lambda path: Path(path).write_text("".join(lines)))
+    colours = zip(labels.names, labels.palette.tolist(), strict=True)
+    text = "".join(f"{name} {red} {green} {blue}\n" for name, (red, green, blue) in colours)
+    write_atomically(
+        Path(root, "classes.txt"), lambda path: Path(path).write_text(text, encoding="utf-8")
+    )
 
 
 def read_classes(path: Path) -> tuple[Labels, bool]:
-    """The classes in a `classes.txt`, and whether it gives their colours.
+    """Return the classes in a `classes.txt`, and whether it gives their colours.
 
     Raises:
-        InputError: no classes, a colour above 255, or colours for some classes only.
+        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
+            of the classes only.
     """
     names, colours = [], []
     for line in read_list(path):
@@ -120,7 +118,7 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
         if match:
             colours.append([int(value) for value in match.groups()[1:]])
     if not names:
-        raise InputError(f"{path}: holds no class names; write one a line")
+        raise InputError(f"{path}: holds no class names; write one per line")
     if 0 < len(colours) < len(names):
         raise InputError(
             f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
@@ -135,16 +133,19 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
 
 
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
-    """A mask of colours or of class ids, told apart by the kind of the file as in `folder`.
+    """Return a mask of colours or of class ids, told apart by the kind of the file as in `folder`.
 
     Args:
-        path: the file.
-        palette: the classes' colours, uint8 [C, 3], or None where `classes.txt` gives none.
+        path: The file.
+        palette: Colours of the classes, uint8 [C, 3], or None where `classes.txt` gives none.
 
     Returns:
         uint8 [H, W] of class ids and 255.
+
+    Raises:
+        InputError: The file cannot be read, or holds colours without a class.
     """
-    with open_mask(path) as image:
+    with opened(path) as image:
         mode = image.mode
     all_grey = palette is not None and bool((palette == palette[:, :1]).all())
     if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
@@ -160,31 +161,27 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
 def split_names(
     root: Path, names: Sequence[str], split: str, val_fraction: float = 0.2, seed: int = 0
 ) -> list[str]:
-    """The names that belong to a split.
+    """Return the names that belong to a split.
 
     They are read from `train.txt`, `val.txt` and `test.txt` in `root`. Where there is
-    neither `train.txt` nor `val.txt`, whatever is not in `test.txt` is split at random.
+    neither `train.txt` nor `val.txt`, whatever is not in `test.txt` is split at random, by a hash
+    of each name, so that adding an image moves at most one other to the other split.
+
+    Args:
+        root: The folder of the lists.
+        names: All names.
+        split: "train", "val" or "test".
+        val_fraction: Fraction of the names in val, where they are split at random.
+        seed: Seed of the random split.
+
+    Returns:
+        The names, in the order of the list, or sorted.
 
     Raises:
-        InputError: a list with unknown names, `train.txt` without `val.txt` or the reverse, or
-            too few names to split.
+        InputError: A list has unknown names, there is `train.txt` without `val.txt` or the reverse,
+            or there are too few names to split.
     """
-    known = set(names)
-    lists: dict[str, list[str]] = {}
-    for each in ("train", "val", "test"):
-        path = root / f"{each}.txt"
-        if not path.exists():
-            continue
-        listed = [
-            name if name in known else re.sub(r"\.\w+$", "", name) for name in read_list(path)
-        ]
-        unknown = [name for name in listed if name not in known]
-        if unknown:
-            raise InputError(
-                f"{path}: {len(unknown)} names without an image and a mask: "
-                f"{', '.join(unknown[:5])}"
-            )
-        lists[each] = listed
+    lists = read_split_lists(root, names)
     if split in lists:
         return lists[split]
     if "train" in lists or "val" in lists:
@@ -195,14 +192,31 @@ def split_names(
             f"{root}: {len(rest)} pairs cannot be split with val_fraction={val_fraction}; it "
             "takes 2 pairs and a fraction between 0 and 1"
         )
-    order = np.random.default_rng(seed).permutation(len(rest))
+    order = sorted(rest, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     num_val = min(max(round(len(rest) * val_fraction), 1), len(rest) - 1)
-    chosen = order[num_val:] if split == "train" else order[:num_val]
-    return [rest[i] for i in sorted(chosen)]
+    return sorted(order[num_val:] if split == "train" else order[:num_val])
+
+
+def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names in those of `train.txt`, `val.txt` and `test.txt` that `root` has.
+
+    Raises:
+        InputError: A list has unknown names.
+    """
+    known = set(names)
+    lists: dict[str, list[str]] = {}
+    for path in [root / f"{split}.txt" for split in SPLITS]:
+        if path.exists():
+            lines = read_list(path)
+            listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
+            unknown = [name for name in listed if name not in known]
+            refuse(unknown, f"names in {path} have no image and mask")
+            lists[path.stem] = listed
+    return lists
 
 
 def _pair(images: Path, masks: Path) -> list[Pair]:
-    """All pairs, sorted by name; every image and every mask has to have exactly one partner."""
+    """Return all pairs, sorted by name; every image and mask has to have exactly one partner."""
     stems: list[dict[str, list[Path]]] = []
     for home in (images, masks):
         files: dict[str, list[Path]] = {}
@@ -222,57 +236,15 @@ def _pair(images: Path, masks: Path) -> list[Pair]:
             for paths in files.values()
             if len(paths) > 1
         ]
-    _refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
+    refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
     return [Pair(name, image_files[name][0], mask_files[name][0]) for name in sorted(image_files)]
 
 
-def _check_sizes(pairs: Sequence[Pair]) -> None:
-    """Compares the sizes in the headers, the image's as it is seen upright."""
-    problems = []
-    for pair in pairs[:COMPARED_SIZES]:
-        try:
-            with Image.open(pair.image) as image, Image.open(pair.mask) as mask:
-                orientation = image.getexif().get(0x0112, 1)
-                size = image.size[::-1] if orientation >= 5 else image.size
-                if size != mask.size:
-                    problems.append(
-                        f"{pair.mask}: {mask.size[0]} x {mask.size[1]} pixels, its image "
-                        f"{size[0]} x {size[1]}"
-                    )
-        except (OSError, SyntaxError) as error:
-            problems.append(f"{pair.image} or its mask cannot be read: {error}")
-    _refuse(problems, "pairs cannot be used, an image and its mask have to be of one size")
-
-
-def _refuse(problems: Sequence[str], what: str) -> None:
-    if problems:
-        listing = "\n  ".join([*problems[:5], *["..."][: len(problems) > 5]])
-        raise InputError(f"{len(problems)} {what}:\n  {listing}")
-
-
-def _sample(pairs: Sequence[Pair]) -> list[int]:
-    count = min(len(pairs), SAMPLED_MASKS)
-    return np.linspace(0, len(pairs) - 1, count).astype(int).tolist()
-
-
-def _check_sample(dataset: SegmentationDataset) -> None:
-    """Reads some masks, so that most mistakes show before training starts."""
-    sample = _sample(dataset.pairs)
-    values = {int(value) for i in sample for value in np.unique(dataset.mask(i))}
-    if values == {0, IGNORE_INDEX} and len(dataset.labels) > 1:
-        background, *objects = dataset.labels.names
-        raise InputError(
-            f"{dataset.pairs[0].mask} and the other masks hold only 0 and 255, and 255 means "
-            "not labelled: no class but the first would be learnt. If white stands for "
-            f"{objects[0]}, say so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
-        )
-
-
 def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
-    """What to write to a missing classes.txt, judged by some of the masks."""
+    """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
     found: set[tuple[int, ...]] = set()
-    for i in _sample(pairs):
-        with open_mask(pairs[i].mask) as mask:
+    for pair in pairs[:: -(-len(pairs) // 20)]:
+        with opened(pair.mask) as mask:
             kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
             pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
@@ -291,7 +263,7 @@ def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
             f"class {i} {' '.join(map(str, value))}" for i, value in enumerate(values_found[:20])
         ]
     return (
-        f"{path} is missing: it names the classes, one a line, in the order of their ids. The "
+        f"{path} is missing: it names the classes, one per line, in the order of their ids. The "
         f"masks that were looked at hold {what}. So write, with names of your own:\n"
         + "\n".join(lines)
     )

@@ -25,19 +25,22 @@ IDS = id_table({1: 0, 2: 1, 3: 2})
 
 
 def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDataset:
-    """Oxford-IIIT Pet (Parkhi, Vedaldi, Zisserman, Jawahar, CVPR 2012): 37 breeds, 3 classes.
+    """Return Oxford-IIIT Pet (Parkhi, Vedaldi, Zisserman, Jawahar, CVPR 2012): 3 classes.
 
     `root/oxford-iiit-pet` holds `images/` and `annotations/`, as torchvision lays them out.
     Train is the list `trainval.txt` (3,680 images); val and test are both `test.txt` (3,669),
     since the dataset has no third split.
 
     Args:
-        root: the folder that holds `oxford-iiit-pet`.
+        root: The folder that holds `oxford-iiit-pet`.
         split: "train", "val" or "test".
-        download: fetch it (0.8 GB) into `root` where it is missing.
+        download: Fetch it (0.8 GB) into `root` where it is missing.
+
+    Returns:
+        The samples of the split.
 
     Raises:
-        InputError: an unknown split, no such dataset, or the download failed.
+        InputError: The split is unknown, there is no such dataset, or the download failed.
     """
     split = val_for_test(split, "Oxford-IIIT Pet")
     if download and not (Path(root).expanduser() / "oxford-iiit-pet/annotations").exists():

@@ -1,7 +1,7 @@
 """Textured shapes, drawn on the fly: the dataset that needs no download.
 
-The class is the shape: colours and textures are drawn alike for all classes. The shapes are cut
-like stones and lit from the upper left; they overlap, turn and vary in size.
+The class is the shape: colours and textures come from one distribution for all classes. The
+shapes have facets lit from the upper left; they overlap, turn and vary in size.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 def _distance(shape: Shape, size: int) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """Distance to the outline in pixels, negative inside, and the window of the image it covers.
+    """Return the distance to the outline in pixels, negative inside, and the window it covers.
 
     Polygons are folded into one of their equal sectors, where the outline is a straight line.
     """
@@ -77,7 +77,7 @@ def _distance(shape: Shape, size: int) -> tuple[np.ndarray, tuple[slice, slice]]
 
 
 def _scene(rng: np.random.Generator) -> list[Shape]:
-    """One to four shapes that cover each other in part, never so far that none could tell them."""
+    """Return one to four shapes that may overlap, but stay recognisable."""
     scene: list[Shape] = []
     for _ in range(rng.integers(1, 5)):
         class_id = int(rng.integers(1, len(SHAPES_LABELS)))
@@ -90,7 +90,7 @@ def _scene(rng: np.random.Generator) -> list[Shape]:
 
 
 def _texture(rng: np.random.Generator, size: int, window: tuple[slice, slice]) -> np.ndarray:
-    """Stripes, waves, checks, dots or clouds: float32 in 0 to 1 over the window."""
+    """Return stripes, waves, checks, dots or clouds: float32 in 0 to 1 over the window."""
     height, width = (side.stop - side.start for side in window)
     kind, angle, phase = rng.integers(5), rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     frequency = rng.uniform(5, 14) * 2 * np.pi / size
@@ -113,7 +113,7 @@ def _texture(rng: np.random.Generator, size: int, window: tuple[slice, slice]) -
 
 
 def _colours(rng: np.random.Generator, vivid: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two related colours for a texture, float32 RGB in 0 to 255."""
+    """Return two related colours for a texture, float32 RGB in 0 to 255."""
     hue = rng.uniform(0, 1)
     turn, saturation, value = rng.uniform((-0.12, 0.45, 0.6), (0.12, 0.85, 0.98))
     hues = np.array([hue, hue + turn])[:, None] + np.array([0, 2 / 3, 1 / 3])
@@ -127,13 +127,13 @@ def _colours(rng: np.random.Generator, vivid: float) -> tuple[np.ndarray, np.nda
 def _paint(
     rng: np.random.Generator, size: int, window: tuple[slice, slice], vivid: float
 ) -> np.ndarray:
-    """A random texture in random colours, float32 RGB over the window in 0 to 255."""
+    """Return a random texture in random colours, float32 RGB over the window in 0 to 255."""
     light, dark = _colours(rng, vivid)
     return dark + _texture(rng, size, window)[..., None] * (light - dark)
 
 
 class Shapes(Dataset):
-    """What `shapes` returns.
+    """The dataset that `shapes` returns.
 
     Items are `(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask uint8 [size, size])`.
     """
@@ -162,7 +162,7 @@ class Shapes(Dataset):
         return mask
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask alone, uint8 [size, size]."""
+        """Return the mask alone, uint8 [size, size]."""
         return self._mask(_scene(self._generator(index)))
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -191,7 +191,7 @@ class Shapes(Dataset):
 def shapes(
     split: str, size: int = 128, train: int = 1000, val: int = 100, test: int = 100, seed: int = 0
 ) -> Shapes:
-    """Overlapping shapes on a textured ground, each with a rim of ignored pixels.
+    """Return images of overlapping shapes on a textured ground, with rims of ignored pixels.
 
     Six classes: background, disc, square, triangle, star and ring; one to four shapes an image.
     Nothing is stored: a sample follows from `(seed, split, index)` by a generator of its own, so
@@ -199,12 +199,17 @@ def shapes(
 
     Args:
         split: "train", "val" or "test".
-        size: height and width of the images in pixels, at least 32.
-        train, val, test: number of samples in each split.
-        seed: another seed, another dataset.
+        size: Height and width of the images in pixels, at least 32.
+        train: Number of training samples.
+        val: Number of validation samples.
+        test: Number of test samples.
+        seed: Another seed gives another dataset.
+
+    Returns:
+        The samples of the split.
 
     Raises:
-        InputError: an unknown split or a size below 32.
+        InputError: The split is unknown or the size is below 32.
     """
     check_split(split)
     if size < 32:

@@ -21,31 +21,11 @@ from seg_torch.datasets.base import (
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
-VOC_LABELS = Labels(
-    (
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    )
+NAMES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
 )
+VOC_LABELS = Labels(tuple(NAMES.split()))
 
 YEARS = ("2007", "2008", "2009", "2010", "2011", "2012")
 
@@ -57,7 +37,7 @@ def voc(
     download: bool = False,
     halve_val: bool = False,
 ) -> SegmentationDataset:
-    """PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes.
+    """Return PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes.
 
     2012 has 1,464 train and 1,449 val images.
 
@@ -66,16 +46,19 @@ def voc(
     has public test labels; in the other years the test split is val.
 
     Args:
-        root: the folder that holds `VOCdevkit` (for 2011: `TrainVal/VOCdevkit`, as its archive
+        root: The folder that holds `VOCdevkit` (for 2011: `TrainVal/VOCdevkit`, as its archive
             unpacks).
         split: "train", "val" or "test".
         year: "2007" to "2012".
-        download: fetch it (2012: 2 GB) into `root` where it is missing.
-        halve_val: make a test set out of val: its list is shuffled by Python's
+        download: Fetch it (2012: 2 GB) into `root` where it is missing.
+        halve_val: Make a test set out of val: its list is shuffled by Python's
             `random.Random(42)`; the first half, rounded down, is val, the second test.
 
+    Returns:
+        The samples of the split.
+
     Raises:
-        InputError: an unknown split or year, no such dataset, or the download failed.
+        InputError: The split or year is unknown, there is no such dataset, or the download failed.
     """
     check_split(split)
     year = str(year)  # data.year=2012 on the command line is a number
@@ -109,14 +92,14 @@ def voc(
 
 
 def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
-    """A VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
+    """Return a VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
     if path.suffix == ".png":
         return read_index_mask(path)
     return np.array(read_mat(path, "GTcls")["Segmentation"][0, 0], np.uint8)
 
 
 def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
-    """VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011).
+    """Return VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011).
 
     10,582 train, 1,449 val.
 
@@ -128,8 +111,15 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
     (`benchmark_RELEASE/dataset/{img,cls,train.txt,val.txt}`) or as torchvision's SBDataset leaves
     it (`{img,cls,train.txt,val.txt}`).
 
+    Args:
+        root: The folder that holds both.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
     Raises:
-        InputError: an unknown split, or one of the two datasets is not there.
+        InputError: The split is unknown, or one of the two datasets is missing.
     """
     check_split(split)
     if split != "train":

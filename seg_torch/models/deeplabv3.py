@@ -8,6 +8,7 @@ from torchvision.models import segmentation as tv
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from seg_torch.errors import InputError
+from seg_torch.models.fcn import head_logits
 from seg_torch.models.weights import load_torchvision_weights
 
 _BACKBONES = {
@@ -21,7 +22,7 @@ _BACKBONES = {
 
 
 class DeepLabV3(tv.DeepLabV3):
-    """torchvision's DeepLabv3, which also explains why it cannot train on a batch of one."""
+    """torchvision's DeepLabv3, which leaves its logits at the stride of its features."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute logits.
@@ -30,7 +31,8 @@ class DeepLabV3(tv.DeepLabV3):
             x: Float [N, 3, H, W].
 
         Returns:
-            `out`, and `aux` if there is an auxiliary head: float [N, C, H, W].
+            `out`, and in training `aux` if there is an auxiliary head: float [N, K, h, w], each at
+            the stride of its features.
 
         Raises:
             InputError: In training, N is 1.
@@ -43,7 +45,7 @@ class DeepLabV3(tv.DeepLabV3):
                 "DeepLabv3 cannot train on a batch of one image: its image pooling normalises over "
                 "the batch; use data.batch_size=2 or more"
             )
-        return super().forward(x)
+        return head_logits(self, x)
 
 
 def deeplabv3(
@@ -59,7 +61,7 @@ def deeplabv3(
     Segmentation (2017).
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         backbone: `resnet50`, `resnet101` or `mobilenet_v3_large`.
         weights: `COCO_WITH_VOC_LABELS_V1` (COCO images of the 21 Pascal VOC classes), `imagenet`
             (the backbone's alone, IMAGENET1K_V1), the path of a state dict, or `None` for random
@@ -70,10 +72,11 @@ def deeplabv3(
             trained with the default, which the paper gives for output stride 8.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": the same, if `aux`}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, ceil(H/8), ceil(W/8)]}, with a MobileNet
+        ceil(H/16) and ceil(W/16); in training with `aux` more logits under "aux", of stride 8.
 
     Raises:
-        InputError: Unknown backbone or weights, or weights that cannot be had.
+        InputError: Unknown backbone or weights, or weights that cannot be loaded.
     """
     if backbone not in _BACKBONES:
         raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
@@ -86,9 +89,11 @@ def deeplabv3(
             num_classes=num_classes,
             aux_loss=aux,
         )
-    except OSError as error:
+    except Exception as error:  # no network, or whatever torch.load makes of a broken file
+        if weights != "imagenet":
+            raise
         raise InputError(
-            f"cannot download the ImageNet weights of {backbone} ({error}); start from random ones "
+            f"cannot load the ImageNet weights of {backbone} ({error}); start from random ones "
             "with model.weights=null, or give model.weights=FILE"
         ) from error
     in_channels = parts.classifier[0].convs[0][0].in_channels

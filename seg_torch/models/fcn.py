@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from torchvision.models import segmentation as tv
 
 from seg_torch.errors import InputError
@@ -13,19 +14,52 @@ _BACKBONES = {
 }
 
 
+class FCN(tv.FCN):
+    """torchvision's FCN, which leaves its logits at the stride of its features."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute logits.
+
+        Args:
+            x: Float [N, 3, H, W].
+
+        Returns:
+            `out`, and in training `aux` if there is an auxiliary head: float
+            [N, K, ceil(H/8), ceil(W/8)].
+        """
+        return head_logits(self, x)
+
+
+def head_logits(model: tv.FCN | tv.DeepLabV3, x: Tensor) -> dict[str, Tensor]:
+    """Compute the logits of a model of torchvision without enlarging them.
+
+    Args:
+        model: Backbone, classifier and, maybe, auxiliary classifier.
+        x: Float [N, 3, H, W].
+
+    Returns:
+        `out`, and in training `aux` if there is an auxiliary head: float [N, K, h, w].
+    """
+    features = model.backbone(x)
+    outputs = {"out": model.classifier(features["out"])}
+    if model.training and model.aux_classifier is not None:
+        outputs["aux"] = model.aux_classifier(features["aux"])
+    return outputs
+
+
 def fcn(
     num_classes: int,
     backbone: str = "resnet101",
     weights: str | Path | None = "COCO_WITH_VOC_LABELS_V1",
     aux: bool = True,
-) -> tv.FCN:
+) -> FCN:
     """Build torchvision's FCN with a dilated ResNet, output stride 8.
 
     Source: Long, Shelhamer & Darrell, Fully Convolutional Networks for Semantic Segmentation
     (2015).
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         backbone: `resnet50` or `resnet101`.
         weights: `COCO_WITH_VOC_LABELS_V1` (COCO images of the 21 Pascal VOC classes), the path of a
             state dict, or `None` for random ones. A last layer for another number of classes is
@@ -33,16 +67,18 @@ def fcn(
         aux: Add an auxiliary head on the third stage, for training.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": the same, if `aux`}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, ceil(H/8), ceil(W/8)]}, and in
+        training with `aux` the same again under "aux".
 
     Raises:
-        InputError: Unknown backbone or weights, or weights that cannot be had.
+        InputError: Unknown backbone or weights, or weights that cannot be loaded.
     """
     if backbone not in _BACKBONES:
         raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
     builder, published = _BACKBONES[backbone]
     # weights_backbone: its default would be downloaded even with weights=None.
-    model = builder(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
+    parts = builder(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
+    model = FCN(parts.backbone, parts.classifier, parts.aux_classifier)
     if weights is not None:
         load_torchvision_weights(model, weights, published, ("classifier.4.", "aux_classifier."))
     return model

@@ -22,7 +22,7 @@ class HRNetV2(nn.Module):
 
     Args:
         encoder: timm's HRNet, giving its branches at strides 4, 8, 16 and 32.
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         extra_background: See `hrnet`.
 
     Attributes:
@@ -52,18 +52,21 @@ class HRNetV2(nn.Module):
             x: Float [N, 3, H, W].
 
         Returns:
-            `out`: float [N, C, H, W]; in training with an extra background [N, C + 1, H, W].
+            `out`: float [N, K, ceil(H/4), ceil(W/4)]; in training with an extra background K + 1
+            channels.
         """
         height, width = x.shape[-2:]
         # The branches exchange features by factors of exactly 2, 4 and 8.
         branches = self.encoder(pad_to_multiple(x, 32))
         finest = branches[0].shape[-2:]
-        branches = [_resize(branch, finest) for branch in branches]
+        branches = [
+            F.interpolate(branch, size=finest, mode="bilinear", align_corners=False)
+            for branch in branches
+        ]
         logits = self.head(torch.cat(branches, dim=1))
         if self.extra_background and not self.training:
             logits = logits[:, :-1]
-        logits = _resize(logits, (4 * finest[0], 4 * finest[1]))
-        return {"out": logits[..., :height, :width]}
+        return {"out": logits[..., : -(-height // 4), : -(-width // 4)]}
 
 
 def hrnet(
@@ -75,7 +78,7 @@ def hrnet(
     """Build HRNetV2 with timm's HRNet.
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         encoder: `hrnet_w18`, `hrnet_w30`, `hrnet_w32`, `hrnet_w40`, `hrnet_w44`, `hrnet_w48` or
             `hrnet_w64`, where the number is the channels of the finest branch, or one of timm's
             variants of them, such as `hrnet_w18_small`.
@@ -84,14 +87,14 @@ def hrnet(
         extra_background: Give the network one output more than there are classes, as some published
             networks have it (33 for the 32 classes of CamVid). It is the last one, so that class
             ids keep their places. No label has it: training pushes it down with the softmax over
-            all C + 1 outputs, and in evaluation mode it is left out, so that it is never predicted.
-            A loss with one weight per class does not fit the C + 1 outputs, and says so.
+            all K + 1 outputs, and in evaluation mode it is left out, so that it is never predicted.
+            A loss with one weight per class does not fit the K + 1 outputs, and says so.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, ceil(H/4), ceil(W/4)]}.
 
     Raises:
-        InputError: Unknown encoder, or weights that cannot be had or do not fit.
+        InputError: Unknown encoder, or weights that cannot be loaded or do not fit.
     """
     if not encoder.startswith("hrnet_"):
         raise InputError(
@@ -105,7 +108,3 @@ def hrnet(
         out_indices=(1, 2, 3, 4),  # without the stem
     )
     return HRNetV2(branches, num_classes, extra_background)
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

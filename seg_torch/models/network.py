@@ -1,11 +1,14 @@
-"""The one place where images become what a model expects, and its answer becomes logits."""
+"""The one place where images become what a model expects, and what several processes need of it."""
 
-from __future__ import annotations
-
+import copy
+import logging
 from collections.abc import Sequence
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -15,10 +18,10 @@ class Network(nn.Module):
     """A model with its preprocessing, so that training, evaluation and prediction cannot disagree.
 
     Args:
-        model: float [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": ...} or the logits alone.
-        mean: of the channels of the model's input, for images scaled to [0, 1]; by default what
+        model: Float [N, C, H, W] -> {"out": logits [N, K, h, w], "aux": ...} or the logits alone.
+        mean: Of the C channels of the model's input, for images scaled to [0, 1]; by default what
             the model says its weights were trained with (`model.mean`), else ImageNet's.
-        std: standard deviation, likewise.
+        std: Standard deviations, likewise.
     """
 
     mean: Tensor
@@ -34,59 +37,71 @@ class Network(nn.Module):
         self.model = model.to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
         mean = getattr(model, "mean", IMAGENET_MEAN) if mean is None else mean
         std = getattr(model, "std", IMAGENET_STD) if std is None else std
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images uint8 [N, 3, H, W] -> {"out": logits [N, C, H, W], "aux": ... if there is one}."""
+        """Compute logits.
+
+        Args:
+            images: Uint8 [N, C, H, W].
+
+        Returns:
+            `out`, and in training `aux` if the model has an auxiliary head: logits [N, K, h, w] at
+            the resolution at which the head works.
+        """
         x = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
         out = self.model(x.contiguous(memory_format=torch.channels_last))
         return {"out": out} if isinstance(out, Tensor) else out
 
-    def logits(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Images uint8 [N, 3, H, W] -> logits float32 [N, C, *size].
 
-        Logits are brought to the size of the labels before anything is decided (argmax): deciding
-        first and enlarging class ids loses accuracy at every boundary.
-        """
-        logits = self(images)["out"]
-        return enlarge_rows(logits, size, 0, size[0]).float()
-
-
-def enlarge_rows(logits: Tensor, size: Sequence[int], top: int, bottom: int) -> Tensor:
-    """Rows `top` to `bottom` of what logits become at another size, bilinearly.
-
-    The rows are the same numbers, to the last bit, whichever others are computed with them. So a
-    picture can be decided band by band: at its full size the logits of all classes may not fit
-    into memory.
+def synchronise_batchnorm(network: Network) -> Network:
+    """Let every BatchNorm take its statistics over the images of all processes.
 
     Args:
-        logits: [N, C, h, w] of any floating type.
-        size: (height, width) of the whole result.
-        top: first row.
-        bottom: the row after the last.
+        network: Changed in place; it keeps its parameters, statistics and modes.
 
     Returns:
-        [N, C, bottom - top, width], float32; of the type of `logits` if their size stays the same.
+        The same network.
     """
-    x = logits.movedim(1, -1)  # the memory order of channels_last
-    x = _resample(x, 1, size[0], top, bottom)
-    x = _resample(x, 2, size[1], 0, size[1])
-    return x.movedim(-1, 1)
+    # PyTorch's own conversion turns timm's BatchNorm with activation into one without.
+    return convert_sync_batchnorm(network)
 
 
-def _resample(x: Tensor, dim: int, size: int, start: int, stop: int) -> Tensor:
-    """`interpolate` (linear, align_corners=False) along one dimension, `start` to `stop`.
+def freeze_unused_parameters(network: Network) -> list[str]:
+    """Freeze the parameters on which no output of training depends.
 
-    The kernels of `interpolate` itself round differently from one band to the next.
+    DistributedDataParallel would wait for their gradients for ever. Libraries leave such layers in
+    a model where it does not use all of its encoder.
+
+    Args:
+        network: Its modes, statistics and the state of the random generator stay as they are.
+
+    Returns:
+        Names of the parameters that were frozen by this call.
     """
-    length = x.shape[dim]
-    if length == size:
-        return x.narrow(dim, start, stop - start)
-    centres = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * (length / size) - 0.5
-    centres = centres.clamp(min=0)
-    before = centres.long()
-    after = (before + 1).clamp(max=length - 1)
-    weight = (centres - before).float().to(x.device).view(-1, *[1] * (x.dim() - dim - 1))
-    near = x.index_select(dim, before.to(x.device)).float().mul_(1 - weight)
-    return near.add_(x.index_select(dim, after.to(x.device)).float().mul_(weight))
+    for device in ("meta", "cpu"):  # meta computes shapes alone, but not for every operation
+        try:
+            unused = _unused_parameters(network, device)
+            break
+        except Exception as error:  # whatever a model raises that takes no images of this size
+            reason = error
+    else:
+        log.warning("cannot tell which parameters the model does not use: %s", reason)
+        return []
+    for name in unused:
+        network.get_parameter(name).requires_grad_(False)
+    if unused:
+        log.info("frozen, since no output depends on them: %s", ", ".join(unused))
+    return unused
+
+
+def _unused_parameters(network: Network, device: str) -> list[str]:
+    probe = copy.deepcopy(network).to(device).train()
+    parameters = {name: p for name, p in probe.named_parameters() if p.requires_grad}
+    size = getattr(network.model, "image_size", 64)
+    images = torch.zeros(2, len(network.mean), size, size, dtype=torch.uint8, device=device)
+    with torch.random.fork_rng(devices=[]):
+        total = sum(logits.float().sum() for logits in probe(images).values())
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return [name for name, g in zip(parameters, gradients, strict=True) if g is None]

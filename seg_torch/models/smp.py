@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -15,17 +16,18 @@ from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import (
     download_from_hugging_face,
     image_statistics,
-    load_state_dict,
     read_state_dict,
     timm_model,
 )
+
+log = logging.getLogger(__name__)
 
 
 class SMP(nn.Module):
     """A model of segmentation_models_pytorch for images of every size.
 
     Args:
-        model: Float [N, 3, H, W] -> logits [N, C, H, W], for some sizes.
+        model: Float [N, 3, H, W] -> logits [N, K, H, W], for some sizes.
         multiple: Of what H and W must be.
 
     Attributes:
@@ -47,7 +49,7 @@ class SMP(nn.Module):
             x: Float [N, 3, H, W].
 
         Returns:
-            `out`: float [N, C, H, W].
+            `out`: float [N, K, H, W].
 
         Raises:
             InputError: In training, N is 1, and the architecture normalises pooled features.
@@ -74,7 +76,7 @@ def smp(
     """Build a model of segmentation_models_pytorch.
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         architecture: `Unet`, `UnetPlusPlus`, `MAnet`, `Linknet`, `FPN`, `PSPNet`, `DeepLabV3`,
             `DeepLabV3Plus`, `PAN`, `UPerNet`, `Segformer` or, with a ViT of timm, `DPT`.
         encoder: Name of an encoder of the library, or `tu-` and the name of a timm model.
@@ -82,18 +84,18 @@ def smp(
             a state dict (for `tu-` of the timm model), or `None` for random ones.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, H, W]}.
 
     Raises:
         InputError: segmentation_models_pytorch is not installed; unknown architecture or encoder,
-            or two that do not fit; weights that cannot be had or do not fit.
+            or two that do not fit; weights that cannot be loaded or do not fit.
     """
     try:
         import segmentation_models_pytorch as library
     except ImportError as error:
         raise InputError(
             f"model=smp needs segmentation_models_pytorch ({error}); install it with "
-            "pip install 'seg_torch[smp]'"
+            "pip install segmentation-models-pytorch"
         ) from error
 
     architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
@@ -126,7 +128,9 @@ def smp(
     if encoder.startswith("tu-"):
         options = {"num_classes": 0} if is_dpt else {"features_only": True}
         timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
-        load_state_dict(library_model.encoder.model, timm_encoder.state_dict(), encoder)
+        published_state = timm_encoder.state_dict()  # may have stages that the library cuts off
+        own = library_model.encoder.model
+        own.load_state_dict({name: published_state[name] for name in own.state_dict()})
         model.mean, model.std = image_statistics(timm_encoder)
         return model
     published = library.encoders.encoders[encoder]["pretrained_settings"]
@@ -148,4 +152,5 @@ def smp(
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:30])
         raise InputError(f"{file} does not fit the encoder {encoder}: {reason}") from error
+    log.info("loaded the weights of the encoder %s from %s", encoder, file)
     return model

@@ -1,24 +1,20 @@
 """Any semantic segmentation model of Hugging Face's transformers, which is an extra."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.weights import download_from_hugging_face
-
-logger = logging.getLogger(__name__)
+from seg_torch.models.weights import download_from_hugging_face, log_loading
 
 
 class TransformersModel(nn.Module):
-    """A semantic segmentation model of transformers, with logits at the size of the image.
+    """A semantic segmentation model of transformers, with logits of the size that it gives them.
 
     Args:
         model: A `...ForSemanticSegmentation`.
@@ -26,11 +22,14 @@ class TransformersModel(nn.Module):
     Attributes:
         mean: Channel means of the images that the model was trained with, scaled to [0, 1].
         std: Their standard deviations.
+        image_size: Height and width of images that the model can take; some take no others.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        size = getattr(model.config, "image_size", None)
+        self.image_size = size if isinstance(size, int) else 64
         self.mean: Sequence[float] = IMAGENET_MEAN
         self.std: Sequence[float] = IMAGENET_STD
 
@@ -41,11 +40,9 @@ class TransformersModel(nn.Module):
             x: Float [N, 3, H, W].
 
         Returns:
-            `out`: float [N, C, H, W].
+            `out`: float [N, K, h, w].
         """
-        logits = self.model(pixel_values=x).logits
-        logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        return {"out": logits}
+        return {"out": self.model(pixel_values=x).logits}
 
 
 def transformers(
@@ -57,7 +54,7 @@ def transformers(
     loaded without a network. No code from the Hub is run.
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         config: `model_type`, such as `segformer`, `upernet`, `dpt`, `beit` or `mobilevit`, and
             whatever of the model's `config.json` differs from the defaults of that type.
         weights: Repository on the Hub, such as `nvidia/segformer-b0-finetuned-ade-512-512` or, with
@@ -66,11 +63,12 @@ def transformers(
             other classes, are new, and the skipped keys are logged.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, h, w]}, of a quarter of H and W for
+        SegFormer.
 
     Raises:
         InputError: transformers is not installed; no or an unsuitable configuration; weights that
-            cannot be had or do not fit.
+            cannot be loaded or do not fit.
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -81,8 +79,7 @@ def transformers(
         )
     except ImportError as error:
         raise InputError(
-            f"this model needs transformers ({error}); install it with "
-            "pip install 'seg_torch[transformers]'"
+            f"this model needs transformers ({error}); install it with pip install transformers"
         ) from error
 
     if config.get("model_type") not in MODEL_NAMES:
@@ -126,10 +123,7 @@ def transformers(
             "values of its config.json"
         )
     skipped = sorted(other_shape | set(loaded["unexpected_keys"]))
-    if skipped:
-        logger.info("skipped in %s: %s", weights, ", ".join(skipped))
-    if new:
-        logger.info("newly initialised: %s", ", ".join(new))
+    log_loading(str(weights), len(model.state_dict()), new, skipped)
     result = TransformersModel(model)
     if settings.get("do_normalize", True):
         result.mean = settings.get("image_mean", IMAGENET_MEAN)

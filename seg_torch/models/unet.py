@@ -91,7 +91,7 @@ class UNet(EncoderDecoder):
     Args:
         encoder: A convolutional timm model made with `features_only=True`; each stride is twice
             the one before.
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         decoder_channels: Channels of the decoder's stages, one per halving of the encoder.
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
 
@@ -140,7 +140,7 @@ class UNet(EncoderDecoder):
             x: Float [N, 3, H, W], H and W >= 32.
 
         Returns:
-            `out`: float [N, C, H, W].
+            `out`: float [N, K, H, W].
         """
         height, width = x.shape[-2:]
         features = dict(zip(self.encoder_strides, self.encoder(x), strict=True))
@@ -163,7 +163,7 @@ def unet(
     """Build a U-Net with a timm encoder.
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         encoder: Name of a convolutional timm model whose strides double, such as
             `resnet34`, `mobilenetv2_100`, `convnext_tiny` or, with the tag of its weights,
             `resnet50.a1_in1k`.
@@ -173,10 +173,10 @@ def unet(
         decoder_channels: Channels of the decoder's stages, one per halving of the encoder.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, H, W]}.
 
     Raises:
-        InputError: Unknown or unsuitable encoder, or weights that cannot be had or do not fit.
+        InputError: Unknown or unsuitable encoder, or weights that cannot be loaded or do not fit.
     """
     timm_encoder = timm_model(encoder, weights, features_only=True)
     return UNet(timm_encoder, num_classes, decoder_channels, freeze_encoder)

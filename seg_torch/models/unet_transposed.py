@@ -47,7 +47,7 @@ class TransposedUNet(EncoderDecoder):
 
     Args:
         encoder: Gives feature maps at strides 2, 4, 8, 16 and 32.
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
 
     Attributes:
@@ -85,7 +85,7 @@ class TransposedUNet(EncoderDecoder):
             x: Float [N, 3, H, W], H and W >= 32.
 
         Returns:
-            `out`: float [N, C, H, W].
+            `out`: float [N, K, H, W].
         """
         size = x.shape[-2:]
         *skips, x = self.encoder(x)
@@ -109,7 +109,7 @@ def unet_transposed(
     of the end.
 
     Args:
-        num_classes: Number of classes C.
+        num_classes: Number of classes K.
         encoder: Name of a timm model with feature maps at strides 2, 4, 8, 16 and 32, such as
             `mobilenetv2_100`, `densenet121` or `resnet34`.
         weights: Of the encoder: `imagenet` (what timm publishes under the name), the path of a
@@ -117,10 +117,10 @@ def unet_transposed(
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, H, W]}.
 
     Raises:
-        InputError: Unknown or unsuitable encoder, or weights that cannot be had or do not fit.
+        InputError: Unknown or unsuitable encoder, or weights that cannot be loaded or do not fit.
     """
     family = next((family for family in _SKIPS if encoder.startswith(family)), None)
     if family is None:

@@ -2,7 +2,8 @@
 
 import difflib
 import logging
-import pickle
+import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,14 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from seg_torch.errors import InputError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+# What timm tells of the weights is told here, in one line.
+logging.getLogger("timm").setLevel(logging.ERROR)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -35,16 +37,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
-    content: Any
     try:
         if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
+            content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # text alone makes the unpickler raise a dozen different ones
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
-            f"{str(error).splitlines()[0] if str(error) else 'the file is empty'}"
+            f"{reason if path.stat().st_size else 'the file is empty'}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content)
@@ -55,37 +57,49 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
-def load_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor], source: str, new_layers: tuple[str, ...] = ()
+def load_matching_weights(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    source: str,
+    new_layers: tuple[str, ...] | None = None,
 ) -> None:
-    """Load pretrained weights into a model whose last layers may be new.
-
-    What the model does not use, such as the classes of another dataset, is skipped and logged.
+    """Load the weights whose names and shapes fit, and log in one line which those are not.
 
     Args:
-        model: Receives the weights.
+        module: Receives the weights.
         state_dict: Names to tensors.
         source: Where `state_dict` came from, for messages.
-        new_layers: Prefixes of the names that may keep their random values.
+        new_layers: Prefixes of the names that may keep their random values; `None`: all may.
 
     Raises:
-        InputError: The model needs a tensor that `state_dict` lacks or has in another shape.
+        InputError: The module needs a tensor that `state_dict` lacks or has in another shape.
     """
-    own = model.state_dict()
-    other_shape = {k for k, v in state_dict.items() if k in own and v.shape != own[k].shape}
-    fitting = {k: v for k, v in state_dict.items() if k not in other_shape}
-    result = model.load_state_dict(fitting, strict=False)
-    lacking = [key for key in result.missing_keys if not key.startswith(new_layers)]
+    own = module.state_dict()
+    fitting = {k: v for k, v in state_dict.items() if k in own and v.shape == own[k].shape}
+    new = module.load_state_dict(fitting, strict=False).missing_keys
+    lacking = [k for k in new if new_layers is not None and not k.startswith(new_layers)]
     if lacking:
         raise InputError(
             f"{source} does not fit the model: {len(lacking)} of its {len(own)} tensors are absent "
             f"or of another shape, such as {', '.join(lacking[:3])}"
         )
-    skipped = [k for k in state_dict if k in other_shape or k in result.unexpected_keys]
-    if skipped:
-        logger.info("skipped in %s: %s", source, ", ".join(skipped))
-    if result.missing_keys:
-        logger.info("newly initialised: %s", ", ".join(result.missing_keys))
+    log_loading(source, len(own), new, [k for k in state_dict if k not in fitting])
+
+
+def log_loading(source: str, total: int, new: Collection[str], skipped: Collection[str]) -> None:
+    """Log in one line what a model took over of some weights.
+
+    Args:
+        source: Where they came from.
+        total: Number of the model's tensors.
+        new: Names of those that keep their random values.
+        skipped: Names in the source of what the model does not use.
+    """
+    lists = {"skipped": skipped, "newly initialised": new}
+    if set(new) == set(skipped):
+        lists = {"skipped and newly initialised": new}
+    rest = "".join(f"; {what}: {', '.join(names)}" for what, names in lists.items() if names)
+    log.info("loaded %d of %d tensors from %s%s", total - len(new), total, source, rest)
 
 
 def load_torchvision_weights(
@@ -111,20 +125,20 @@ def load_torchvision_weights(
                 f"model.weights is {str(weights)!r}, which is not a file; use "
                 f"{', '.join(member.name for member in published)}, a file, or null for random ones"
             )
-        load_state_dict(model, read_state_dict(weights), str(weights), new_layers)
+        load_matching_weights(model, read_state_dict(weights), str(weights), new_layers)
         return
     url = published[str(weights)].url
     try:
         state_dict = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # no network, or whatever torch.load makes of a broken file
         raise InputError(
             f"cannot load {url} ({error}); download it by other means and put it into "
             f"{Path(torch.hub.get_dir()) / 'checkpoints'} under the same name, or start from "
             "random weights with model.weights=null"
         ) from error
-    load_state_dict(model, state_dict, str(weights), new_layers)
+    load_matching_weights(model, state_dict, str(weights), new_layers)
 
 
 def download_from_hugging_face(
@@ -170,7 +184,7 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
         options: Of `timm.create_model`, such as `features_only=True`.
 
     Raises:
-        InputError: Unknown name, or weights that cannot be had or do not fit.
+        InputError: Unknown name, or weights that cannot be loaded or do not fit.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -182,22 +196,52 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
             return _with_active_residuals(timm.create_model(name, **options))
         file = _published_file(name) if weights == "imagenet" else Path(weights)
         state_dict = read_state_dict(file)
-        model = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options
-        )
+        overlay = {"file": str(file)}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n")[:2])
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
-
-    # timm loads what fits and leaves the rest random without a word.
-    given = {_fingerprint(tensor) for tensor in state_dict.values()}
-    random = [k for k, p in model.named_parameters() if _fingerprint(p) not in given]
-    if random:
+    lacking = _random_tensors(model, name, file, state_dict.keys())
+    if lacking:
         raise InputError(
-            f"{file} does not fit the encoder {name}: no weights for {len(random)} of its "
-            f"parameters, such as {', '.join(random[:3])}"
+            f"{file} does not fit the encoder {name}: no weights for {len(lacking)} of its "
+            f"{len(model.state_dict())} tensors, such as {', '.join(lacking[:3])}"
         )
+    log.info("loaded the weights of the encoder %s from %s", name, file)
     return model
+
+
+def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[str]) -> list[str]:
+    """Find what timm left random: it loads what fits and does not tell.
+
+    Args:
+        model: timm's, made with the weights of `file`.
+        name: Its name.
+        file: A state dict.
+        given: The names in it.
+
+    Returns:
+        Names of the tensors of `model` that are not from the file.
+    """
+    plain = {_plain_name(key) for key in given}
+    own = {key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key}
+    lacking = [key for key in own if _plain_name(key) not in plain]
+    if not lacking:
+        return []
+    # Or the names are those of another project, which timm translates. Its strict loading into the
+    # whole model, with the classifier, tells; where it is not strict, what is random differs.
+    try:
+        whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    except RuntimeError:
+        return lacking
+    tensors = {_plain_name(key): tensor for key, tensor in whole.state_dict().items()}
+    same = all(torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking)
+    return [] if same else lacking
+
+
+def _plain_name(key: str) -> str:
+    """Return the name of a tensor without what timm's feature extractors make of it."""
+    return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
 
 
 def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -229,9 +273,3 @@ def _published_file(name: str) -> Path:
             "model.encoder"
         )
     return download_from_hugging_face(pretrained_cfg.hf_hub_id, "model.safetensors")
-
-
-def _fingerprint(tensor: Tensor) -> tuple[int, float, float]:
-    """Tell one weight tensor from another, also after timm has renamed or reshaped it."""
-    flat = tensor.detach().flatten()
-    return flat.numel(), flat[0].item(), flat[-1].item()

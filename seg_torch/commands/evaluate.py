@@ -1,0 +1,61 @@
+"""evaluate.py: scores a checkpoint on the data that it was trained with, or on other data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from seg_torch import checkpoint
+from seg_torch.errors import InputError
+from seg_torch.inference import Inference, parse_tta
+from seg_torch.labels import Labels
+from seg_torch.task import SegmentationTask
+from seg_torch.trainer import build_trainer, on_first_process, run_folder, score
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Scores a checkpoint on a split of its own data or of other data."""
+    if cfg.split not in ("train", "val", "test"):
+        raise InputError(f"split={cfg.split}: expected train, val or test")
+    if cfg.checkpoint is None:
+        raise InputError("evaluate needs checkpoint=FILE or a run's folder, such as runs/…")
+    content = checkpoint.read(cfg.checkpoint)
+    network, labels = checkpoint.build_network(content, cfg.trust)
+    trainer = build_trainer(cfg.trainer)
+    folder = run_folder(trainer, cfg.output_dir)
+    settings = _data_settings(cfg, content[checkpoint.KEY])
+    data = checkpoint.instantiate(settings, cfg.trust, _convert_="all")
+    data.test_split = cfg.split
+    on_first_process(trainer, lambda: data.dataset(cfg.split))
+    found = data.dataset(cfg.split).labels
+    if found != labels:
+        raise InputError(
+            f"{cfg.checkpoint} knows the {len(labels)} classes {_shortened(labels)}, the data "
+            f"has the {len(found)} classes {_shortened(found)}"
+        )
+    inference = Inference(
+        network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
+    )
+    task = SegmentationTask(network, labels, inference, average_precision=cfg.average_precision)
+    score(trainer, task, data, folder, cfg.split)
+
+
+def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the data module: the checkpoint's, and the user's on top."""
+    given: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    settings = {key: value for key, value in given.items() if value is not None}
+    if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
+        settings = {**description["data"], **settings}
+    resize = description["preprocessing"]["resize"]
+    if given.get("resize") not in (None, resize):
+        raise InputError(
+            f"data.resize={given['resize']}: the network sees images as it did in training, at "
+            f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
+        )
+    return {**settings, "resize": resize}
+
+
+def _shortened(labels: Labels) -> str:
+    names = ", ".join(labels.names[:5])
+    return f"({names}, …)" if len(labels) > 5 else f"({names})"

@@ -1,0 +1,139 @@
+"""train.py: trains a model, keeps its best epoch, and scores that on the test set."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from omegaconf import DictConfig, OmegaConf
+
+from seg_torch import checkpoint
+from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
+from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.files import write_atomically
+from seg_torch.inference import Inference
+from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.weights import load_matching_weights
+from seg_torch.run import claim, last_checkpoint
+from seg_torch.task import SegmentationTask
+from seg_torch.trainer import build_trainer, on_first_process, run_folder, score
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> None:
+    """Trains, keeps the best epoch, and scores it on the test set."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
+    trainer = build_trainer(cfg.trainer)
+    folder = run_folder(trainer, cfg.output_dir)
+    on_first_process(trainer, partial(claim, folder, cfg.trainer.max_epochs, resumed))
+    data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
+    on_first_process(trainer, data.check_files)  # and downloads them
+    task = _task(cfg, data, trainer, folder, resumed)
+
+    trainer.callbacks = [*_callbacks(cfg, folder), *trainer.callbacks]
+    trainer.loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
+    if trainer.loggers:
+        trainer.callbacks.insert(0, LearningRateMonitor("step"))
+    best = next(c for c in trainer.callbacks if isinstance(c, Checkpoints) and c.monitor)
+    if trainer.is_global_zero:
+        _announce(cfg, trainer, task, data, folder)
+
+    trainer.fit(
+        task,
+        datamodule=data,
+        ckpt_path=None if resumed is None else last_checkpoint(cfg.resume),
+        weights_only=True,
+    )
+    if best.best_model_path:
+        content = checkpoint.read(trainer.strategy.broadcast(best.best_model_path))
+        task.network.load_state_dict(checkpoint.network_state(content))
+    # As evaluate.py will score it: in float32.
+    task.inference = Inference(task.network, len(task.labels), data.resize, precision="32-true")
+    score(trainer, task, data, folder, "test")
+
+
+def _task(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    trainer: Trainer,
+    folder: Path,
+    resumed: dict[str, Any] | None,
+) -> SegmentationTask:
+    """Builds the network and what trains it."""
+    labels = data.labels
+    preprocessing = cfg.preprocessing
+    model_config = _plain(cfg.model)
+    if resumed is not None:
+        preprocessing = resumed[checkpoint.KEY]["preprocessing"]
+        if "weights" in model_config:
+            model_config["weights"] = None  # they are in the checkpoint
+    model = instantiate(model_config, num_classes=len(labels), _convert_="all")
+    network = Network(model, preprocessing["mean"], preprocessing["std"])
+    if cfg.init_from is not None and resumed is None:
+        state = checkpoint.network_state(checkpoint.read(cfg.init_from))
+        model_state = {k.removeprefix("model."): v for k, v in state.items() if k[:6] == "model."}
+        load_matching_weights(model, model_state, str(cfg.init_from))
+    freeze_unused_parameters(network)
+    if trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
+        # Without it each GPU normalises its few images by their own statistics.
+        synchronise_batchnorm(network)
+    return SegmentationTask(
+        network,
+        labels,
+        Inference(network, len(labels), data.resize, precision=str(trainer.precision)),
+        loss=instantiate(cfg.loss, _convert_="all"),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler) or None,
+        aux_weight=cfg.aux_weight,
+        description=checkpoint.describe(
+            network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
+        ),
+        seed=cfg.seed,
+    )
+
+
+def _callbacks(cfg: DictConfig, folder: Path) -> list[Callback]:
+    return [
+        History(folder),
+        SampleSheet(folder),
+        *(instantiate(node) for node in (cfg.callbacks or {}).values()),
+        Checkpoints(folder, "best", monitor="val/mean_iou"),
+        Checkpoints(folder, "last"),
+        StopOnSignal(folder),
+    ]
+
+
+def _announce(
+    cfg: DictConfig,
+    trainer: Trainer,
+    task: SegmentationTask,
+    data: SegmentationDataModule,
+    folder: Path,
+) -> None:
+    config = OmegaConf.merge(cfg, {"resume": None})
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+    trained = sum(p.numel() for p in task.network.parameters() if p.requires_grad) / 1e6
+    log.info(
+        "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
+        len(data.dataset("train")),
+        len(data.labels),
+        trained,
+        trainer.precision,
+        data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+    )
+    if trainer.world_size > 1:
+        on_gpus = trainer.strategy.root_device.type == "cuda"
+        log.info("%d processes%s", trainer.world_size, ", synchronised BatchNorm" * on_gpus)
+    log.info("output_dir=%s", folder)
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
