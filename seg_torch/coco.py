@@ -33,18 +33,10 @@ def coco_annotations(mask: np.ndarray) -> list[dict[str, Any]]:
     for category, area in enumerate(Image.fromarray(mask).histogram()[:IGNORE_INDEX]):
         if area:
             encoded = rle.encode((columns_first == category).view(np.uint8))
-            annotations.append(
-                {
-                    "category_id": category,
-                    "segmentation": {
-                        "size": list(mask.shape),
-                        "counts": encoded["counts"].decode(),
-                    },
-                    "area": area,
-                    "bbox": [int(side) for side in rle.toBbox(encoded)],
-                    "iscrowd": 0,
-                }
-            )
+            encoded["counts"] = encoded["counts"].decode()
+            annotation = {"category_id": category, "segmentation": encoded, "area": area}
+            box = [int(side) for side in rle.toBbox(encoded)]
+            annotations.append({**annotation, "bbox": box, "iscrowd": 0})
     return annotations
 
 

@@ -15,7 +15,7 @@ from seg_torch.errors import InputError
 
 # What counts as an image in a folder. Pillow registers many more suffixes: of videos (.mpg), of
 # arrays (.h5, .grib) and of documents (.eps, .pdf), none of which it can read by itself.
-SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )

@@ -38,14 +38,14 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch import hardware
 from seg_torch.coco import write_coco
 from seg_torch.commands import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
-from seg_torch.hardware import available_cpus, reuse_memory
-from seg_torch.images import SUFFIXES as IMAGE_SUFFIXES
-from seg_torch.images import image_size, pixel_limit, read_image
+from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit, read_image
+from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
@@ -56,10 +56,12 @@ log = logging.getLogger(__name__)
 # The folder below the output folder with the records of what is complete, and the lock.
 JOURNAL = ".journal"
 PRETRAINED = ("deeplabv3", "fcn")
-THREADS = min(8, available_cpus())  # that read; as many write
+THREADS = min(8, hardware.available_cpus())  # that read; as many write
 
-Record = dict[str, Any]
+Files = dict[str, Path]  # by name
 Batch = list[str]  # the names of its files
+Results = tuple[Segmentation, ...]  # of one image, by each of the models
+Record = dict[str, Any]
 
 
 def predict(cfg: DictConfig) -> int:
@@ -71,14 +73,12 @@ def predict(cfg: DictConfig) -> int:
     Raises:
         InputError: A setting, the input or the output folder cannot be used.
     """
-    if cfg.input is None or cfg.output is None:
-        raise InputError("predict.py needs input=FILE-OR-FOLDER and output=FOLDER")
     source, output, kinds = Path(cfg.input), Path(cfg.output), _kinds(cfg)
     is_video = source.is_file() and source.suffix.lower() in video.SUFFIXES
     files = {} if is_video else find_images(source, output)
     fabric = _fabric(cfg.trainer, max(1, len(files)))
     if fabric.device.type == "cpu":
-        reuse_memory()
+        hardware.reuse_memory()
     segmenters = _segmenters(cfg, fabric.device)
     if is_video:
         return _predict_video(cfg, segmenters[0])
@@ -87,9 +87,9 @@ def predict(cfg: DictConfig) -> int:
     lock = FileLock(output / JOURNAL / "lock")
     run = _run_id(cfg)
     try:
-        with pixel_limit(cfg.max_pixels):
-            prepare = partial(_prepare, cfg, files, segmenters, run, lock)
-            batches = _on_first_rank(fabric, prepare)
+        # Around all images, so that the weights are cast to another precision only once.
+        with pixel_limit(cfg.max_pixels), segmenters[0].inference.autocast():
+            batches = _on_first_rank(fabric, lambda: _prepare(cfg, files, segmenters, run, lock))
             _predict_files(
                 files,
                 batches[fabric.global_rank :: fabric.world_size],
@@ -108,7 +108,7 @@ def predict(cfg: DictConfig) -> int:
         lock.release()
 
 
-def find_images(path: Path, output: Path | None = None) -> dict[str, Path]:
+def find_images(path: Path, output: Path | None = None) -> Files:
     """Return the image files at or below a path, by the name of their outputs.
 
     The name is the path below the folder without its suffix, or with it where another file would
@@ -140,15 +140,13 @@ def find_images(path: Path, output: Path | None = None) -> dict[str, Path]:
     stems = [file.relative_to(path).with_suffix("").as_posix() for file in files]
     # A stem may also be what another file is called: "a.jpg" is the stem of "a.jpg.png".
     taken = Counter(stem.casefold() for stem in stems) + Counter({n.casefold() for n in full})
-    names: dict[str, Path] = {}
-    used = set()
+    names: dict[str, tuple[str, Path]] = {}
     for stem, name, file in zip(stems, full, files, strict=True):
         name = stem if taken[stem.casefold()] == 1 else name
-        while name.casefold() in used:  # both A.jpg and a.jpg
+        while name.casefold() in names:  # both A.jpg and a.jpg
             name += "~"
-        used.add(name.casefold())
-        names[name] = file
-    return names
+        names[name.casefold()] = (name, file)
+    return dict(names.values())
 
 
 def _predict_video(cfg: DictConfig, segmenter: Segmenter) -> int:
@@ -163,7 +161,7 @@ def _predict_video(cfg: DictConfig, segmenter: Segmenter) -> int:
 
 
 def _prepare(
-    cfg: DictConfig, files: dict[str, Path], segmenters: list[Segmenter], run: str, lock: FileLock
+    cfg: DictConfig, files: Files, segmenters: list[Segmenter], run: str, lock: FileLock
 ) -> list[Batch]:
     """Lock the output folder, clear what a killed run left, and return the batches to do."""
     output, kinds = Path(cfg.output), _kinds(cfg)
@@ -177,10 +175,7 @@ def _prepare(
         if "legend" in cfg.save:
             _write_summary(output, "legend.png", legend(segmenters[0].labels).save)
     except Timeout:
-        raise InputError(
-            f"output={output}: another run is writing there; wait for its end or choose another "
-            "folder"
-        ) from None
+        raise InputError(f"output={output}: another run is writing into this folder") from None
     except OSError as error:
         raise InputError(f"output={output}: cannot be written: {error.strerror}") from None
     complete = _complete(files, output, kinds, run) if cfg.resume else {}
@@ -195,7 +190,7 @@ def _prepare(
     return batches
 
 
-def _plan(cfg: DictConfig, files: dict[str, Path], segmenters: list[Segmenter]) -> list[Batch]:
+def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Batch]:
     """Group files of one size, in the order in which the groups begin.
 
     Convolutions round differently for another number of images, but not for other images: a mask
@@ -214,15 +209,15 @@ def _plan(cfg: DictConfig, files: dict[str, Path], segmenters: list[Segmenter]) 
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = list(pool.map(size, files.values()))
     batches: list[Batch] = []
-    unfilled: dict[Any, Batch] = {}
+    unfilled: dict[tuple[int, ...], Batch] = {}
     for name, shape in zip(files, sizes, strict=True):
+        if shape is None:  # it will fail, and nothing else with it
+            batches.append([name])
+            continue
         if shape not in unfilled:
             batches.append(unfilled.setdefault(shape, []))
         unfilled[shape].append(name)
-        if shape is None:  # it will fail, and nothing else with it
-            limit = 1
-        else:
-            limit = cfg.batch_size or min(segmenter.batch_size(*shape) for segmenter in segmenters)
+        limit = cfg.batch_size or min(segmenter.batch_size(*shape) for segmenter in segmenters)
         if len(unfilled[shape]) >= limit:
             del unfilled[shape]
     return batches
@@ -238,11 +233,8 @@ class _Image(NamedTuple):
     seconds: float  # that reading it took
 
 
-Results = tuple[Segmentation, ...]  # of one image, by each of the models
-
-
 def _predict_files(
-    files: dict[str, Path],
+    files: Files,
     batches: list[Batch],
     read: Callable[[Path], np.ndarray],
     segment: Callable[[list[np.ndarray]], list[Results]],
@@ -301,7 +293,7 @@ def _ahead(
         pending.extend(pool.submit(function, name) for name in islice(rest, 1))
 
 
-def _open(files: dict[str, Path], read: Callable[[Path], np.ndarray], name: str) -> _Image | Record:
+def _open(files: Files, read: Callable[[Path], np.ndarray], name: str) -> _Image | Record:
     start = time.perf_counter()
     try:
         return _Image(name, files[name], read(files[name]), time.perf_counter() - start)
@@ -323,20 +315,10 @@ def _resized(image: Any, resize: int | None, crop: int | None) -> Any:
     return image if crop is None else tvf.center_crop(image, [crop])
 
 
-def _segment(
-    segmenters: list[Segmenter], probabilities: bool, images: list[np.ndarray]
-) -> list[Results]:
-    """Segment images of one size with each model; only the first keeps its probabilities."""
-    try:
-        first = segmenters[0].predict_batch(images, probabilities)
-        others = [segmenter.predict_batch(images) for segmenter in segmenters[1:]]
-    except torch.OutOfMemoryError as error:
-        height, width = images[0].shape[:2]
-        count = f"{len(images)} image{'s' * (len(images) > 1)}"
-        raise InputError(
-            f"the memory does not hold {count} of {width} x {height} pixels: try a lower "
-            "batch_size=, or tile=512"
-        ) from error
+def _segment(segmenters: list[Segmenter], scores: bool, images: list[np.ndarray]) -> list[Results]:
+    """Segment images of one size with each model; only the first is asked for probabilities."""
+    first = segmenters[0].predict_batch(images, scores)
+    others = [segmenter.predict_batch(images) for segmenter in segmenters[1:]]
     return list(zip(first, *others, strict=True))
 
 
@@ -392,9 +374,7 @@ def _read_journal(output: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
-def _complete(
-    files: dict[str, Path], output: Path, kinds: list[str], run: str
-) -> dict[str, Record]:
+def _complete(files: Files, output: Path, kinds: list[str], run: str) -> dict[str, Record]:
     """Return the journal's records of files that need not be done again, by name.
 
     Their outputs are there and were made with the same settings from the same file.
@@ -420,8 +400,7 @@ def _replace_journal(output: Path, records: Iterable[Record]) -> None:
 
 def _stamp(path: Path) -> list[int]:
     """Return the size of a file and when it was changed, to tell whether it is still the same."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _run_id(cfg: DictConfig) -> str:
@@ -443,7 +422,7 @@ def _run_id(cfg: DictConfig) -> str:
 # ---- After the last image
 
 
-def _finish(cfg: DictConfig, files: dict[str, Path], labels: Labels) -> int:
+def _finish(cfg: DictConfig, files: Files, labels: Labels) -> int:
     """Write what covers all files, name those that failed, and return their number."""
     output, source = Path(cfg.output), Path(cfg.input)
     records = {record["name"]: record for record in _read_journal(output)}
@@ -451,11 +430,7 @@ def _finish(cfg: DictConfig, files: dict[str, Path], labels: Labels) -> int:
     failures = [records[name]["error"] for name in files if "error" in records[name]]
     _write_summary(output, "predictions.csv", partial(_write_table, done, labels))
     if "coco" in cfg.save:
-        images = (
-            (name, record["width"], record["height"], _annotations(output, record["name"]))
-            for name, record in done.items()
-        )
-        _write_summary(output, "coco.json", partial(write_coco, images=images, labels=labels))
+        _write_summary(output, "coco.json", partial(_write_coco, done, labels, output))
     log.info("%d of %d images segmented: %s", len(done), len(files), output)
     for failure in failures:
         log.error("failed: %s", failure)
@@ -467,18 +442,20 @@ def _write_table(records: dict[str, Record], labels: Labels, path: str) -> None:
         writer = csv.writer(file)
         writer.writerow(["file", "width", "height", "mean_confidence", "seconds", *labels.names])
         for name, record in records.items():
-            size = (record["width"], record["height"])
+            row = [name, record["width"], record["height"], f"{record['confidence']:.6f}"]
             shares = [f"{share:.6f}" for share in record["areas"]]
-            confidence, seconds = f"{record['confidence']:.6f}", f"{record['seconds']:.3f}"
-            writer.writerow([name, *size, confidence, seconds, *shares])
+            writer.writerow([*row, f"{record['seconds']:.3f}", *shares])
 
 
-def _annotations(output: Path, name: str) -> list[Record]:
-    """Return the COCO annotations that were written for an image, without their ids."""
-    content = json.loads(_output_path(output, "coco", name).read_text(encoding="utf-8"))
-    for annotation in content["annotations"]:
-        del annotation["id"], annotation["image_id"]
-    return content["annotations"]
+def _write_coco(records: dict[str, Record], labels: Labels, output: Path, path: str) -> None:
+    """Write the annotations of all images, one after the other, from the files of each."""
+
+    def images() -> Iterator[tuple[str, int, int, list[Record]]]:
+        for name, record in records.items():
+            content = json.loads(_output_path(output, "coco", record["name"]).read_bytes())
+            yield name, record["width"], record["height"], content["annotations"]
+
+    write_coco(path, images(), labels)
 
 
 def _write_summary(output: Path, name: str, write: Callable[[str], object]) -> None:
@@ -519,20 +496,19 @@ def _fabric(trainer: DictConfig, files: int) -> Fabric:
 
     With `devices=auto` Lightning starts no more processes than there are files.
     """
-    settings = {"accelerator": trainer.accelerator, "devices": trainer.devices}
+    accelerator = hardware.accelerator(trainer.accelerator)
+    settings: Any = {"accelerator": accelerator, "devices": trainer.devices}
     try:
         fabric = Fabric(**settings)
         environment = getattr(fabric.strategy, "cluster_environment", None)
         if trainer.devices == "auto" and isinstance(environment, LightningEnvironment):
             settings["devices"] = min(fabric.world_size, files)
-        if fabric.world_size == 1 or settings["devices"] == 1:
-            return Fabric(**settings)
-        # Processes wait for the slowest one at the end, for which half an hour may be little.
-        return Fabric(**settings, strategy=DDPStrategy(timeout=timedelta(days=30)))
-    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-        raise InputError(
-            f"trainer.accelerator={trainer.accelerator} trainer.devices={trainer.devices}: {error}"
-        ) from error
+        if fabric.world_size > 1 and settings["devices"] != 1:
+            # Processes wait for the slowest one at the end, for which half an hour may be little.
+            settings["strategy"] = DDPStrategy(timeout=timedelta(days=30))
+        return Fabric(**settings)
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        raise InputError(f"accelerator={accelerator} devices={trainer.devices}: {error}") from error
 
 
 def _on_first_rank(fabric: Fabric, function: Callable[[], Any]) -> Any:
@@ -554,16 +530,9 @@ def _on_first_rank(fabric: Fabric, function: Callable[[], Any]) -> Any:
 
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
-    words = cfg.tta.split(",") if isinstance(cfg.tta, str) else list(cfg.tta or [])
-    try:
-        scales = [float(word) for word in words if word != "flip"] or [1.0]
-    except ValueError:
-        raise InputError(
-            f"tta={cfg.tta}: expected flip, factors, or both, such as tta=[flip,0.75,1.0,1.25]"
-        ) from None
-    precision = str(cfg.trainer.get("precision", "auto"))
-    settings: Any = {"scales": scales, "flip": "flip" in words, "precision": precision}
-    settings.update(tile=cfg.tile, device=device)
+    settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.get("precision", "auto"))}
+    settings["scales"], settings["flip"] = parse_tta(cfg.tta)
+    settings["device"] = device
     if cfg.checkpoint is not None:
         first = Segmenter.load(cfg.checkpoint, trust=cfg.trust, **settings)
     elif _titles(cfg)[0] in PRETRAINED:

@@ -16,8 +16,6 @@ from seg_torch.segmenter import Segmenter
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
-Frame = tuple[np.ndarray, int]  # RGB, uint8 [H, W, 3], and its time in the stream's units
-
 
 def predict_video(
     segmenter: Segmenter,
@@ -76,8 +74,8 @@ def predict_video(
     return frames
 
 
-def _frames(video: Any, prepare: Callable[[np.ndarray], np.ndarray]) -> Iterator[Frame]:
-    """Decode the upright frames of an open video, of none if it has no video stream."""
+def _frames(video: Any, prepare: Callable[[np.ndarray], np.ndarray]) -> Iterator[Any]:
+    """Yield the upright frames, uint8 [H, W, 3], and their times in the units of the stream."""
     for frame in video.decode(video=0) if video.streams.video else ():
         # Phones record sideways and note by how much to turn the frames.
         turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
