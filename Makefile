@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-wheel lint clean
 
 setup: .venv/installed
 
@@ -26,6 +26,9 @@ demo: setup  ## train on the embedded dataset, then colour pictures with the res
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-wheel: setup  ## install the wheel into an empty environment and train, evaluate, predict there
+	$(BIN)/python -m pytest -m slow tests/test_package.py
 
 lint: setup
 	$(BIN)/ruff check .

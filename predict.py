@@ -1,8 +1,6 @@
-"""Labels photographs: python predict.py input=photos output=predictions checkpoint=..."""
+"""Segments images and videos: python predict.py input=photos output=predictions checkpoint=..."""
 
-from seg_torch.prediction import predict
-
-from seg_torch.cli import entry_point
+from seg_torch.cli import main
 
 if __name__ == "__main__":
-    entry_point(predict, "predict")
+    main("predict")

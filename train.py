@@ -1,7 +1,6 @@
-"""Trains a model: python train.py model=deeplabv3 data=voc"""
+"""Trains a model: python train.py data=folder data.root=my_data model=deeplabv3"""
 
-from seg_torch.cli import entry_point
-from seg_torch.trainer import train
+from seg_torch.cli import main
 
 if __name__ == "__main__":
-    entry_point(train, "train")
+    main("train")

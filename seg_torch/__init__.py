@@ -1,6 +1,29 @@
-"""Semantic segmentation in PyTorch: train, score exactly, colour photographs."""
+"""Semantic segmentation in PyTorch: train, score exactly, segment your own images.
 
-from seg_torch.labels import Labels, decode_segmap, encode_segmap
-from seg_torch.segmenter import Segmentation, Segmenter
+Names are imported when they are first used, so that `import seg_torch` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seg_torch.labels import Labels, decode_segmap, encode_segmap
+    from seg_torch.segmenter import Segmentation, Segmenter
 
 __all__ = ["Labels", "Segmentation", "Segmenter", "decode_segmap", "encode_segmap"]
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "segmenter" if name.startswith("Seg") else "labels"
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -162,14 +162,10 @@ class StopOnSignal(Callback):
         self.signum = 0
         self.process = os.getpid()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
-        self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        for signum in self.before:
+    def on_train_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+        # After Lightning has set its own handlers; it restores those from before when it ends.
+        for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._note)
-
-    def teardown(self, trainer: Trainer, pl_module: SegmentationTask, stage: str) -> None:  # type: ignore[override]
-        for signum, handler in getattr(self, "before", {}).items():
-            signal.signal(signum, handler)
 
     def on_train_batch_end(  # type: ignore[override]
         self,

@@ -1,139 +1,309 @@
-"""From the command line to a function: Hydra, short messages, a clean command a process."""
+"""Command line -> composed configuration -> command.
+
+`main` is all that the entry points call. A command NAME is conf/NAME.yaml, whose first comment says
+what it does, and the function NAME of the module `seg_torch.commands.NAME`. Nothing heavy, such as
+torch or NumPy, is imported before the configuration is known to be right.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import json
 import logging
 import os
 import re
 import sys
+import textwrap
+import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-import torch
+from hydra import errors
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seg_torch.errors import InputError
+from seg_torch import __version__, run
+from seg_torch.errors import InputError, StoppedError
 
-log = logging.getLogger(__name__)
+_PACKAGE = Path(__file__).parent
+# In the wheel the folder lies inside the package, in the repository beside it.
+CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
+# What train does where the command line names no data, experiment or run.
+DEMO = "experiment=shapes"
+# Files that are parts of others, no choices of the user.
+INTERNAL = {"default", "from_checkpoint", "hydra_defaults"}
+# Settings below the top level that null would break.
+NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
+FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
+WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+HINTS = """\
++key=value adds a setting, ~key removes one. With -m, key=a,b runs the command for each value.
+--cfg job prints the configuration; --config-dir FOLDER adds choices of your own."""
 
-CONFIG_FOLDER = Path(__file__).parents[1] / "conf"
 
+def main(command: str | None = None) -> NoReturn:
+    """Runs a command and exits: 0 done, 1 some files failed, 2 the user's error, 130 Ctrl-C.
 
-def entry_point(function: Callable[[DictConfig], Any], config_name: str) -> None:
-    """Runs `function` with the configuration that the command line asks for.
+    Errors that the user can fix are printed on standard error in a few lines; everything else is a
+    bug and keeps its traceback.
 
-    What the user can mend is told in a few lines on standard error, with exit code 2; everything
-    else is a bug and keeps its traceback. A result that is true means failures: exit code 1.
+    Args:
+        command: Its name; if `None`, the first argument of the command line.
     """
-    # Otherwise Hydra prints errors itself and the message cannot be improved.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and ends the process itself
+    arguments, start = sys.argv[1:], []
+    if "--version" in arguments:
+        print(__version__)
+        sys.exit(0)
+    if command is None:
+        command = _first_argument(arguments)
+        start = [arguments.pop(0)]
+    codes: list[int] = []  # of the jobs: one, or those of a sweep
+    code = _exit_code(lambda: _compose_and_run(_parse(command, start, arguments), codes))
+    failed = [str(job) for job, code in enumerate(codes) if code]
+    if len(codes) > 1 and failed:
+        _print_error(f"{len(failed)} of {len(codes)} jobs failed: {', '.join(failed)}")
+    sys.exit(max(code, *codes, 0))
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
-    def main(cfg: DictConfig) -> None:
-        with _short_messages(config_name):
-            _check_values(cfg, config_name)
-            if _run_job(function, cfg):
-                sys.exit(1)
 
-    with _short_messages(config_name):
-        main()
+def complete_overrides(command: str, overrides: Sequence[str], folder: Any = None) -> list[str]:
+    """Returns the overrides of the command line as Hydra has to see them.
+
+    Args:
+        command: Whose settings they are.
+        overrides: Each as `key=value`, `+key=value` or `~key`.
+        folder: Of further configurations (`--config-dir`).
+
+    Raises:
+        InputError: A choice that must not be null, or what may not be set when resuming.
+    """
+    groups, complete = _groups(command, folder), []
+    given = {run.key_of(override): override.partition("=")[2] for override in overrides}
+    for override in overrides:
+        key = run.key_of(override)
+        if key in groups and (override.startswith("~") or given[key] in ("", "null")):
+            if key == "experiment":
+                continue
+            if "none" not in groups[key]:
+                raise InputError(f"{key} must not be null; there are: {', '.join(groups[key])}")
+            override = f"{key}=none"
+        complete.append(override)
+    if command != "train":
+        return complete
+    if "checkpoint" in given:
+        raise InputError(
+            "train takes no checkpoint=. resume=RUN_FOLDER goes on with that run, in its folder "
+            "and with its settings; init_from=CHECKPOINT starts a new run with its weights"
+        )
+    if given.get("resume", "null") != "null":
+        run.check_resumable(given["resume"], complete)
+        return [o if o.startswith(("+", "hydra.")) else f"++{o}" for o in complete]
+    return complete if {"data", "experiment"} & given.keys() else [DEMO, *complete]
 
 
-@contextmanager
-def _short_messages(config_name: str) -> Iterator[None]:
+def _first_argument(arguments: list[str]) -> str:
+    """The command; prints the list of commands and exits where there is none."""
+    files = {p.stem: p for p in sorted(CONFIG_FOLDER.glob("*.yaml")) if p.stem not in INTERNAL}
+    name = arguments[0] if arguments else "--help"
+    if name in files:
+        return name
+    wrong = name not in ("--help", "-h")
+    if wrong:
+        _print_error(f"there is no command {name}{_did_you_mean(name, files)}")
+    program = _program([])
+    lines = [f"Usage: {program} COMMAND [key=value ...]", "", "Commands:"]
+    lines += [f"  {n:10}{_comments(path, '')[''].splitlines()[0]}" for n, path in files.items()]
+    lines += ["", f"{program} COMMAND --help shows examples and all settings."]
+    print("\n".join(lines), file=sys.stderr if wrong else sys.stdout)
+    sys.exit(2 if wrong else 0)
+
+
+def _parse(command: str, start: list[str], arguments: list[str]) -> Namespace:
+    """Hydra's own flags, `overrides`, `command`, and `start`, which other processes start with."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; settings are given as key=value, see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    call = parser.parse_intermixed_args(arguments)
+    call.flags = [argument for argument in arguments if argument not in call.overrides]
+    call.command, call.program = command, _program(start)
+    call.overrides = complete_overrides(command, call.overrides, call.config_dir)
+    kept = ("config_dir", "config_path", "config_name", "experimental_rerun")
+    flags = [f"--{n.replace('_', '-')}={value}" for n, value in vars(call).items() if n in kept]
+    call.start = [*start, *(flag for flag in flags if not flag.endswith("=None"))]
+    return call
+
+
+def _program(start: list[str]) -> str:
+    name = Path(sys.argv[0]).name
+    name = "python -m seg_torch" if name == "__main__.py" else name
+    return " ".join([f"python {name}" if name.endswith(".py") else name, *start])
+
+
+def _groups(command: str, folder: Any = None) -> dict[str, list[str]]:
+    """The choices that a user has in each group of a command's configuration."""
+    config: Any = OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml")
+    folders = [CONFIG_FOLDER, *([Path(folder)] if folder else [])]
+    entries = [entry for entry in config.defaults if isinstance(entry, DictConfig)]
+    names = [str(name) for entry in entries for name in entry]
+    return {
+        name: sorted({p.stem for f in folders for p in f.glob(f"{name}/*.yaml")} - INTERNAL)
+        for name in names
+    }
+
+
+# Running
+
+
+def _compose_and_run(call: Namespace, codes: list[int]) -> None:
+    """Calls Hydra, which runs the command once, or once for each job of a sweep."""
+
+    def job(cfg: DictConfig) -> None:
+        codes.append(_exit_code(lambda: _run(call, _check(call, cfg))))
+
+    argv = sys.argv
+    sys.argv = [argv[0], *call.flags, *call.overrides]
     try:
-        yield
+        if call.help:
+            print(_help(call))
+        else:
+            hydra.main(str(CONFIG_FOLDER), call.command, version_base="1.3")(job)()
+    except errors.ConfigCompositionException as error:
+        unknown = re.search(r"Could not override '([^'@]+)", str(error))
+        if unknown is None:
+            raise
+        raise InputError(_unknown_setting(call, unknown[1])) from None
+    finally:
+        sys.argv = argv
+
+
+def _exit_code(work: Callable[[], Any]) -> int:
+    """Returns 1 if the result of `work` is true, 2 after printing an error of the user."""
+    try:
+        return 1 if work() else 0
     except KeyboardInterrupt:
         sys.exit(130)
+    except StoppedError as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into exit(1).
+        sys.exit(130 if isinstance(stop.__context__, KeyboardInterrupt) else stop.code)
     except Exception as error:
-        message = _explain(error, config_name)
+        message = _explain(error)
         if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+            traceback.print_exc()
+            return 1
+        _print_error(message)
+        return 2
 
 
-def _run_job(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Calls `function` and leaves the process as it was, for the next job of a sweep.
+def _run(call: Namespace, cfg: DictConfig) -> Any:
+    """Calls the command and leaves the process as it was, for the next job of a sweep.
 
     With several devices Lightning starts the other processes by the command line of this one. In
     a sweep that would start the sweep again in each of them, so the command line becomes that of
-    the job alone, with its folder, and Hydra's own state is put out of Lightning's sight.
+    the job alone, with its folder, and Hydra's own state is hidden from Lightning.
     """
-    # Lightning's advertisements and notes on its own insides.
+    # Lightning's advertisements and notes on its own insides. Frozen encoders are in eval mode, and
+    # all processes hold the same scores (sync_dist).
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*treespec.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # frozen encoders are
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # all processes hold the same scores
+    notes = "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
+    warnings.filterwarnings("ignore", f".*({notes})")
     state = HydraConfig.get()
-    argv, environment = sys.argv[:], set(os.environ)
-    sys.argv[1:] = state.overrides.task
-    if "output_dir" in cfg:
+    argv, environment = sys.argv, set(os.environ)
+    overrides = list(state.overrides.task)
+    if "output_dir" in cfg and not (call.command == "train" and cfg.get("resume")):
         if state.mode == RunMode.MULTIRUN:
             cfg.output_dir = state.runtime.output_dir
-        others = [o for o in state.overrides.task if not o.startswith("output_dir=")]
-        sys.argv[1:] = [*others, f"output_dir='{cfg.output_dir}'"]
+        overrides = [o for o in overrides if not o.startswith("output_dir=")]
+        overrides.append(f"output_dir='{cfg.output_dir}'")
+    sys.argv = [argv[0], *call.start, *overrides]
     HydraConfig.instance().cfg = None
     try:
-        return function(cfg)
+        module = importlib.import_module(f"seg_torch.commands.{call.command}")
+        return getattr(module, call.command)(cfg)
     finally:
         sys.argv = argv
         if "LOCAL_RANK" not in environment:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            distributed: Any = sys.modules.get("torch.distributed")
+            if distributed and distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()
             for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 if name not in environment:
                     os.environ.pop(name, None)
 
 
-def _explain(error: BaseException, config_name: str) -> str | None:
-    """A message of a few lines for what the user can mend, `None` for a bug."""
-    cause: BaseException | None = error
-    while cause is not None:
+# Errors
+
+
+def _print_error(message: str) -> None:
+    # Under torchrun or srun every process finds the same mistake in the settings, but a problem
+    # during the work may be known to one process alone. Before the work torch is not loaded.
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if rank == "0" or "torch" in sys.modules:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def _explain(error: BaseException) -> str | None:
+    """A message of a few lines for what the user can fix, `None` for a bug."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
         if isinstance(cause, InputError):
             # From a worker process the message comes with the worker's traceback in front.
             return str(cause).rsplit(f"{InputError.__name__}: ", 1)[-1].strip()
-        cause = cause.__cause__
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if isinstance(error, ConfigCompositionException) and unknown:
-        key = unknown[1].split("@")[0]
-        return f"there is no setting {key}{_did_you_mean(key, _known_keys(config_name, key))}"
-    if isinstance(error, MissingConfigException) and error.options:
+        if type(cause).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(cause):
+            return (
+                "out of memory; use a smaller data.batch_size, data.eval_batch_size, "
+                "data.augment.crop or tile, or trainer.precision=16-mixed"
+            )
+    if isinstance(error, errors.MissingConfigException) and error.options:
         group, choice = str(error.missing_cfg_file).rsplit("/", 1)
-        hint = _did_you_mean(choice, error.options)
-        return f"there is no {group}={choice}{hint}\nThere are: {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
+        options = [option for option in error.options if option not in INTERNAL]
+        hint = _did_you_mean(choice, options)
+        return f"there is no {group}={choice}{hint}\nThere are: {', '.join(options) or 'none'}"
+    if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}"
-    if isinstance(error, HydraException | OmegaConfBaseException | MisconfigurationException):
-        innermost: BaseException = error
-        while innermost.__cause__ is not None:
-            innermost = innermost.__cause__
+    # The last one is Lightning's, which takes seconds to import.
+    known = isinstance(error, errors.HydraException | OmegaConfBaseException)
+    if known or type(error).__name__ == "MisconfigurationException":
         lines = [line for line in str(error).splitlines() if line.strip()]
-        if innermost is not error and not isinstance(innermost, HydraException):
-            lines.append(f"{type(innermost).__name__}: {innermost}")
+        if not isinstance(chain[-1], errors.HydraException) and chain[-1] is not error:
+            lines.append(f"{type(chain[-1]).__name__}: {chain[-1]}")
         return "\n".join(lines[:12])
+    if "Config group override" in str(error):
+        return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def _unknown_setting(call: Namespace, key: str) -> str:
+    """The nearest settings, with the other choices of the command line taken into account."""
+    others = [o for o in call.overrides if "=" in o and not o.lstrip("+~").startswith(key)]
+    try:
+        cfg, _ = _compose(call.command, others, call.config_dir)
+    except (errors.HydraException, OmegaConfBaseException):
+        cfg, _ = _compose(call.command, [], call.config_dir)
+    keys = [name for name, _ in _settings(OmegaConf.to_container(cfg))]
+    message = f"there is no setting {key}{_did_you_mean(key, {*_groups(call.command), *keys})}"
+    if key.rpartition(".")[0] in keys:
+        message += f"\n+{key}=VALUE adds it, for a function that takes it"
+    return message
 
 
 def _did_you_mean(name: str, names: Collection[str]) -> str:
@@ -141,41 +311,154 @@ def _did_you_mean(name: str, names: Collection[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _check_values(cfg: DictConfig, config_name: str) -> None:
-    """Refuses a required value that is missing and a text where a number belongs."""
-    missing = OmegaConf.missing_keys(cfg)
-    if missing:
-        raise InputError(f"{', '.join(sorted(missing))} must be given")
-    overrides = HydraConfig.get().overrides.task
-    groups = {folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
-    choices = [o for o in overrides if o.split("=")[0] in groups]
-    usual = hydra.compose(config_name, choices)
-    for key in (o.split("=")[0] for o in overrides):
-        before = None if key in groups else OmegaConf.select(usual, key, default=None)
-        now = OmegaConf.select(cfg, key) if isinstance(before, int | float) else None
-        if isinstance(now, str):
-            kind = "true or false" if isinstance(before, bool) else "a number"
-            raise InputError(f"{key}={now}: expected {kind}, such as {str(before).lower()}")
+# Help
 
 
-def _known_keys(config_name: str, unknown: str) -> set[str]:
-    """All settings and groups, with the other choices of the command line taken into account."""
+def _help(call: Namespace) -> str:
+    """What a command does, with examples, its choices and every setting with its comment."""
+    cfg, comments = _compose(call.command, call.overrides, call.config_dir)
+    about = _comments(CONFIG_FOLDER / f"{call.command}.yaml", "")[""]
+    lines = [about.replace(f"python {call.command}.py", call.program)]
+    lines += [f"Usage: {call.program} [key=value ...]", "", "Choices:"]
+    groups = _groups(call.command, call.config_dir).items()
+    lines += [_columns(f"  {name}=", "  ".join(names), 15) for name, names in groups if names]
+    lines += ["", "Settings, as this command line leaves them:"]
+    plain: Any = OmegaConf.to_container(cfg)
+    for key, value in _settings(dict(sorted(plain.items(), key=lambda i: isinstance(i[1], dict)))):
+        if value or key in comments:
+            lines.append(_columns(f"  {key}{value}", comments.get(key, ""), 44))
+    return "\n".join([*lines, "", HINTS])
+
+
+def _compose(command: str, overrides: list[str], folder: Any) -> tuple[DictConfig, dict[str, str]]:
+    """The configuration, and the comments of the files that it comes from by key."""
+    folders = [CONFIG_FOLDER]
+    if folder:
+        folders.append(Path(folder).absolute())
+        overrides = [*overrides, f"hydra.searchpath=['file://{folders[-1]}']"]
     GlobalHydra.instance().clear()
-    others = [o for o in sys.argv[1:] if "=" in o and not o.lstrip("+~").startswith(unknown)]
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        for overrides in (others, []):
-            try:
-                cfg = hydra.compose(config_name, overrides)
-                break
-            except (HydraException, OmegaConfBaseException):
-                continue
-    groups = [folder.name for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()]
-    plain: dict = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    return {*groups, *_paths(plain)}
+        cfg = hydra.compose(command, overrides)
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list(command, overrides, RunMode.RUN).defaults
+    comments: dict[str, str] = {}
+    for path, package in (
+        (f / f"{d.config_path}.yaml", d.package) for d in defaults for f in folders
+    ):
+        found = _comments(path, package or "") if path.is_file() else {}
+        comments |= {key: text for key, text in found.items() if text}
+    return cfg, comments
 
 
-def _paths(node: dict, prefix: str = "") -> Iterator[str]:
+def _comments(path: Path, package: str) -> dict[str, str]:
+    """The comments of one of our YAML files by key; that at its head is the package's."""
+    comments = {package: ""}
+    keys = [(-1, package)]  # around this line, with their indentation
+    for line in path.read_text(encoding="utf-8").splitlines():
+        setting = re.match(r"( *)(\w+):.*?(?:\s#\s*(.*))?$", line)
+        if setting:
+            while keys[-1][0] >= len(setting[1]):
+                keys.pop()
+            keys.append((len(setting[1]), f"{keys[-1][1]}.{setting[2]}".lstrip(".")))
+            comments[keys[-1][1]] = setting[3] or ""
+        elif line.lstrip().startswith("#") and not line.startswith("# @package"):
+            # The head of the file, or a comment that goes on.
+            comments[keys[-1][1]] += line.replace("# ", "", 1).replace("#", "", 1) + "\n"
+    return comments
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting and section with its value; that of a section is its function, if any."""
     for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value:
+            yield f"{prefix}{key}", f": {value['_target_']}" if "_target_" in value else ""
+            yield from _settings(value, f"{prefix}{key}.")
+        elif key not in ("_target_", "_partial_"):
+            yield f"{prefix}{key}", f"={_text(value)}"
+
+
+def _columns(left: str, right: str, width: int) -> str:
+    left = left.ljust(width - 1) + " "
+    text = textwrap.fill(right, 100, initial_indent=left, subsequent_indent=" " * width)
+    return (text or left).rstrip()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+# Checks
+
+
+def _check(call: Namespace, cfg: DictConfig) -> DictConfig:
+    """Returns the configuration, or raises InputError for what is wrong in it."""
+    overrides, files = list(HydraConfig.get().overrides.task), FILES
+    comments: dict[str, str] = {}
+    if call.command == "train" and cfg.get("resume"):
+        cfg, usual = run.resumed_config(cfg, overrides), run.resumed_config(cfg, [])
+        files = ["data.root"]
+    else:
+        name = str(HydraConfig.get().job.config_name)
+        choices = [o for o in overrides if run.key_of(o) in _groups(call.command)]
+        usual, comments = _compose(name, choices, call.config_dir)
+    if "callbacks" in usual and cfg.get("callbacks") is None:
+        OmegaConf.update(cfg, "callbacks", {}, force_add=True)
+    for key in [*(str(k) for k in usual if not OmegaConf.is_missing(usual, k)), *NOT_NULL]:
+        default = OmegaConf.select(usual, key)
+        if default not in (None, "auto") and OmegaConf.select(cfg, key) is None:
+            raise InputError(f"{key} must not be null")
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{key} must be given: {comments.get(key, 'no default')}")
+    _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(usual))
+    for key in files:
+        _check_file(cfg, key, OmegaConf.select(cfg, key))
+    for package in ("wandb", "mlflow"):
+        if package in cfg.get("logger", {}) and importlib.util.find_spec(package) is None:
+            raise InputError(f"logger={package} needs a package: pip install {package}")
+    return cfg
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    """Refuses a value of another type than the default, also in lists and in sections."""
+    if value is None or (isinstance(value, str) and "${" in value):
+        return
+    if default is None:  # such as the demo's data.augment.crop, which the file below it gives
+        group, _, name = key.partition(".")
+        path = CONFIG_FOLDER / group / "default.yaml"
+        found = OmegaConf.select(OmegaConf.load(path), name) if path.is_file() else None
+        default = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    if isinstance(default, dict):
+        if not isinstance(value, dict):
+            raise InputError(f"{key}={_text(value)}: expected {key}.KEY=VALUE")
+        if value.get("_target_") == default.get("_target_"):
+            for name in value.keys() & default.keys():
+                _check_type(f"{key}.{name}".lstrip("."), value[name], default[name])
+        return
+    items = value if isinstance(value, list) else [value]
+    sample = default[0] if isinstance(default, list) and default else default
+    if isinstance(sample, bool):
+        right = all(isinstance(i, bool) for i in items)
+        right |= (key, value) == ("trainer.deterministic", "warn")
+        kind = "true or false"
+    elif isinstance(sample, int | float):
+        whole = isinstance(default, int) and items == [value]
+        kinds, kind = (int, "a whole number") if whole else ((int, float), "a number")
+        right = all(isinstance(i, kinds) and not isinstance(i, bool) for i in items)
+    else:
+        return
+    if not right:
+        kind = kind.removeprefix("a ") + "s" if isinstance(default, list) else kind
+        raise InputError(f"{key}={_text(value)}: expected {kind}, such as {_text(default)}")
+
+
+def _check_file(cfg: DictConfig, key: str, value: Any) -> None:
+    if not isinstance(value, str) or Path(value).expanduser().exists():
+        return
+    download = cfg.data.get("download") if key == "data.root" else None
+    # Other values of model.weights are names of published ones.
+    is_path = value.startswith((".", "/", "~")) or value.endswith(WEIGHTS)
+    if (is_path or key != "model.weights") and not download:
+        hint = "" if download is None else "; data.download=true fetches the dataset"
+        raise InputError(f"{key}={value}: no such file or folder{hint}")

@@ -11,10 +11,12 @@ Three rules make runs repeatable and scores exact:
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    checked_pixels,
-    checked_sample,
-    in_threads,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
@@ -95,6 +92,7 @@ class SegmentationDataModule(LightningDataModule):
         self.seed = seed
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
+        self._position = (0, 0)  # the epoch and the batch that training begins with
 
     def dataset(self, split: str) -> Any:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -126,9 +124,9 @@ class SegmentationDataModule(LightningDataModule):
         for split in ("train", "val") if self.check else ():
             dataset = self.dataset(split)
             dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
-            if not isinstance(dataset, SegmentationDataset):
+            if not isinstance(dataset, base.SegmentationDataset):
                 continue
-            values = np.flatnonzero(checked_pixels(dataset, split)).tolist()
+            values = np.flatnonzero(base.checked_pixels(dataset, split)).tolist()
             if split == "train" and values == [0, 255] and len(self.labels) > 1:
                 background, *objects = self.labels.names
                 raise InputError(
@@ -144,8 +142,28 @@ class SegmentationDataModule(LightningDataModule):
         Ignored pixels do not count. The counts of a dataset in files are remembered, see
         `seg_torch.datasets.base.checked_pixels`.
         """
-        counts = checked_pixels(self.dataset("train"), "train")
+        counts = base.checked_pixels(self.dataset("train"), "train")
         return torch.from_numpy(counts[: len(self.labels)])
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns how far training is: what the weights of a checkpoint contain.
+
+        A checkpoint is saved between epochs (as many were started as processed; the batches that
+        Lightning counts are those of the epoch before) or within one, after a batch or during
+        validation.
+        """
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        within = epochs.started > epochs.processed
+        return {"epoch": epochs.processed, "batch": batches.processed if within else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the training loader begin where `state` says.
+
+        Lightning makes the loader, and its workers draw their first batches, before it restores
+        its own progress and calls `set_epoch`.
+        """
+        self._position = state["epoch"], state["batch"]
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
@@ -153,7 +171,7 @@ class SegmentationDataModule(LightningDataModule):
             self._samples("train", resize_labels=True), self.augment, self.seed
         )
         sampler = EpochSampler(
-            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position()
+            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position
         )
         return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
 
@@ -215,30 +233,15 @@ class SegmentationDataModule(LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _position(self) -> tuple[int, int]:
-        """Return the epoch that training is in or begins next, and how many batches of it are done.
-
-        On resuming, Lightning restores its progress before it asks for the loader, but calls
-        `set_epoch` only after the workers have drawn their first batches. "Processed" counts what
-        the checkpoint's weights contain: it was saved between epochs (as many were started as
-        processed; the batches counted are those of the epoch before) or within one, after a batch
-        or during validation.
-        """
-        if self.trainer is None:
-            return 0, 0
-        epochs = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
-
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
 
-    The run finishes its step before it stops. SIGTERM is what ends a worker, not the handler that
-    it may have inherited.
+    The run finishes its step before it stops. SIGTERM ends a worker when the run ends; dying of it
+    would be reported as an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 class _ResumableLoader(DataLoader):
@@ -261,7 +264,7 @@ class _Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = checked_sample(self.dataset, index)
+        image, mask = base.checked_sample(self.dataset, index)
         if self.size is not None:
             image = tv_tensors.Image(resize_image(image, self.size))
             if self.resize_labels:
@@ -275,7 +278,7 @@ def _packed(samples: _Samples) -> tuple[torch.Tensor, list[tuple]]:
     One tensor, since each that is sent to a spawned worker takes up a file descriptor.
     """
     content, places = bytearray(), []
-    for image, mask in in_threads(samples.__getitem__, range(len(samples))):
+    for image, mask in base.in_threads(samples.__getitem__, range(len(samples))):
         places.append((len(content), tuple(image.shape), tuple(mask.shape)))
         content += image.numpy().tobytes() + mask.numpy().tobytes()
     return torch.frombuffer(content, dtype=torch.uint8), places
@@ -317,6 +320,7 @@ class _TrainingSamples(Dataset):
             return self.augment(*sample)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Training batches of (epoch, index), in an order that depends on (seed, epoch) alone.
 
@@ -333,19 +337,13 @@ class EpochSampler(Sampler):
         start: Batches of the first epoch to leave out, since a resumed run has seen them.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
-        self.epoch, self.start = epoch, start
+    length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def sampler(self) -> EpochSampler:

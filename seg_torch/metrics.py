@@ -38,14 +38,14 @@ class ConfusionMatrix(torchmetrics.Metric):
         self.add_state("matrix", default=empty, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count a batch. On CUDA the CPU does not wait for it, and values are not checked.
+        """Count a batch; on CUDA without waiting for the device.
 
         Args:
             prediction: Integer [...], class ids in 0..C-1 (also where the label is ignored).
             target: Integer, the shape of `prediction`, class ids in 0..C-1 or `IGNORE_INDEX`.
 
         Raises:
-            InputError: The shapes differ or a value is none of the above.
+            InputError: The shapes differ or, on the CPU, a value is none of the above.
         """
         if prediction.shape != target.shape:
             raise InputError(
@@ -104,7 +104,7 @@ class AveragePrecision(torchmetrics.Metric):
         self.add_state("counts", default=empty, dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, target: Tensor) -> None:
-        """Count a batch. On CUDA the CPU does not wait for it.
+        """Count a batch; on CUDA without waiting for the device.
 
         Args:
             probabilities: Float [N, C, H, W] in [0, 1].
@@ -132,15 +132,14 @@ class AveragePrecision(torchmetrics.Metric):
 
 
 def _count(bins: Tensor, num_bins: int) -> Tensor:
-    """Count how often each of 0..num_bins-1 occurs: integer [...] to int64 [num_bins].
-
-    `torch.bincount` looks for the largest value, for which a CUDA device would have to be waited
-    for.
-    """
-    bins = bins.flatten()
+    """Count how often each of 0..num_bins-1 occurs: integer [...] to int64 [num_bins]."""
     if bins.device.type in ("cpu", "mps"):
-        return torch.bincount(bins, minlength=num_bins)
-    bins = bins.long()
+        return torch.bincount(bins.flatten(), minlength=num_bins)
+    return _count_without_waiting(bins.flatten().long(), num_bins)
+
+
+def _count_without_waiting(bins: Tensor, num_bins: int) -> Tensor:
+    """Count int64 [n]; `torch.bincount` asks the device for the largest value and waits for it."""
     return bins.new_zeros(num_bins).scatter_add_(0, bins, bins.new_ones(1).expand_as(bins))
 
 

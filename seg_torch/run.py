@@ -45,6 +45,26 @@ def last_checkpoint(folder: str | Path) -> Path:
     return last
 
 
+def check_resumable(folder: str, overrides: Sequence[str]) -> None:
+    """Refuses settings that would change the result of a resumed run.
+
+    Args:
+        folder: The run's folder.
+        overrides: The settings of the command line, each as `key=value`.
+
+    Raises:
+        InputError: A setting that may not be set anew.
+    """
+    keys = [key_of(override) for override in overrides]
+    refused = [key for key in keys if key not in RESUMABLE and not key.startswith("hydra.")]
+    if refused:
+        raise InputError(
+            f"resume={folder} goes on with that run's own settings; {', '.join(refused)} would "
+            f"change its result (allowed are {', '.join(RESUMABLE[1:])}). For a new run that "
+            f"starts from its weights, use init_from={folder}"
+        )
+
+
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Returns the configuration of the run that `cfg.resume` names.
 
@@ -59,20 +79,21 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         InputError: There is no such run, or a setting that could change its result.
     """
     last_checkpoint(cfg.resume)
-    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
-    refused = [key for key in keys if key not in RESUMABLE]
-    if refused:
-        raise InputError(
-            f"resume={cfg.resume} goes on with that run's own settings; {', '.join(refused)} would "
-            f"change its result (allowed are {', '.join(RESUMABLE[1:])}). For a new run that "
-            f"starts from its weights, use init_from={cfg.resume}"
-        )
+    check_resumable(cfg.resume, overrides)
     run = OmegaConf.load(Path(cfg.resume) / "config.yaml")
     assert isinstance(run, DictConfig)
-    for key in keys:
-        OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
-    run.output_dir = str(cfg.resume)
-    return run
+    for key in (key_of(override) for override in overrides):
+        section, _, name = key.rpartition(".")
+        if key in RESUMABLE[1:] and name not in (OmegaConf.select(run, section) or {}):
+            raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
+        if key in RESUMABLE[1:]:
+            OmegaConf.update(run, key, OmegaConf.select(cfg, key))
+    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+
+
+def key_of(override: str) -> str:
+    """Returns the key of `key=value`, `+key=value` or `~key`."""
+    return override.lstrip("+~").split("=")[0]
 
 
 def claim(folder: Path, max_epochs: int, resumed: dict[str, Any] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -184,6 +185,10 @@ class SegmentationTask(LightningModule):
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         config = scheduler_config(self.make_scheduler, optimizer, steps)
+        if config["reduce_on_plateau"]:
+            # Stepped in on_train_epoch_end: Lightning would do it after the epoch's checkpoint is
+            # saved, and not at all in the first epoch of a resumed run.
+            config["frequency"] = sys.maxsize
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -202,7 +207,7 @@ class SegmentationTask(LightningModule):
         self.step_losses = by_rank[min(self.global_rank, len(by_rank) - 1)]
         # The schedule is as long as this run, which may go on for more epochs than the first.
         for scheduler in state["lr_schedulers"]:
-            for key in ("total_steps", "total_iters", "_schedule_phases"):
+            for key in ("total_steps", "_schedule_phases"):
                 scheduler.pop(key, None)
 
     def _refuse(self, found: str) -> None:

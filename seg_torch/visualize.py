@@ -1,4 +1,4 @@
-"""Pictures of masks, scores and learning curves, in the colours of the labels."""
+"""Images of masks, scores and learning curves, in the colours of the labels."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap, palette_image
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)
+GAP = 4  # pixels between the images of a sheet
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5) -> Image.Image:
-    """The colours of the classes laid over a picture; ignored pixels stay as they are.
+    """Blend the colours of the classes with an image; ignored pixels stay as they are.
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        mask: class ids, uint8 [H, W].
-        labels: whose palette to use.
-        alpha: weight of the colours, 0 to 1.
+        mask: Class ids, uint8 [H, W].
+        labels: The classes and their colours.
+        alpha: Weight of the colours, 0 to 1.
+
+    Returns:
+        RGB image of W x H pixels.
     """
     height, width = mask.shape
     page = Image.new("RGB", (width, height))
     for top in range(0, height, 256):  # bands, since the whole would take several copies
         rows = slice(top, top + 256)
-        photo = Image.fromarray(image[rows])
+        original = Image.fromarray(image[rows])
         colours = palette_image(mask[rows], labels).convert("RGB")
-        blended = Image.blend(photo, colours, alpha)
+        blended = Image.blend(original, colours, alpha)
         ignored = mask[rows] == IGNORE_INDEX
         if ignored.any():
-            blended.paste(photo, mask=Image.fromarray(ignored))
+            blended.paste(original, mask=Image.fromarray(ignored))
         page.paste(blended, (0, top))
     return page
 
@@ -41,15 +45,18 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
 def additive_overlay(
     image: np.ndarray, mask: np.ndarray, labels: Labels, strength: float = 0.6
 ) -> Image.Image:
-    """The colours of the classes added to a picture: image x 1.0 + colours x `strength`.
+    """Add the colours of the classes to an image: image + colours x `strength`.
 
     Sums above 255 become 255, as in OpenCV's `addWeighted`; ignored pixels stay as they are.
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        mask: class ids, uint8 [H, W].
-        labels: whose palette to use.
-        strength: factor of the colours, 0 or more.
+        mask: Class ids, uint8 [H, W].
+        labels: The classes and their colours.
+        strength: Factor of the colours, 0 or more.
+
+    Returns:
+        RGB image of W x H pixels.
     """
     colours = decode_segmap(mask, labels).astype(np.float32)
     colours[mask == IGNORE_INDEX] = 0
@@ -59,34 +66,26 @@ def additive_overlay(
 def side_by_side(
     image: np.ndarray, masks: dict[str, tuple[np.ndarray, Labels]], column: int = 640
 ) -> Image.Image:
-    """A picture beside its overlays, each with a title and a legend of the classes that occur.
+    """Show an image beside its overlays, each with a title and a legend of the classes in it.
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        masks: class ids, uint8 [H, W], and the labels, by title.
-        column: largest width of each picture in pixels; small ones are enlarged to 200.
+        masks: Class ids, uint8 [H, W], and the labels, by title.
+        column: Largest width of each column in pixels; small images are enlarged to 200.
+
+    Returns:
+        RGB image.
     """
     column = min(column, max(image.shape[1], 200))  # a title and a legend have to fit
     size = (column, max(1, round(column * image.shape[0] / image.shape[1])))
-    header, gap = 24, 4
-    pictures = {"photo": Image.fromarray(image)}
-    keys = []
-    for title, (mask, labels) in masks.items():
-        pictures[title] = overlay(image, mask, labels)
-        occurring = Image.fromarray(mask).histogram()[: len(labels)]
-        keys.append(legend(labels, [i for i, n in enumerate(occurring) if n], column))
-    page_width = max(len(pictures) * (column + gap) - gap, *(key.width for key in keys))
-    page_height = header + size[1] + gap + max(key.height for key in keys)
-    page = Image.new("RGB", (page_width, page_height), PAPER)
-    draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(14)
-    for i, (title, picture) in enumerate(pictures.items()):
-        left = i * (column + gap)
-        draw.text((left + column / 2, header / 2), title, INK, font, anchor="mm")
-        page.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, header))
-        if i > 0:
-            page.paste(keys[i - 1], (left, header + size[1] + gap))
-    return page
+    images = [Image.fromarray(image)]
+    keys = [Image.new("RGB", (1, 1), PAPER)]  # nothing below the image itself
+    for mask, labels in masks.values():
+        images.append(overlay(image, mask, labels))
+        histogram = Image.fromarray(mask).histogram()[: len(labels)]
+        keys.append(legend(labels, [i for i, count in enumerate(histogram) if count], column))
+    row = [item.resize(size, Image.Resampling.LANCZOS) for item in images]
+    return _sheet(["image", *masks], [row, keys], column)
 
 
 def legend(
@@ -95,13 +94,16 @@ def legend(
     width: int = 640,
     columns: int | None = None,
 ) -> Image.Image:
-    """A swatch and the name of each class, in as many columns as `width` pixels hold.
+    """Draw the colour and the name of each class, in as many columns as `width` pixels hold.
 
     Args:
-        labels: the classes.
-        ids: those to show, by default all.
-        width: of the picture in pixels.
-        columns: instead of `width`: so many columns, and a picture as wide as they need.
+        labels: The classes and their colours.
+        ids: Those to show, by default all.
+        width: Width of the legend in pixels.
+        columns: Number of columns, instead of `width`; the legend is as wide as they need.
+
+    Returns:
+        RGB image.
     """
     ids = range(len(labels)) if ids is None else ids
     font = ImageFont.load_default(14)
@@ -131,54 +133,57 @@ def sample_sheet(
     labels: Labels,
     tile: int = 256,
 ) -> Image.Image:
-    """One row a sample: image | label | prediction; below them a legend of the classes shown.
+    """Show one row per sample, image | label | prediction, and a legend of the classes in them.
 
     Args:
         images: RGB, uint8 [H, W, 3] each.
-        masks: class ids and 255, uint8 [H, W] each.
-        predictions: class ids, uint8 [H, W] each.
-        labels: the classes.
-        tile: width of a column in pixels.
+        masks: Class ids and 255, uint8 [H, W] each.
+        predictions: Class ids, uint8 [H, W] each.
+        labels: The classes and their colours.
+        tile: Width of a column in pixels.
+
+    Returns:
+        RGB image.
     """
     rows = []
-    for image, mask, prediction in zip(images, masks, predictions, strict=True):
+    for image, *maps in zip(images, masks, predictions, strict=True):
         size = (tile, max(1, round(tile * image.shape[0] / image.shape[1])))
         # Shrinking averages colours, enlarging must not: pixels of small masks stay visible.
-        colour_filter = (
-            Image.Resampling.BOX if size[0] < image.shape[1] else Image.Resampling.NEAREST
-        )
-        rows.append(
-            [
-                Image.fromarray(image).resize(size, Image.Resampling.LANCZOS),
-                Image.fromarray(decode_segmap(mask, labels)).resize(size, colour_filter),
-                Image.fromarray(decode_segmap(prediction, labels)).resize(size, colour_filter),
-            ]
-        )
-    shown = np.unique(np.concatenate([m.ravel() for m in (*masks, *predictions)]))
-    key = legend(labels, [i for i in shown.tolist() if i != IGNORE_INDEX], 3 * tile + 8)
-    header, gap = 24, 4
-    height = header + sum(row[0].height + gap for row in rows) + key.height
-    page = Image.new("RGB", (key.width, height), PAPER)
-    draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(14)
-    for column, title in enumerate(("image", "label", "prediction")):
-        draw.text((column * (tile + gap) + tile / 2, header / 2), title, INK, font, anchor="mm")
-    y = header
-    for row in rows:
-        for column, picture in enumerate(row):
-            page.paste(picture, (column * (tile + gap), y))
-        y += row[0].height + gap
-    page.paste(key, (0, y))
+        shrinks = size[0] < image.shape[1]
+        colour_filter = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
+        coloured = [
+            Image.fromarray(decode_segmap(m, labels)).resize(size, colour_filter) for m in maps
+        ]
+        rows.append([Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), *coloured])
+    shown = np.unique(np.concatenate([m.ravel() for m in (*masks, *predictions)])).tolist()
+    rows.append([legend(labels, [i for i in shown if i != IGNORE_INDEX], 3 * tile + 2 * GAP)])
+    return _sheet(["image", "label", "prediction"], rows, tile)
+
+
+def _sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], tile: int) -> Image.Image:
+    """Arrange rows of images in columns of `tile` pixels, with a title above each column."""
+    y = header = 24
+    lefts = [column * (tile + GAP) for column in range(len(titles))]
+    heights = [max(item.height for item in row) + GAP for row in rows]
+    width = max(left + item.width for row in rows for left, item in zip(lefts, row, strict=False))
+    page = Image.new("RGB", (width, header + sum(heights) - GAP), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left + tile / 2, header / 2), title, INK, font, anchor="mm")
+    for row, height in zip(rows, heights, strict=True):
+        for left, item in zip(lefts, row, strict=False):
+            page.paste(item, (left, y))
+        y += height
     return page
 
 
 def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Losses and scores by epoch, as a picture.
+    """Draw losses and scores by epoch. An epoch without a value has no point.
 
     Args:
-        history: one row an epoch, with `epoch` and any of `train_loss`, `val_loss`,
-            `val_mean_iou`, `val_pixel_accuracy`.
-        path: of the PNG.
+        history: One row per epoch, with `epoch` and any of `train_loss`, `val_loss`,
+            `val_mean_iou`, `val_pixel_accuracy`; None where there is no value.
+        path: File to write; its suffix chooses the format.
     """
     from matplotlib.figure import Figure  # a second of import time that prediction can do without
 
@@ -201,12 +206,12 @@ def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def save_confusion_matrix(matrix: np.ndarray, labels: Labels, path: str | Path) -> None:
-    """A confusion matrix as a picture: each row is a label and adds up to one.
+    """Draw a confusion matrix whose rows, one per label, add up to one.
 
     Args:
-        matrix: pixels, int [C, C]; rows: label, columns: prediction.
-        labels: the classes.
-        path: of the PNG.
+        matrix: Pixels, int [C, C]; rows: label, columns: prediction.
+        labels: The classes.
+        path: File to write; its suffix chooses the format.
     """
     from matplotlib.figure import Figure
 

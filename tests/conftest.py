@@ -8,7 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.cli import CONFIG_FOLDER, complete_overrides
 
 # Small enough for two processor cores, and still every part of the real thing.
 SMALL_DATA = (
@@ -24,12 +24,15 @@ SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.pre
 
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
-    """`compose("train", "model=fcn", ...)`: the configuration of that command line."""
+    """`compose("train", "model=fcn", ...)`: the configuration of that command line.
+
+    As there, `train` without data or experiment is the demo, `experiment=shapes`.
+    """
 
     def compose(name: str, *overrides: str) -> DictConfig:
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            return hydra.compose(name, list(overrides))
+            return hydra.compose(name, complete_overrides(name, overrides))
 
     return compose
 

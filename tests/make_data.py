@@ -1,4 +1,4 @@
-"""Tiny copies of each dataset in its exact format on disk, with made-up pictures.
+"""Tiny copies of each dataset in its exact format on disk, with made-up images.
 
 `make_NAME(root)` writes what `seg_torch.datasets.NAME(root, split)` reads.
 """
@@ -76,10 +76,19 @@ def make_camvid(root: Path) -> None:
         write_lines(root / f"{split}.txt", lines)
 
 
+# Two of train, one of val and two of test, in the standard split.
+CAMVID32_FRAMES = (
+    "0001TP_008520",
+    "0016E5_08640",
+    "0016E5_07961",
+    "0001TP_008550",
+    "Seq05VD_f00000",
+)
+
+
 def make_camvid32(root: Path) -> None:
     colours = np.array([(128, 64, 128), (128, 128, 128), (0, 0, 0), (64, 192, 0)], np.uint8)
-    for i in range(5):
-        name = f"0016E5_{i:05}"
+    for i, name in enumerate(CAMVID32_FRAMES):
         save(picture(i), root / "701_StillsRaw_full" / f"{name}.png")
         mask = colours[blocks(i, [0, 1, 2, 3], void=None)]
         save(mask, root / "LabeledApproved_full" / f"{name}_L.png")

@@ -1,6 +1,11 @@
 """The command line: what a mistake is answered with, and what the other processes are told."""
 
+import importlib.util
+import inspect
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +14,18 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from make_data import make_camvid
+from omegaconf import OmegaConf
 from PIL import Image
 
-from seg_torch.cli import entry_point
-from seg_torch.commands.predict import predict
-from seg_torch.trainer import evaluate, train
+from seg_torch import cli
+from seg_torch.errors import StoppedError
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = {"train": train, "evaluate": evaluate, "predict": predict}
+TINY = (
+    "data.dataset.size=32 data.dataset.train=8 data.dataset.val=5 data.dataset.test=5 "
+    "data.batch_size=2 data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu "
+    "trainer.precision=32"
+)
 
 
 @pytest.fixture
@@ -28,14 +37,42 @@ def command(tmp_path, monkeypatch, capsys):
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
-        code: int | str | None = 0
-        try:
-            entry_point(FUNCTIONS[name], name)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            cli.main(name)
+        return stop.value.code, capsys.readouterr().err
 
     return command
+
+
+@pytest.fixture
+def run_as(tmp_path):
+    """`run_as("train.py ...")` starts a process in an empty folder; any entry point will do."""
+
+    def run_as(line: str, **environment: str) -> subprocess.CompletedProcess:
+        entry, *arguments = line.split()
+        start = [entry] if entry == "-m" else [str(ROOT / entry)]
+        return subprocess.run(
+            [sys.executable, *start, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_as
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """`stub(function)` makes `function` the command train."""
+
+    def stub(function):
+        import seg_torch.commands.train as module
+
+        monkeypatch.setattr(module, "train", function)
+
+    return stub
 
 
 @pytest.fixture
@@ -51,37 +88,402 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("train data.batchsize=4", "no setting data.batchsize; did you mean data.batch_size"),
-        ("train modle=unet", "no setting modle; did you mean model"),
-        ("train model=unett", "no model=unett; did you mean unet"),
-        ("train model.encoder=resnet3", "did you mean resnet"),
-        ("train optimizer.lr=fast", "optimizer.lr=fast: expected a number"),
-        ("train trainer.deterministic=ye", "trainer.deterministic=ye: expected true or false"),
-        ("train trainer.precision=bf17", "trainer: Precision 'bf17' is invalid"),
-        ("train data.batch_size=0", "data.batch_size=0: expected at least 1"),
-        ("train data.batch_size=[", "data.batch_size=["),
-        ("train data=folder", "data.root must be given"),
-        ("train data=folder data.root=nowhere", "nowhere"),
-        ("train data=voc data.root=nowhere", "data.download=true"),
-        ("train loss=weighted_ce loss.weights=datset", "loss.weights"),
-        ("train checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
-        ("evaluate", "needs checkpoint=FILE"),
-        ("evaluate checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
-        ("evaluate checkpoint=nothing.ckpt split=vall", "split=vall: expected train, val or test"),
-        ("predict input=nothing output=out model.weights=null", "input=nothing: no such file"),
-        ("predict", "needs input=FILE-OR-FOLDER and output=FOLDER"),
-    ],
-)
-def test_a_mistake_is_answered_in_a_few_lines(command, line, expected, tmp_path):
+# Mistakes
+
+LIGHT = [
+    ("train data.batchsize=4", "no setting data.batchsize; did you mean data.batch_size"),
+    ("train modle=unet", "no setting modle; did you mean model"),
+    ("train model=unett", "no model=unett; did you mean unet"),
+    ("train data=from_chekpoint", "There are: ade20k, camvid, camvid32, cityscapes, clothing, co"),
+    ("train optimizer.lr=fast", "optimizer.lr=fast: expected a number, such as 0.001"),
+    ("train trainer.deterministic=ye", "trainer.deterministic=ye: expected true or false"),
+    ("train data.batch_size=big", "data.batch_size=big: expected a whole number"),
+    ("train data.batch_size=[", "data.batch_size=["),
+    ("train data.augment.crop=[a,b]", "data.augment.crop=[a,b]: expected numbers, such as [352,4"),
+    ("train data.augment.scale=[0.5,x]", "data.augment.scale=[0.5,x]: expected numbers"),
+    ("train data.dataset.train=many", "data.dataset.train=many: expected a whole number"),
+    ("train trainer.max_epochs=x", "trainer.max_epochs=x: expected a whole number"),
+    ("train trainer.max_epochs=2.5", "trainer.max_epochs=2.5: expected a whole number"),
+    ("train data.augment=5", "data.augment=5: expected data.augment.KEY=VALUE"),
+    ("train optimizer=adam optimizer.amsgrad=true", "+optimizer.amsgrad=VALUE adds it"),
+    ("train seed=null", "seed must not be null"),
+    ("train ~seed", "seed must not be null"),
+    ("train data.dataset=null", "data.dataset must not be null"),
+    ("train model=null", "model must not be null; there are: deeplabv3"),
+    ("train data=folder", "data.root must be given"),
+    ("train data=folder data.root=nowhere", "data.root=nowhere: no such file or folder"),
+    ("train data=voc data.root=nowhere", "data.download=true"),
+    ("train model.weights=weights.pth", "model.weights=weights.pth: no such file"),
+    ("train checkpoint=nothing.ckpt", "init_from=CHECKPOINT starts a new run with its weights"),
+    ("train init_from=nothing.ckpt", "init_from=nothing.ckpt: no such file"),
+    ("train resume=nothing", "resume=nothing: no run there"),
+    ("train resume=nothing optimizer.lr=1", "optimizer.lr would change its result"),
+    ("train resume=nothing model=unet", "model would change its result"),
+    ("train --epochs 3", "--epochs; settings are given as key=value"),
+    ("evaluate", "checkpoint must be given: a checkpoint or a run's folder"),
+    ("evaluate checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
+    ("predict input=nothing output=out model.weights=null", "input=nothing: no such file"),
+    ("predict", "input must be given: an image, a video or a folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), LIGHT)
+def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
+    command, line, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, f"seg_torch.commands.{line.split()[0]}", None)
     code, message = command(line)
     assert code == 2
     assert expected in message
     assert "Traceback" not in message
-    assert len(message.splitlines()) <= 6
-    assert not list(tmp_path.glob("runs/*")), "a run that never started leaves nothing behind"
+    assert len(message.splitlines()) <= 4
+    assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train trainer.precision=bf17", "trainer.precision=bf17: use one of"),
+        ("train data.batch_size=0", "data.batch_size=0: expected at least 1"),
+        ("train model.encoder=resnet3", "did you mean resnet"),
+        ("train loss=weighted_ce loss.weights=datset", "loss.weights"),
+    ],
+)
+def test_a_mistake_that_only_the_command_can_find_is_answered_too(command, line, expected):
+    code, message = command(line)
+    assert code == 2
+    assert expected in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "data.augment.jitter=[0.1,0.2,0]",  # the function takes one number or three
+        "data.augment.scale=[1,2]",
+        "optimizer.lr=1",
+        "trainer.deterministic=warn",
+        "trainer.devices=2",
+        "trainer.precision=32",
+        "trainer.limit_train_batches=0.5",
+        "loss=ce_dice loss.weights=[1,2]",
+        "data.augment=null",
+        "trainer.max_steps=10 trainer.max_epochs=null",
+        "+trainer.benchmark=true",
+        "~data.augment",
+    ],
+)
+def test_what_the_functions_take_is_not_refused(command, stub, arguments):
+    seen = []
+    stub(seen.append)
+    assert command(f"train {arguments}") == (0, "")
+    assert len(seen) == 1
+
+
+def test_d29_help_and_mistakes_answer_at_once_and_load_nothing_heavy(run_as, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "heavy = {'torch', 'numpy', 'lightning', 'matplotlib', 'timm', 'PIL'}\n"
+        "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules))))\n"
+    )
+    for line in (
+        "train.py --help",
+        "train.py optimizer.lr=fast",
+        "train.py data.batchsize=4",
+        "evaluate.py checkpoint=nothing",
+        "-m seg_torch",
+    ):
+        before = os.times()
+        result = run_as(line, PYTHONPATH=f"{ROOT}:{tmp_path}")
+        # Processor time, which other work on the machine does not change.
+        spent = sum(os.times()[2:4]) - sum(before[2:4])
+        assert result.stdout.splitlines()[-1] == "HEAVY", line
+        assert spent < 1.5, f"{line}: {spent} s of processor time"
+
+
+def test_d29_the_package_loads_torch_only_when_something_needs_it():
+    script = (
+        "import sys, seg_torch\n"
+        "from seg_torch import __version__\n"
+        "assert not {'torch', 'numpy', 'hydra'} & set(sys.modules)\n"
+        "assert 'Segmenter' in dir(seg_torch)\n"
+        "from seg_torch import Labels, Segmenter, decode_segmap\n"
+        "assert 'torch' in sys.modules\n"
+        "try: seg_torch.Segmentor\n"
+        "except AttributeError as error: assert 'Segmentor' in str(error)\n"
+        "else: raise SystemExit('no AttributeError')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_d34_help_shows_examples_choices_and_every_setting_with_its_comment(name, compose, run_as):
+    page = run_as(f"{name}.py -h").stdout
+    assert "Hydra" not in page
+    assert f"Usage: python {name}.py [key=value ...]" in page
+    assert page.count(f"\n  python {name}.py") == 3
+    assert not re.search(r"[ =](default|from_checkpoint)( |$)", page, re.MULTILINE)
+
+    def check(node, prefix=""):
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                check(value, f"{prefix}{key}.")
+            elif key == "_target_":
+                assert f"  {prefix.rstrip('.')}: {value}" in page
+            elif key != "_partial_":
+                assert f"\n  {prefix}{key}=" in page
+
+    check(OmegaConf.to_container(compose(name)))
+    for comment in re.findall(
+        r"^\w+: .*#\s*(.{10,40})", (cli.CONFIG_FOLDER / f"{name}.yaml").read_text(), re.M
+    ):
+        assert " ".join(comment.split()) in " ".join(page.split())
+
+
+def test_d34_help_follows_the_choices_of_the_command_line(run_as, tmp_path):
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/own.yaml").write_text("_target_: my.net\nwidth: 3   # of each layer\n")
+    page = run_as("train.py model=smp data=folder -h").stdout
+    assert re.search(r"model.architecture=Unet +or FPN", page)
+    assert "data.root=???" in page
+    assert "data.dataset.train" not in page
+    page = run_as("-m seg_torch train --config-dir=mine model=own -h").stdout
+    assert re.search(r"model.width=3 +of each layer", page)
+    assert re.search(r"model= .* own ", page)
+
+
+def test_commands_are_listed_with_a_line_each(run_as):
+    for line in ("-m seg_torch", "-m seg_torch --help", "-m seg_torch -h"):
+        result = run_as(line)
+        assert result.returncode == 0
+        assert re.search(r"\n  train +Train a segmentation model", result.stdout)
+        assert re.search(r"\n  predict +Segment images", result.stdout)
+    result = run_as("-m seg_torch evalate")
+    assert result.returncode == 2
+    assert "no command evalate; did you mean evaluate?" in result.stderr
+    assert run_as("-m seg_torch --version").stdout == run_as("train.py --version").stdout
+
+
+# Null and absent
+
+
+def test_d26_null_and_absent_choices_mean_none(command, stub):
+    seen = []
+    stub(seen.append)
+    for line in ("logger=null", "~logger", "logger=none", "logger=[]", "~logger.tensorboard"):
+        assert command(f"train {line}") == (0, "")
+        assert not seen[-1].get("logger"), line
+    for line in ("scheduler=null", "~scheduler", "scheduler=none"):
+        assert command(f"train {line}") == (0, "")
+        assert not seen[-1].get("scheduler"), line
+    for line in ("callbacks=null", "~callbacks"):
+        assert command(f"train {line}") == (0, "")
+        assert seen[-1].callbacks == {}, line
+
+
+def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
+    seen = []
+    stub(seen.append)
+    assert command("train logger=[tensorboard,csv]") == (0, "")
+    assert set(seen[-1].logger) == {"tensorboard", "csv"}
+    assert command("train logger=csv") == (0, "")
+    assert set(seen[-1].logger) == {"csv"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for package in ("wandb", "mlflow"):
+        code, message = command(f"train logger=[csv,{package}]")
+        assert code == 2
+        assert f"pip install {package}" in message
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])
+def test_loggers_write_inside_the_run_and_their_settings_exist(compose, name):
+    settings = compose("train", f"logger={name}", "output_dir=here").logger[name]
+    module, _, cls = settings._target_.rpartition(".")
+    accepted = inspect.signature(getattr(importlib.import_module(module), cls)).parameters
+    assert set(settings) - {"_target_"} <= set(accepted)
+    assert "here" in (settings.get("save_dir") or settings.tracking_uri)
+
+
+# Which run
+
+
+def test_without_data_train_is_the_demo(command, stub):
+    seen = []
+    stub(seen.append)
+    command("train")
+    assert seen[-1].data.dataset._target_ == "seg_torch.datasets.shapes"
+    assert (seen[-1].model.encoder, seen[-1].model.weights) == ("resnet18", None)
+    command("train model=deeplabv3")
+    assert seen[-1].data.dataset._target_ == "seg_torch.datasets.shapes"
+    assert seen[-1].model._target_ == "seg_torch.models.deeplabv3"
+    command("train data=folder data.root=.")
+    assert (seen[-1].model.encoder, seen[-1].model.weights) == ("resnet34", "imagenet")
+
+
+def test_resuming_takes_the_configuration_of_the_run(command, stub, tmp_path):
+    seen = []
+    stub(seen.append)
+    (tmp_path / "data").mkdir()
+    command("train data=folder data.root=data optimizer=sgd optimizer.lr=0.3 seed=5")
+    seen[-1].output_dir = "run"
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
+    OmegaConf.save(seen[-1], tmp_path / "run/config.yaml")
+    (tmp_path / "data").rename(tmp_path / "moved")
+
+    line = "train resume=run data.root=moved trainer.max_epochs=40 data.num_workers=3"
+    assert command(line) == (0, "")
+    resumed = seen[-1]
+    assert (resumed.resume, resumed.output_dir) == ("run", "run")
+    assert (resumed.data.root, resumed.data.num_workers) == ("moved", 3)
+    assert (resumed.trainer.max_epochs, resumed.trainer.log_every_n_steps) == (40, 10)
+    assert (resumed.optimizer.lr, resumed.optimizer.momentum, resumed.seed) == (0.3, 0.9, 5)
+
+    for line, expected in (
+        ("train resume=run", "data.root=data: no such file or folder"),
+        ("train resume=run trainer.max_epochs=x", "trainer.max_epochs=x: expected a whole number"),
+        ("train resume=run data=voc", "data would change its result"),
+        ("train resume=run ~callbacks", "callbacks would change its result"),
+        ("train resume=run/checkpoints/last.ckpt", "init_from=run/checkpoints/last.ckpt"),
+    ):
+        code, message = command(line)
+        assert code == 2
+        assert expected in message
+
+
+# Exit codes
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def test_exit_codes_and_d19_out_of_memory(command, stub):
+    def raising(error):
+        def train(cfg):
+            raise error
+
+        return train
+
+    stub(lambda cfg: 3)
+    assert command("train") == (1, "")
+    stub(raising(KeyboardInterrupt()))
+    assert command("train") == (130, "")
+    stub(raising(StoppedError("stopped; go on with resume=run", signal.SIGTERM)))
+    assert command("train -m seed=1,2 output_dir=sweep")[0] == 143
+    stub(raising(OutOfMemoryError("CUDA out of memory. Tried to allocate")))
+    code, message = command("train")
+    assert code == 2
+    for setting in ("data.batch_size", "data.augment.crop", "tile", "trainer.precision"):
+        assert setting in message
+    stub(raising(ZeroDivisionError("a bug")))
+    code, message = command("train")
+    assert code == 1
+    assert "Traceback" in message
+    assert "a bug" in message
+
+
+def test_lightnings_exit_after_ctrl_c_is_an_interrupt(command, stub):
+    def train(cfg):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    stub(train)
+    assert command("train") == (130, "")
+
+
+def test_one_failed_job_does_not_end_the_sweep(command, stub):
+    seen = []
+
+    def train(cfg):
+        seen.append(cfg.seed)
+        if cfg.seed == 2:
+            raise ZeroDivisionError("a bug")
+
+    stub(train)
+    code, message = command("train -m seed=null,1,2,3 output_dir=sweep")
+    assert seen == [1, 2, 3]
+    assert code == 2
+    assert "error: seed must not be null" in message
+    assert message.splitlines()[-1] == "error: 2 of 4 jobs failed: 0, 2"
+
+
+# Other processes
+
+
+def test_only_the_first_process_of_torchrun_reports_a_mistake(run_as):
+    for rank, lines in (("0", 1), ("1", 0)):
+        result = run_as("train.py seed=null", LOCAL_RANK=rank, WORLD_SIZE="2")
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == lines
+
+
+def test_d20_other_processes_get_the_command_line_of_their_job(command, stub, tmp_path):
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/own.yaml").write_text("_target_: my.net\n")
+    seen = []
+    stub(lambda cfg: seen.append(sys.argv[1:]))
+    code, _ = command("train -m --config-dir mine model=own seed=1,2 output_dir=sweep")
+    assert code == 0
+    folder = [f"output_dir='{tmp_path}/sweep/{job}'" for job in (0, 1)]
+    given = ["--config-dir=mine", "experiment=shapes", "model=own"]
+    assert seen == [[*given, "seed=1", folder[0]], [*given, "seed=2", folder[1]]]
+
+
+def test_d20_other_processes_are_started_with_the_command_and_the_flags(
+    stub, tmp_path, monkeypatch
+):
+    """As `seg-torch train ...`, which is a script of pip's, and as `python -m seg_torch train`."""
+    seen = []
+    stub(lambda cfg: seen.append(sys.argv[:]))
+    monkeypatch.chdir(tmp_path)
+    line = ["/bin/seg-torch", "train", "--config-dir", str(cli.CONFIG_FOLDER), "output_dir=run"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit):
+        cli.main()
+    flag = f"--config-dir={cli.CONFIG_FOLDER}"
+    assert seen == [["/bin/seg-torch", "train", flag, "experiment=shapes", "output_dir='run'"]]
+    assert sys.argv == line
+
+
+def test_d20_two_processes_of_the_package_with_a_model_of_ones_own(run_as, tmp_path):
+    (tmp_path / "mine/model").mkdir(parents=True)
+    text = (cli.CONFIG_FOLDER / "model/unet_random.yaml").read_text()
+    (tmp_path / "mine/model/own.yaml").write_text(text)
+    line = "-m seg_torch train --config-dir mine model=own trainer.devices=2 output_dir=run"
+    result = run_as(f"{line} {TINY}")
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout
+    assert (tmp_path / "run/test_metrics.json").is_file()
+
+
+def test_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(command, run_as, tmp_path):
+    """Each process would start the sweep again if it were told the sweep's command line."""
+    result = run_as(f"train.py -m loss=ce,dice output_dir=sweep trainer.devices=2 {TINY}")
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep"]
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
+
+    # Five images on two processes give the same counts as on one.
+    for job in ("0", "1"):
+        folder = tmp_path / "sweep" / job
+        best = folder / "checkpoints/best.ckpt"
+        code, _ = command(
+            f"evaluate checkpoint={best} output_dir=alone{job} data.num_workers=0 "
+            "trainer.accelerator=cpu trainer.devices=1 trainer.precision=32"
+        )
+        assert code == 0
+        alone = json.loads((tmp_path / f"alone{job}/test_metrics.json").read_text())
+        together = json.loads((folder / "test_metrics.json").read_text())
+        assert alone == together
+
+
+# Files with mistakes in them
 
 
 def test_a_text_file_is_no_checkpoint(command, tmp_path):
@@ -144,34 +546,3 @@ def test_an_output_folder_that_cannot_be_written_is_refused(command, tmp_path):
     code, message = command(f"train output_dir=file/run {small}")
     assert code == 2
     assert "file/run" in message
-
-
-def test_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(command, tmp_path):
-    """Each process would start the sweep again if it were told the sweep's command line."""
-    line = (
-        "-m loss=ce,dice output_dir=sweep data.dataset.size=32 data.dataset.train=8 "
-        "data.dataset.val=5 data.dataset.test=5 data.batch_size=2 data.num_workers=0 "
-        "trainer.max_epochs=1 trainer.accelerator=cpu trainer.devices=2 trainer.precision=32"
-    )
-    subprocess.run(
-        [sys.executable, ROOT / "train.py", *line.split()],
-        cwd=tmp_path,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep"]
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
-
-    # Five images on two processes give the same counts as on one.
-    for job in ("0", "1"):
-        folder = tmp_path / "sweep" / job
-        best = folder / "checkpoints/best.ckpt"
-        code, _ = command(
-            f"evaluate checkpoint={best} output_dir=alone{job} data.num_workers=0 "
-            "trainer.accelerator=cpu trainer.devices=1 trainer.precision=32"
-        )
-        assert code == 0
-        alone = json.loads((tmp_path / f"alone{job}/test_metrics.json").read_text())
-        together = json.loads((folder / "test_metrics.json").read_text())
-        assert alone == together

@@ -1,7 +1,11 @@
 """Order, shards and batches."""
 
-import json
+import resource
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -20,6 +24,11 @@ from seg_torch.transforms import augment
 
 def small_shapes(split: str):
     return shapes(split, size=32, train=11, val=5, test=3)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def epoch(module: SegmentationDataModule, number: int) -> list[torch.Tensor]:
@@ -51,7 +60,7 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
     assert not equal(epoch(module(seed=2), 3), reference)
 
 
-def test_cached_samples_take_no_workers_from_a_network_on_the_processor():
+def test_cached_samples_take_no_workers_from_a_network_on_the_cpu():
     cached = SegmentationDataModule(small_shapes, batch_size=2, cache=True)
     assert cached.train_dataloader().num_workers == 0
     assert SegmentationDataModule(small_shapes, batch_size=2).train_dataloader().num_workers > 0
@@ -108,30 +117,21 @@ def test_images_of_several_sizes_in_a_batch_are_refused_with_the_way_out():
 
         def __getitem__(self, index):
             size = (32, 32 + index)
-            return tv_tensors.Image(torch.zeros(3, *size)), tv_tensors.Mask(torch.zeros(size))
+            zeros = torch.zeros(3, *size, dtype=torch.uint8)
+            return tv_tensors.Image(zeros), tv_tensors.Mask(zeros[0])
 
     module = SegmentationDataModule(lambda split: Mixed(), num_workers=0, batch_size=4)
     with pytest.raises(InputError, match=r"data\.augment\.crop"):
         next(iter(module.train_dataloader()))
 
 
-def test_pixel_counts_equal_numpys_and_are_cached(tmp_path):
+def test_pixel_counts_equal_numpys():
     module = SegmentationDataModule(small_shapes, num_workers=0)
-    masks = np.stack(
-        [np.asarray(mask) for _, mask in (small_shapes("train")[i] for i in range(11))]
-    )
-    expected = [int((masks == i).sum()) for i in range(len(module.labels))]
-    cache = tmp_path / "pixel_counts.json"
-    assert module.pixel_counts(cache).tolist() == expected
-    stored = json.loads(cache.read_text())
-    stored["pixels"][0] = 7
-    cache.write_text(json.dumps(stored))
-    assert module.pixel_counts(cache)[0] == 7
-    other = SegmentationDataModule(lambda split: shapes(split, size=32, train=3), num_workers=0)
-    assert other.pixel_counts(cache)[0] != 7, "counts of other data must not be taken over"
+    masks = np.stack([np.asarray(small_shapes("train")[i][1]) for i in range(11)])
+    assert module.pixel_counts().tolist() == [int((masks == i).sum()) for i in range(6)]
 
 
-def test_workers_default_to_the_processors_there_are(monkeypatch):
+def test_workers_default_to_the_cpus_there_are(monkeypatch):
     monkeypatch.setattr("seg_torch.datamodule.available_cpus", lambda: 64)
     assert SegmentationDataModule(small_shapes).train_dataloader().num_workers == 8
     monkeypatch.setattr("seg_torch.datamodule.available_cpus", lambda: 1)
@@ -142,3 +142,203 @@ def test_an_empty_split_is_refused():
     module = SegmentationDataModule(lambda root, split: [], root="photos")
     with pytest.raises(InputError, match="photos: no samples for split=val"):
         module.dataset("val")
+
+
+def test_d11_a_bad_label_is_refused_by_the_worker_that_reads_it():
+    class Bad:
+        labels = small_shapes("train").labels
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            mask = torch.full((32, 32), 5 + index, dtype=torch.uint8)
+            return tv_tensors.Image(torch.zeros(3, 32, 32, dtype=torch.uint8)), tv_tensors.Mask(
+                mask
+            )
+
+    module = SegmentationDataModule(lambda split: Bad(), num_workers=1, batch_size=2)
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        with pytest.raises(InputError, match=r"Bad\[1\]: mask values \[6\]; allowed are 0 to 5"):
+            list(loader)
+
+
+@pytest.mark.parametrize(("device", "size"), [("cpu", 1), ("cuda", 4)])
+def test_d23_evaluation_has_a_batch_size_of_its_own(device, size):
+    def first_batch(**arguments):
+        module = SegmentationDataModule(small_shapes, batch_size=8, num_workers=0, **arguments)
+        module.trainer = trainer_stub(device=device)
+        return next(iter(module.val_dataloader().batch_sampler))
+
+    assert len(first_batch()) == size
+    assert len(first_batch(eval_batch_size=3)) == 3
+    with pytest.raises(InputError, match=r"data\.eval_batch_size=-1"):
+        first_batch(eval_batch_size=-1)
+
+
+def trainer_stub(device="cpu", num_devices=1, local_rank=0, barrier=lambda: None):
+    return SimpleNamespace(
+        num_devices=num_devices,
+        local_rank=local_rank,
+        global_rank=local_rank,
+        world_size=num_devices,
+        strategy=SimpleNamespace(
+            root_device=torch.device(device), barrier=barrier, broadcast=lambda name: "a-name"
+        ),
+    )
+
+
+# Cached samples
+
+
+def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
+    module = SegmentationDataModule(
+        lambda split: shapes(split, size=32, train=700), batch_size=100, cache=True, num_workers=1
+    )
+    loader = module.train_dataloader()
+    loader.multiprocessing_context = "spawn"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        batches = list(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(batches) == 7
+    order = [index for batch in loader.batch_sampler for _, index in batch]
+    expected = shapes("train", size=32, train=700)[order[-1]]
+    assert equal([batches[-1][0][-1], batches[-1][1][-1]], list(expected))
+
+
+def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    [path] = [tmp_path / "seg_torch-a-name.pt"]
+
+    def module(local_rank, barrier):
+        module = SegmentationDataModule(small_shapes, cache=True, num_workers=0)
+        module.trainer = trainer_stub(num_devices=2, local_rank=local_rank, barrier=barrier)
+        return module
+
+    others = []
+
+    def other_process():
+        if not others:  # at the first barrier, the file is complete
+            others.append(None)
+            with monkeypatch.context() as patch:
+                patch.setattr("seg_torch.datamodule._packed", None)  # it reads no image
+                others[0] = module(1, lambda: None)._samples("val", resize_labels=False)
+
+    samples = module(0, other_process)._samples("val", resize_labels=False)
+    assert not path.exists()
+    for index in range(5):
+        assert equal(list(samples[index]), list(small_shapes("val")[index]))
+        assert equal(list(others[0][index]), list(small_shapes("val")[index]))
+
+
+# Resuming
+
+
+class Numbered:
+    """Images that say their own index."""
+
+    labels = small_shapes("train").labels
+
+    def __init__(self, split):
+        self.length = 14 if split == "train" else 3
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        image = torch.full((3, 4, 4), index, dtype=torch.uint8)
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.zeros(4, 4, dtype=torch.uint8))
+
+
+class Recorder(lightning.LightningModule):
+    """Records the images of each step, and saves a checkpoint at each of the hooks."""
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.folder = folder
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def save(self, name):
+        if self.folder is not None:
+            self.trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def training_step(self, batch, index):
+        self.seen.append((self.current_epoch, batch[0][:, 0, 0, 0].tolist()))
+        if len(self.seen) == 11:
+            self.save("during-step-11")
+        return self.weight * 1.0
+
+    def validation_step(self, batch, index):
+        self.save(f"during-validation-{len(self.seen)}-{index}")
+
+    def on_train_batch_end(self, *args):
+        self.save(f"after-step-{len(self.seen)}")
+
+    def on_validation_end(self):
+        self.save(f"after-validation-{len(self.seen)}")
+
+    def on_train_epoch_end(self):
+        self.save(f"after-epoch-{len(self.seen)}")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path | None = None, resume: Path | None = None) -> list[tuple[int, list[int]]]:
+    """Trains three epochs of seven batches with two workers; what was seen."""
+    recorder = Recorder(folder)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    data = SegmentationDataModule(Numbered, batch_size=2, num_workers=2, seed=3)
+    trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=True)
+    return recorder.seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, fit(folder)
+
+
+# name of the checkpoint: steps whose result it contains
+CHECKPOINTS = {
+    "after-step-3": 3,
+    "after-validation-7": 7,
+    "after-epoch-7": 7,
+    "after-step-9": 9,
+    "during-step-11": 10,
+    "during-validation-14-1": 14,
+    "after-epoch-14": 14,
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.filterwarnings("error:You're resuming from a checkpoint that ended before")
+def test_d02_a_resumed_run_sees_what_an_undisturbed_one_would_have_seen(undisturbed, name):
+    folder, seen = undisturbed
+    assert [epoch for epoch, _ in seen] == [0] * 7 + [1] * 7 + [2] * 7
+    for epoch in (seen[:7], seen[7:14], seen[14:]):
+        assert sorted(index for _, batch in epoch for index in batch) == [*range(14)]
+    assert fit(resume=folder / f"{name}.ckpt") == seen[CHECKPOINTS[name] :]
+
+
+def test_d02_a_sampler_leaves_out_the_start_of_its_first_epoch_only():
+    full = EpochSampler(14, 2, 0, epoch=4)
+    resumed = EpochSampler(14, 2, 0, epoch=4, start=3)
+    for epoch_number, start in ((4, 3), (4, 3), (5, 0), (4, 0)):
+        full.set_epoch(epoch_number)
+        resumed.set_epoch(epoch_number)
+        assert list(resumed) == list(full)[start:]
+        assert len(resumed) == len(full) == 7

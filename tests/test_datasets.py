@@ -19,9 +19,11 @@ from sklearn.model_selection import train_test_split
 from torchvision import tv_tensors
 
 from seg_torch import datasets
+from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.ade20k import ADE20K_LABELS
+from seg_torch.datasets.base import checked_pixels, checked_sample
 from seg_torch.datasets.camvid import CAMVID_LABELS
-from seg_torch.datasets.camvid32 import CAMVID32_LABELS
+from seg_torch.datasets.camvid32 import CAMVID32_LABELS, standard_split
 from seg_torch.datasets.cityscapes import CITYSCAPES_LABELS, to_label_ids, to_train_ids
 from seg_torch.datasets.clothing import CLOTHING_LABELS
 from seg_torch.datasets.coco_stuff import COCO_STUFF_LABELS
@@ -47,7 +49,7 @@ ON_DISK = [
 FACTS = {
     "ade20k": (150, 3, 2, 2),
     "camvid": (11, 4, 3, 3),
-    "camvid32": (32, 4, 1, 1),
+    "camvid32": (32, 2, 1, 2),
     "cityscapes": (19, 3, 2, 2),
     "clothing": (59, 4, 2, 2),
     "coco_stuff": (171, 3, 2, 2),
@@ -77,6 +79,14 @@ def build(copies):
         return getattr(datasets, name)(split=split, **root, **options)
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """Where the results of checks are remembered, a new folder for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -265,10 +275,15 @@ def test_a_16_bit_mask_of_class_ids_is_read_as_they_are(own):
 # folder
 
 
+def check_folder(root):
+    for split in ("train", "val"):
+        checked_pixels(datasets.folder(root, split), split)
+
+
 def test_a_value_that_is_no_class_is_refused_with_those_found_and_those_allowed(own):
     make_data.save(make_data.blocks(0, [0, 1, 3]), own / "masks" / "photo_0.png")
     with pytest.raises(InputError, match=r"photo_0\.png.*\[0, 1, 3, 255\].*0 to 2.*255"):
-        datasets.folder(own, "train")
+        check_folder(own)
 
 
 def test_the_random_split_is_fixed_and_leaves_nothing_out(own):
@@ -280,6 +295,16 @@ def test_the_random_split_is_fixed_and_leaves_nothing_out(own):
         [*(f"photo_{i}" for i in range(9)), "more/photo_9"]
     )
     assert len(datasets.folder(own, "val", val_fraction=0.5)) == 5
+
+
+@pytest.mark.parametrize("added", ["a", "m", "photo_10", "photo_20", "photo_21", "z"])
+def test_d10_one_more_image_moves_at_most_one_other_to_another_split(own, added):
+    before = {pair.name for pair in datasets.folder(own, "val", val_fraction=0.3).pairs}
+    make_data.save(make_data.picture(0), own / "images" / f"{added}.jpg")
+    make_data.save(make_data.blocks(0, [0, 1, 2]), own / "masks" / f"{added}.png")
+    after = {pair.name for pair in datasets.folder(own, "val", val_fraction=0.3).pairs}
+    assert len(before ^ after - {added}) <= 1
+    assert len(after) == 3
 
 
 def test_lists_with_or_without_suffix_make_the_split(own):
@@ -304,7 +329,7 @@ def test_a_test_list_alone_is_kept_out_of_the_random_split(own):
 def test_an_unknown_name_in_a_list_is_named(own):
     make_data.write_lines(own / "train.txt", ["photo_1", "foto_2.jpg"])
     make_data.write_lines(own / "val.txt", ["photo_3"])
-    with pytest.raises(InputError, match=r"train\.txt: 1 names.*foto_2"):
+    with pytest.raises(InputError, match=r"1 names in .*train\.txt(.|\n)*foto_2"):
         datasets.folder(own, "train")
 
 
@@ -341,9 +366,8 @@ def test_only_the_first_five_problems_are_listed(own):
 
 def test_pairs_of_different_sizes_are_listed_before_training(own):
     make_data.save(make_data.blocks(0, [0], height=64, width=48), own / "masks" / "photo_4.png")
-    with pytest.raises(InputError, match=r"photo_4\.png: 48 x 64.*64 x 48") as error:
-        datasets.folder(own, "train")
-    assert str(error.value).startswith("1 pairs cannot be used")
+    with pytest.raises(InputError, match=r"1 of \d samples(.|\n)*photo_4\.png.*48 x 64.*64 x 48"):
+        check_folder(own)
 
 
 def test_without_classes_txt_the_message_says_what_to_write(own):
@@ -384,13 +408,13 @@ def test_a_colour_without_a_class_is_refused_with_file_colour_and_count(own):
     lines = ["background 0 0 0", "traffic light 255 0 0", "car 1 2 3"]
     make_data.write_lines(own / "classes.txt", lines)
     with pytest.raises(InputError, match=r"photo_\d\.png: colour \(0, 0, 255\).*\d+ pixels"):
-        datasets.folder(own, "train")
+        check_folder(own)
 
 
 def test_colour_masks_without_colours_in_classes_txt_are_refused(own):
     colour_the_masks(own)
     with pytest.raises(InputError, match=r"a mask of colours \(RGB\).*name R G B"):
-        datasets.folder(own, "train")
+        check_folder(own)
 
 
 def test_without_classes_txt_the_colours_found_are_shown(own):
@@ -416,10 +440,11 @@ def black_and_white(root: Path, mode: str) -> None:
 def test_masks_of_0_and_255_are_refused_with_the_way_out(own):
     black_and_white(own, "L")
     make_data.write_lines(own / "classes.txt", ["background", "cat"])
+    data = SegmentationDataModule(datasets.folder, str(own))
     with pytest.raises(
         InputError, match=r"only 0 and 255(.|\n)*background 0 0 0\ncat 255 255 255$"
     ):
-        datasets.folder(own, "train")
+        data.check_files()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB"])
@@ -461,6 +486,134 @@ def test_classes_txt_may_come_from_windows(tmp_path):
     assert not has_colours
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_d26_a_class_list_that_says_its_encoding_is_read(tmp_path, encoding):
+    (tmp_path / "classes.txt").write_bytes("caf\u00e9\nstra\u00dfe\n".encode(encoding))
+    assert read_classes(tmp_path / "classes.txt")[0].names == ("caf\u00e9", "stra\u00dfe")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("road\ncaf\u00e9\n".encode("cp1252"), r"line 2 is not UTF-8 \(byte 0xe9\)"),
+        ("road\nsky\n".encode("utf-16-le"), "zero bytes"),
+    ],
+)
+def test_d26_a_class_list_of_another_encoding_is_refused(tmp_path, content, message):
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"classes\.txt: .*{message}.*encoding UTF-8"):
+        read_classes(tmp_path / "classes.txt")
+
+
+# The check of all files
+
+
+def test_d12_the_one_bad_mask_of_sixty_is_found(tmp_path):
+    for i in range(60):
+        make_data.save(make_data.picture(i), tmp_path / "images" / f"{i:02}.jpg")
+        make_data.save(make_data.blocks(i, [0, 1]), tmp_path / "masks" / f"{i:02}.png")
+    make_data.write_lines(tmp_path / "classes.txt", ["background", "cat"])
+    data = SegmentationDataModule(datasets.folder, str(tmp_path))
+    data.check_files()
+    make_data.save(make_data.blocks(0, [0, 7]), tmp_path / "masks" / "29.png")
+    with pytest.raises(InputError, match=r"29\.png: mask values \[0, 7, 255\]; allowed are 0 to 1"):
+        data.check_files()
+    SegmentationDataModule(datasets.folder, str(tmp_path), check=False).check_files()
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_d12_every_dataset_passes_and_its_pixels_are_counted(build, name):
+    train = build(name, "train")
+    expected = sum(np.bincount(train.mask(i).ravel(), minlength=256) for i in range(len(train)))
+    assert (checked_pixels(train) == expected).all()
+    assert (checked_pixels(train) == expected).all(), "as remembered"
+
+
+def test_d12_all_problems_of_a_split_are_counted(own):
+    pairs = datasets.folder(own, "train").pairs
+    for pair in pairs[:6]:
+        pair.mask.write_bytes(b"cut")
+    pairs[6].image.write_bytes(b"cut")
+    with pytest.raises(InputError) as error:
+        checked_pixels(datasets.folder(own, "train"), "train")
+    assert str(error.value).startswith("7 of 8 samples in train cannot be used:")
+    assert str(error.value).count("cannot be read as a mask") == 5
+
+
+def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(np.zeros((64, 48, 3), np.uint8))
+    lying.save(own / "images" / "photo_0.jpg", exif=exif)  # seen upright: 48 high, 64 wide
+    check_folder(own)
+    lying.transpose(Image.Transpose.ROTATE_90).save(own / "images" / "photo_0.jpg", exif=exif)
+    with pytest.raises(InputError, match=r"photo_0\.png.*64 x 48.*48 x 64"):
+        check_folder(own)
+
+
+def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(own, cache_folder, monkeypatch):
+    check_folder(own)
+    assert len(list(cache_folder.rglob("*.json"))) == 2
+    read = []
+    monkeypatch.setattr(
+        "seg_torch.datasets.base._count_pixels", lambda dataset, i: read.append(i) or 0
+    )
+    check_folder(own)
+    assert not read
+    pair = datasets.folder(own, "train").pairs[0]
+    os.utime(pair.image, ns=(1, 1))
+    check_folder(own)
+    assert len(read) == 8
+    make_data.write_lines(own / "classes.txt", ["background", "cat", "dog", "cow"])
+    check_folder(own)
+    assert len(read) == 8 + 10
+
+
+class Own:
+    """A dataset that somebody wrote: one item, whatever it is."""
+
+    labels = SHAPES_LABELS
+
+    def __init__(self, *sample):
+        self.sample = sample
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.sample
+
+
+def tensors(image_size=(3, 4, 5), mask_size=(4, 5), value=0, dtype=torch.uint8):
+    image = tv_tensors.Image(torch.zeros(image_size, dtype=dtype))
+    return image, tv_tensors.Mask(torch.full(mask_size, value, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (tensors(value=6), r"mask values \[6\]; allowed are 0 to 5 \(the 6 classes\) and 255"),
+        (
+            tensors(mask_size=(5, 4)),
+            r"Image torch\.uint8 \[3, 4, 5\] and Mask torch\.uint8 \[5, 4\]",
+        ),
+        (tensors(dtype=torch.float32), r"Image torch\.float32"),
+        (tensors(image_size=(1, 3, 4, 5)), r"Image torch\.uint8 \[1, 3, 4, 5\]"),
+        ((tensors()[0], torch.zeros(4, 5, dtype=torch.uint8)), r"Tensor torch\.uint8 \[4, 5\]"),
+        ((np.zeros((4, 5, 3), np.uint8), tensors()[1]), r"ndarray uint8 \[4, 5, 3\]"),
+        ((tensors()[0],), "tuple"),
+    ],
+)
+def test_d11_a_sample_of_any_dataset_is_checked(sample, message):
+    with pytest.raises(InputError, match=rf"Own\[0\]: (found .*)?{message}"):
+        checked_sample(Own(*sample), 0)
+
+
+def test_d11_class_ids_and_255_are_allowed():
+    for value in (0, 5, 255):
+        assert checked_sample(Own(*tensors(value=value)), 0)[1].unique().tolist() == [value]
+
+
 # CamVid
 
 
@@ -497,7 +650,7 @@ def test_camvid_value_12_is_refused(copies, tmp_path):
 def test_camvid_names_a_listed_file_that_is_missing(copies, tmp_path):
     shutil.copytree(copies["camvid"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "valannot" / "0001TP_000002.png").unlink()
-    with pytest.raises(InputError, match=r"val\.txt names 1 files.*0001TP_000002\.png"):
+    with pytest.raises(InputError, match=r"1 files that .*val\.txt names(.|\n)*0001TP_000002\.png"):
         datasets.camvid(tmp_path, "val")
 
 
@@ -514,7 +667,7 @@ def test_camvid32_reads_the_published_colours(build):
     names = sorted(CAMVID32_LABELS.names, key=str.lower)
     expected = {names.index(name) for name in ("Road", "Sky", "Void", "Wall")}
     assert list(CAMVID32_LABELS.names) == names
-    found = {int(i) for k in range(4) for i in np.unique(build("camvid32", "train").mask(k))}
+    found = {int(i) for k in range(2) for i in np.unique(build("camvid32", "train").mask(k))}
     assert found == expected
 
 
@@ -530,10 +683,54 @@ def test_camvid32_refuses_a_colour_that_is_not_in_the_table(copies, tmp_path):
 
 def test_camvid32_follows_lists_where_they_are_given(copies, tmp_path):
     shutil.copytree(copies["camvid32"], tmp_path, dirs_exist_ok=True)
-    for split, number in (("train", 3), ("val", 1), ("test", 0)):
-        make_data.write_lines(tmp_path / f"{split}.txt", [f"0016E5_{number:05}.png"])
+    frames = ["Seq05VD_f00000", "0001TP_008520", "0016E5_08640"]
+    for split, frame in zip(("train", "val", "test"), frames, strict=True):
+        make_data.write_lines(tmp_path / f"{split}.txt", [f"{frame}.png"])
     names = [datasets.camvid32(tmp_path, split).pairs[0].name for split in ("train", "val", "test")]
-    assert names == ["0016E5_00003", "0016E5_00001", "0016E5_00000"]
+    assert names == frames
+    (tmp_path / "test.txt").unlink()
+    assert datasets.camvid32(tmp_path, "test").pairs[0].name == frames[1]
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(InputError, match=r"train\.txt is missing"):
+        datasets.camvid32(tmp_path, "train")
+
+
+# The 701 labelled frames by sequence, as the dataset's authors count them: every 30th frame, of
+# 0016E5 also every second one of a short stretch.
+SEQUENCES = {
+    "0001TP_{:06}": [*range(6690, 10381, 30)],
+    "0006R0_f{:05}": [*range(930, 3931, 30)],
+    "0016E5_{:05}": [
+        *range(390, 871, 30),
+        901,
+        *range(930, 2401, 30),
+        *range(4350, 7921, 30),
+        *range(8190, 8641, 30),
+        *range(7959, 8160, 2),
+    ],
+    "Seq05VD_f{:05}": [*range(0, 5101, 30)],
+}
+
+
+def test_d10_the_standard_split_of_camvid_has_367_101_and_233_frames():
+    frames = [name.format(number) for name, numbers in SEQUENCES.items() for number in numbers]
+    splits = [standard_split(frame) for frame in frames]
+    assert len(frames) == 701
+    assert [splits.count(split) for split in ("train", "val", "test")] == [367, 101, 233]
+    assert {f for f, split in zip(frames, splits, strict=True) if split == "val"} == {
+        f"0016E5_{number:05}" for number in range(7959, 8160, 2)
+    }
+    with pytest.raises(InputError, match=r"night_0001.*train\.txt"):
+        standard_split("night_0001")
+
+
+@pytest.mark.slow
+def test_d10_the_standard_split_of_camvid_is_the_published_one(real):
+    for split in ("train", "val"):
+        names = [pair.name for pair in datasets.camvid(real / "camvid", split).pairs]
+        assert {standard_split(name) for name in names} == {split}
+        numbers = [name.format(n) for name, all_ in SEQUENCES.items() for n in all_]
+        assert sorted(names) == sorted(n for n in numbers if standard_split(n) == split)
 
 
 # Clothing Co-Parsing

@@ -1,9 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from seg_torch import labels
 from seg_torch.errors import InputError
-from seg_torch.labels import VOC_PALETTE, Labels, decode_segmap, encode_segmap
+from seg_torch.labels import IGNORE_INDEX, VOC_PALETTE, Labels, decode_segmap, encode_segmap
 
 # The table printed in the VOC 2012 development kit's documentation.
 PUBLISHED_VOC_COLOURS = [
@@ -130,10 +135,28 @@ def test_encoding_takes_8_bit_rgb_only(array):
 
 
 def test_labels_survive_the_way_through_plain_data():
-    copy = Labels.from_dict(THREE.to_dict())
+    assert set(THREE.to_dict()) == {"names", "palette"}
+    # Checkpoints of earlier versions say which id is ignored, too.
+    copy = Labels.from_dict({**THREE.to_dict(), "ignore_index": 254})
     assert copy == THREE
     assert copy.palette.tolist() == [[10, 20, 30], [0, 0, 0], [255, 0, 1]]
     assert len(copy) == 3
+
+
+def test_d13_the_ignored_id_is_a_constant_not_a_setting():
+    assert IGNORE_INDEX == 255
+    with pytest.raises(TypeError, match="ignore_index"):
+        Labels(("sky",), ignore_index=254)
+
+
+def test_d29_labels_are_imported_without_torch():
+    # A bare package in place of the real one, whose __init__ may import more.
+    code = (
+        "import sys, types; package = types.ModuleType('seg_torch'); sys.modules['seg_torch'] = "
+        f"package; package.__path__ = [{str(Path(labels.__file__).parent)!r}]; "
+        "import seg_torch.labels; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

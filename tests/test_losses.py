@@ -1,5 +1,7 @@
+import inspect
 import logging
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
+from seg_torch import labels, losses
 from seg_torch.errors import InputError
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 
@@ -141,13 +144,21 @@ def test_listed_weights_equal_torch(batch):
     torch.testing.assert_close(CrossEntropyLoss(weights=weights)(logits, target), expected)
 
 
-def test_an_in_range_ignore_index_is_ignored(batch):
-    logits, target = batch
-    target = target.masked_fill(target == 255, 0)
-    expected = F.cross_entropy(logits, target.long(), ignore_index=0)
-    torch.testing.assert_close(CrossEntropyLoss(ignore_index=0)(logits, target), expected)
-    as_255 = target.masked_fill(target == 0, 255)
-    torch.testing.assert_close(DiceLoss(ignore_index=0)(logits, target), DiceLoss()(logits, as_255))
+def test_d13_no_loss_has_an_ignored_label_of_its_own():
+    modules = [v for v in vars(losses).values() if inspect.isclass(v) and issubclass(v, nn.Module)]
+    assert len(modules) >= 3
+    for module in modules:
+        assert "ignore_index" not in inspect.signature(module).parameters
+        assert not hasattr(module, "ignore_index")
+    assert losses.IGNORE_INDEX is labels.IGNORE_INDEX
+
+
+def test_d30_no_loss_waits_for_the_device(loss, batch, monkeypatch):
+    # Tensors on "meta" have no values, so asking for one fails, as it would synchronise on CUDA.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    value = loss.to("meta")(*(tensor.to("meta") for tensor in batch))
+    assert value.device.type == "meta"
+    assert value.shape == ()
 
 
 def test_inverse_weights_are_scikit_learns_balanced_weights():
@@ -208,6 +219,19 @@ def test_image_weights_by_hand():
     expected = (3 * 0.25 * -math.log(0.75) + 0.75 * -math.log(0.25) + 0) / 5
     value = CrossEntropyLoss(weights="image")(TWO_IMAGES, TWO_LABELS)
     assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_image_weighted_cross_entropy_equals_a_loop_over_images(batch):
+    logits, target = batch
+    total = 0.0
+    for image, labels_ in zip(logits.double().numpy(), target.numpy(), strict=True):
+        valid = labels_ != 255
+        for y, x in np.argwhere(valid):
+            scores, label = image[:, y, x], labels_[y, x]
+            weight = 1 - (labels_ == label).sum() / valid.sum()
+            total += weight * (np.log(np.exp(scores).sum()) - scores[label])
+    value = CrossEntropyLoss(weights="image")(logits, target)
+    assert value.item() == pytest.approx(total / (target != 255).sum().item(), rel=1e-5)
 
 
 def test_dice_by_hand():
@@ -283,9 +307,11 @@ def test_impossible_settings_are_refused():
         DiceLoss(weights="dataset")
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0, 1.0], "image"])
-def test_a_label_that_is_no_class_is_named(batch, weights):
+@pytest.mark.parametrize("value", [4, 7, 254])
+def test_a_label_that_is_no_class_is_named(loss, batch, value):
     logits, target = batch
-    target[0, 5, 5] = 7
-    with pytest.raises(InputError, match=r"7, 255\]; allowed are 0\.\.3 and 255"):
-        CrossEntropyLoss(weights=weights)(logits, target)
+    target[0, 5, 5] = value
+    with pytest.raises(InputError, match=rf"{value}, 255\]; allowed are 0\.\.3 and 255"):
+        loss(logits, target)
+    with pytest.raises(InputError, match=r"\[-1, .* allowed are"):
+        loss(logits, torch.where(target == value, -1, target.long()))

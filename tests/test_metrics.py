@@ -1,3 +1,4 @@
+import inspect
 import json
 import warnings
 
@@ -13,6 +14,7 @@ from sklearn.metrics import (
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from seg_torch import labels, metrics
 from seg_torch.errors import InputError
 from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
 
@@ -115,14 +117,43 @@ def test_only_ignored_pixels_and_no_pixels_give_no_scores():
     assert all(value.isnan().all() for value in result.values())
 
 
-def test_an_ignore_index_inside_the_classes_is_ignored():
-    prediction, target = random_maps()
-    target = target.masked_fill(target == 255, 0)
-    metric = ConfusionMatrix(NUM_CLASSES, ignore_index=0)
-    metric.update(prediction, target)
-    valid = target != 0
-    expected = confusion_matrix(target[valid], prediction[valid], labels=range(NUM_CLASSES))
-    np.testing.assert_array_equal(metric.compute(), expected)
+def test_d13_no_metric_has_an_ignored_label_of_its_own():
+    for metric in (ConfusionMatrix, AveragePrecision):
+        assert list(inspect.signature(metric).parameters) == ["num_classes"]
+        assert not hasattr(metric(2), "ignore_index")
+    assert metrics.IGNORE_INDEX is labels.IGNORE_INDEX
+
+
+def test_d30_no_metric_waits_for_the_device():
+    # Tensors on "meta" have no values, so asking for one fails, as it would synchronise on CUDA.
+    target = torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta")
+    confusion = ConfusionMatrix(NUM_CLASSES).to("meta")
+    confusion.update(target.long(), target)
+    assert confusion.compute().shape == (NUM_CLASSES, NUM_CLASSES)
+    average_precision = AveragePrecision(NUM_CLASSES).to("meta")
+    average_precision.update(torch.zeros(2, NUM_CLASSES, 8, 8, device="meta"), target)
+    assert average_precision.counts.device.type == "meta"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_d30_counts_of_the_way_that_gpus_take_are_exact(monkeypatch, deterministic):
+    monkeypatch.setattr(
+        metrics, "_count", lambda bins, n: metrics._count_without_waiting(bins.flatten().long(), n)
+    )
+    monkeypatch.setattr(torch, "bincount", None)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for num_classes in (2, NUM_CLASSES, 200):
+            prediction, target = random_maps(num_classes)
+            matrix = matrix_of(prediction, target, num_classes)
+            assert matrix.dtype == torch.int64
+            np.testing.assert_array_equal(matrix, scikit_matrix(prediction, target, num_classes))
+        probabilities, target = random_probabilities()
+        values = average_precision_of(probabilities, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = scikit_average_precision(probabilities, target)
+    np.testing.assert_allclose(values, expected, atol=2e-3)
 
 
 def test_deterministic_algorithms_give_the_same_counts():
@@ -136,15 +167,22 @@ def test_deterministic_algorithms_give_the_same_counts():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_counts_like_the_cpu_also_deterministically():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_d30_cuda_counts_like_the_cpu_and_never_synchronises(deterministic):
     prediction, target = random_maps()
-    metric = ConfusionMatrix(NUM_CLASSES).cuda()
-    torch.use_deterministic_algorithms(True)
+    probabilities, _ = random_probabilities()
+    inputs = [tensor.cuda() for tensor in (prediction, probabilities, target)]
+    confusion, precision = ConfusionMatrix(NUM_CLASSES).cuda(), AveragePrecision(NUM_CLASSES).cuda()
+    torch.use_deterministic_algorithms(deterministic)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        metric.update(prediction.cuda(), target.cuda())
+        confusion.update(inputs[0], inputs[2])
+        precision.update(inputs[1], inputs[2])
     finally:
+        torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(metric.compute().cpu(), matrix_of(prediction, target))
+    assert torch.equal(confusion.compute().cpu(), matrix_of(prediction, target))
+    assert torch.equal(precision.compute(), average_precision_of(probabilities, target))
 
 
 @pytest.mark.parametrize("value", [5, 254, 300, -1])

@@ -1,8 +1,12 @@
+import copy
 import json
 import logging
+import math
+import os
+import re
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -33,7 +37,8 @@ from seg_torch.models import (
     unet,
     unet_transposed,
 )
-from seg_torch.models.weights import read_state_dict
+from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.weights import load_matching_weights, read_state_dict, timm_model
 
 NUM_CLASSES = 3
 SEGFORMER = {
@@ -68,6 +73,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lraspp": lambda: lraspp(NUM_CLASSES, weights=None),
     "smp": lambda: smp(NUM_CLASSES, "Unet", "resnet18", weights=None),
     "transformers": lambda: transformers(NUM_CLASSES, SEGFORMER),
+}
+STRIDES = {  # of the logits, where not 1
+    "fcn": 8,
+    "deeplabv3": 8,
+    "deeplabv3_mobilenet": 16,
+    "deeplabv3_without_aux": 16,
+    "hrnet": 4,
+    "lraspp": 8,
+    "transformers": 4,
 }
 EXTRAS = {"smp": "segmentation_models_pytorch", "transformers": "transformers"}
 
@@ -123,30 +137,79 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def strided(size: Sequence[int], stride: int) -> tuple[int, ...]:
+    return tuple(math.ceil(side / stride) for side in size)
+
+
 @pytest.mark.parametrize("size", [(65, 71), (32, 32)])
-def test_logits_have_the_size_of_the_input(model, size):
+def test_d09_logits_have_the_stride_of_the_head(model, name, size):
     with torch.no_grad():
         outputs = model.eval()(images(1, 3, *size))
-    for logits in outputs.values():
-        assert logits.shape == (1, NUM_CLASSES, *size)
-        assert logits.isfinite().all()
+    assert outputs["out"].shape == (1, NUM_CLASSES, *strided(size, STRIDES.get(name, 1)))
+    assert outputs["out"].isfinite().all()
 
 
-def test_aux_head_is_there_when_asked_for(model, name):
+def test_d23_aux_head_runs_in_training_only(model, name):
+    aux_head = getattr(model, "aux_classifier", None)
+    assert (aux_head is not None) == (name in ("fcn", "deeplabv3", "deeplabv3_mobilenet"))
+    calls = []
+    if aux_head is not None:
+        aux_head.register_forward_hook(lambda *_: calls.append(model.training))
+    x = images(2, 3, 65, 71)
     with torch.no_grad():
-        outputs = model.eval()(images(1, 3, 32, 32))
-    has_aux = name in ("fcn", "deeplabv3", "deeplabv3_mobilenet")
-    assert set(outputs) == ({"out", "aux"} if has_aux else {"out"})
+        assert set(model.eval()(x)) == {"out"}
+        outputs = model.train()(x)
+    assert set(outputs) == {"out", "aux"} if aux_head is not None else {"out"}
+    assert calls == [True] * (aux_head is not None)
+    if aux_head is not None:
+        assert outputs["aux"].shape == (2, NUM_CLASSES, 9, 9)  # of stride 8
 
 
 def test_gradient_reaches_every_trainable_parameter(model):
     outputs = model.train()(images(2, 3, 65, 71))
     target = torch.randint(NUM_CLASSES, (2, 65, 71), generator=torch.Generator().manual_seed(2))
     model.zero_grad()
-    sum(F.cross_entropy(logits, target) for logits in outputs.values()).backward()
+    losses = [F.cross_entropy(enlarge(logits, (65, 71)), target) for logits in outputs.values()]
+    sum(losses).backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert [name for name, p in trainable.items() if p.grad is None or not p.grad.any()] == []
+
+
+def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def test_d01_synchronised_batchnorm_gives_equal_logits(model):
+    network = Network(copy.deepcopy(model))
+    for module in batchnorm_layers(network):  # away from 0 and 1, where nothing would show
+        nn.init.normal_(module.bias, generator=torch.Generator().manual_seed(3))
+        nn.init.uniform_(module.running_var, 0.5, 2, generator=torch.Generator().manual_seed(4))
+    x = torch.randint(256, (2, 3, 65, 71), dtype=torch.uint8)
+    parameters = dict(network.named_parameters())
+    modes = [module.training for module in network.train().modules()]
+    with torch.no_grad():
+        expected = network.eval()(x)["out"]
+        converted = synchronise_batchnorm(network.train())
+        assert [module.training for module in converted.modules()][: len(modes)] == modes
+        logits = converted.eval()(x)["out"]
+    assert torch.equal(logits, expected)
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in batchnorm_layers(converted))
+    assert all(p is parameters[name] for name, p in converted.named_parameters())
+
+
+@pytest.mark.parametrize("encoder", ["efficientnet_b0", "mobilenetv2_100", "densenet121"])
+def test_d01_pytorchs_own_conversion_would_not(encoder):
+    network = Network(unet(NUM_CLASSES, encoder, weights=None)).eval()
+    x = torch.randint(256, (2, 3, 65, 71), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = network(x)["out"]
+        logits = nn.SyncBatchNorm.convert_sync_batchnorm(network)(x)["out"]
+    assert (logits - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 def test_saved_and_loaded_gives_equal_logits(model, name, tmp_path):
@@ -158,14 +221,16 @@ def test_saved_and_loaded_gives_equal_logits(model, name, tmp_path):
         assert torch.equal(model.eval()(x)["out"], other.eval()(x)["out"])
 
 
-def test_channels_last_and_bf16_autocast_work(model):
+def test_channels_last_and_bf16_autocast_work(model, name):
     x = images(2, 3, 65, 71).to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model.train()(x)["out"]
-    assert logits.shape == (2, NUM_CLASSES, 65, 71)
+    assert logits.shape == (2, NUM_CLASSES, *strided((65, 71), STRIDES.get(name, 1)))
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [(65, 71), (32, 32)])
 @pytest.mark.parametrize(
     ("build", "reference", "file_name"),
     [
@@ -173,17 +238,23 @@ def test_channels_last_and_bf16_autocast_work(model):
         (deeplabv3, tv.deeplabv3_resnet50, "deeplabv3_resnet50_coco-cd0a2569.pth"),
     ],
 )
-def test_published_weights_give_torchvisions_logits(build, reference, file_name, tmp_path):
-    expected = reference(weights=None, weights_backbone=None, num_classes=21, aux_loss=True).eval()
+def test_published_weights_give_torchvisions_logits(
+    build, reference, file_name, size, training, tmp_path
+):
+    expected = reference(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
     torch.save(expected.state_dict(), torch_cache(tmp_path) / file_name)
-    model = build(21, "resnet50").eval()
+    model = build(21, "resnet50")
     assert model.state_dict().keys() == expected.state_dict().keys()
-    x = images(1, 3, 65, 71)
+    x = images(2, 3, *size)
     with torch.no_grad():
-        outputs, expected_outputs = model(x), expected(x)
-    assert outputs.keys() == expected_outputs.keys()
+        torch.manual_seed(0)  # of dropout
+        outputs = model.train(training)(x)
+        torch.manual_seed(0)
+        expected_outputs = expected.train(training)(x)
+    assert set(outputs) == ({"out", "aux"} if training else {"out"})
     for name in outputs:
-        torch.testing.assert_close(outputs[name], expected_outputs[name], rtol=0, atol=1e-5)
+        assert outputs[name].shape[-2:] == strided(size, 8)
+        assert torch.equal(enlarge(outputs[name], size), expected_outputs[name])
 
 
 @pytest.fixture
@@ -221,7 +292,7 @@ def test_published_weights_without_the_aux_head(published_mobilenet):
         outputs = model(x)
         expected = published_mobilenet.eval()(x)["out"]
     assert set(outputs) == {"out"}
-    torch.testing.assert_close(outputs["out"], expected)
+    assert torch.equal(enlarge(outputs["out"], (32, 32)), expected)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -245,16 +316,33 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         deeplabv3(NUM_CLASSES, "mobilenet_v3_large", weights=file)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_d26_files_that_hold_no_tensors_are_one_message(suffix, tmp_path):
+    layer = nn.Linear(200, 200).state_dict()
+    good = tmp_path / f"good{suffix}"
+    safetensors.torch.save_file(layer, good) if suffix != ".pth" else torch.save(layer, good)
+    torch.save(layer, tmp_path / "old", _use_new_zipfile_serialization=False)
+    contents = [
+        *(b"", b"\n", b"0", b"hello world\n", b"weights of a model\n" * 50, b"\xff\xfeh\0e\0"),
+        *(b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        *(bytes([first]) + b" a b c\n" * 9 for first in range(256)),
+        *(good.read_bytes()[:size] for size in (1, 7, 100, 5000, -1000)),
+        *((tmp_path / "old").read_bytes()[:size] for size in (1, 7, 100, 5000, -1000)),
+    ]
+    file = tmp_path / f"broken{suffix}"
+    for content in contents:
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=rf"broken{suffix} (cannot be read|holds)") as error:
+            read_state_dict(file)
+        assert "\n" not in str(error.value)
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="the file is empty"):
+        read_state_dict(file)
+
+
 def test_files_that_are_no_state_dict_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"absent\.pth does not exist"):
         read_state_dict(tmp_path / "absent.pth")
-    for name in ("broken.pth", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"<!DOCTYPE html>")
-        with pytest.raises(InputError, match=f"{name} cannot be read"):
-            read_state_dict(tmp_path / name)
-    (tmp_path / "empty.pth").touch()
-    with pytest.raises(InputError, match=r"empty\.pth cannot be read"):
-        read_state_dict(tmp_path / "empty.pth")
     torch.save({"epoch": 3, "model": {}}, tmp_path / "training.pth")
     with pytest.raises(InputError, match=r"training\.pth holds the keys \['epoch', 'model'\]"):
         read_state_dict(tmp_path / "training.pth")
@@ -351,7 +439,10 @@ def test_a_free_encoder_moves_in_training():
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv2_100", "convnext_atto"])
 @pytest.mark.parametrize("source", ["imagenet", "file"])
-def test_unet_encoder_has_the_published_weights(encoder, source, tmp_path):
+def test_d37_unet_encoder_has_the_published_weights_and_one_line_says_so(
+    encoder, source, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
     published = timm.create_model(encoder)  # with the classifier, as timm publishes it
     repository = timm.get_pretrained_cfg(encoder).hf_hub_id
     file = hugging_face_cache(tmp_path, repository) / "model.safetensors"
@@ -362,6 +453,92 @@ def test_unet_encoder_has_the_published_weights(encoder, source, tmp_path):
         expected = published.eval().forward_intermediates(x, intermediates_only=True)[-1]
         deepest = model.eval().encoder(x)[-1]
     torch.testing.assert_close(deepest, expected)
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder {encoder} from {file}"
+
+
+# A feature extractor of each kind that timm has; what they rename differs.
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        *("resnet18", "densenet121", "regnety_002", "dla34", "mobilenetv3_small_050"),
+        *("efficientnet_lite0", "hrnet_w18_small", "xception41", "convnext_atto"),
+    ],
+)
+def test_every_tensor_of_the_encoder_must_be_in_the_file(encoder, tmp_path):
+    whole = timm.create_model(encoder).state_dict()
+    published = {name: torch.rand_like(tensor.float()) for name, tensor in whole.items()}
+    file = tmp_path / "weights.safetensors"
+
+    def build() -> nn.Module:
+        return timm_model(encoder, file, features_only=True)
+
+    safetensors.torch.save_file(published, file)
+    own = build().state_dict()
+    names = {plain(name): name for name in published}
+    assert all(
+        torch.equal(tensor.float(), published[names[plain(name)]])
+        for name, tensor in own.items()
+        if "num_batches_tracked" not in name
+    )
+    weights = [name for name, tensor in own.items() if "num_batches" not in name]
+    for name in (weights[0], weights[len(weights) // 2], weights[-1]):
+        lacking = names[plain(name)]
+        safetensors.torch.save_file({k: v for k, v in published.items() if k != lacking}, file)
+        with pytest.raises(InputError, match=f"no weights for 1 of its .* such as {name}"):
+            build()
+    # Those of the classifier are not needed.
+    used = {names[plain(name)]: published[names[plain(name)]] for name in weights}
+    safetensors.torch.save_file(used, file)
+    assert torch.equal(build().state_dict()[weights[0]], own[weights[0]])
+    safetensors.torch.save_file(timm.create_model("mobilenetv2_050").state_dict(), file)
+    with pytest.raises(InputError, match=r"weights\.safetensors"):
+        build()
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("body.").replace(".", "_")
+
+
+def test_names_that_timm_translates_are_no_lack(tmp_path):
+    """Facebook's ConvNeXt, from its names back."""
+    model = timm.create_model("convnext_atto")
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("stem.", "downsample_layers.0.").replace(".blocks.", ".")
+        name = name.replace("head.norm.", "norm.").replace("head.fc.", "head.")
+        name = re.sub(r"stages\.(\d)\.downsample\.", r"downsample_layers.\1.", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        renamed[name] = tensor
+    assert not renamed.keys() & model.state_dict().keys()
+    torch.save(renamed, tmp_path / "facebook.pth")
+    encoder = timm_model("convnext_atto", tmp_path / "facebook.pth", features_only=True)
+    expected = {plain(name): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(v, expected[plain(k)]) for k, v in encoder.state_dict().items())
+    del renamed["stages.2.1.pwconv1.weight"]
+    torch.save(renamed, tmp_path / "facebook.pth")
+    with pytest.raises(InputError, match="no weights for"):
+        timm_model("convnext_atto", tmp_path / "facebook.pth", features_only=True)
+
+
+def test_published_encoder_classifies_as_well_in_unet(tmp_path, caplog):
+    """A real file: EfficientNet-Lite0, trained on ImageNet."""
+    if "SEG_TORCH_DATA" not in os.environ:
+        pytest.skip("SEG_TORCH_DATA does not name a folder with the real datasets")
+    file = Path(os.environ["SEG_TORCH_DATA"]).parent / "weights/tf_efficientnet_lite0.safetensors"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    with caplog.at_level(logging.INFO):
+        model = unet(NUM_CLASSES, "tf_efficientnet_lite0", weights=file)
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder tf_efficientnet_lite0 from {file}"
+    published = safetensors.torch.load_file(file)
+    own = model.encoder.state_dict()
+    assert all(torch.equal(v, published[k]) for k, v in own.items() if "num_batches" not in k)
+    del published["blocks.3.1.conv_dw.weight"]
+    safetensors.torch.save_file(published, tmp_path / "cut.safetensors")
+    with pytest.raises(InputError, match=r"1 of its .* blocks\.3\.1\.conv_dw\.weight"):
+        unet(NUM_CLASSES, "tf_efficientnet_lite0", weights=tmp_path / "cut.safetensors")
 
 
 def test_unet_refuses_the_weights_of_another_encoder(tmp_path):
@@ -586,10 +763,10 @@ def test_hrnets_extra_background_is_trained_and_never_predicted():
         predicted = model(x)["out"]
         model.training = True  # the model alone: its BatchNorm stays as it is
         trained = model(x)["out"]
-    assert predicted.shape == (2, NUM_CLASSES, 65, 71)
-    assert trained.shape == (2, NUM_CLASSES + 1, 65, 71)
+    assert predicted.shape == (2, NUM_CLASSES, 17, 18)
+    assert trained.shape == (2, NUM_CLASSES + 1, 17, 18)
     torch.testing.assert_close(predicted, trained[:, :NUM_CLASSES])
-    target = torch.zeros(2, 65, 71, dtype=torch.long)
+    target = torch.zeros(2, 17, 18, dtype=torch.long)
     F.cross_entropy(model.train()(x)["out"], target).backward()
     assert model.head[-1].weight.grad[-1].any()
 
@@ -615,7 +792,8 @@ def test_published_weights_give_torchvisions_lraspp(published_lraspp):
     x = images(1, 3, 65, 71)
     with torch.no_grad():
         expected, logits = published_lraspp(x)["out"], model(x)["out"]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(enlarge(logits, (65, 71)), expected)
+    assert model.state_dict().keys() == published_lraspp.state_dict().keys()
 
 
 def test_another_number_of_classes_exchanges_both_classifiers_of_lraspp(published_lraspp, caplog):
@@ -671,7 +849,8 @@ def test_smp_gives_the_librarys_logits_with_the_published_encoder(tmp_path):
         torch.testing.assert_close(model(x)["out"], expected(x))
 
 
-def test_smp_takes_timms_weights_for_timms_encoders(tmp_path):
+def test_smp_takes_timms_weights_for_timms_encoders(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     pytest.importorskip("segmentation_models_pytorch")
     published = timm.create_model("tf_efficientnet_lite0.in1k")
     repository = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").hf_hub_id
@@ -681,14 +860,19 @@ def test_smp_takes_timms_weights_for_timms_encoders(tmp_path):
     own = model.model.encoder.model.state_dict()
     assert all(torch.equal(v, published.state_dict()[k]) for k, v in own.items())
     assert model.mean == (0.5, 0.5, 0.5)
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder tf_efficientnet_lite0.in1k from {file}"
 
 
-def test_smp_takes_the_weights_of_a_file_and_refuses_those_of_another_encoder(tmp_path):
+def test_smp_takes_the_weights_of_a_file_and_refuses_those_of_another_encoder(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     library = pytest.importorskip("segmentation_models_pytorch")
     for name in ("resnet18", "resnet34"):
         encoder = library.encoders.get_encoder(name, weights=None)
         torch.save(encoder.state_dict(), tmp_path / f"{name}.pth")
     model = smp(NUM_CLASSES, "FPN", "resnet34", weights=tmp_path / "resnet34.pth")
+    (line,) = caplog.messages
+    assert line == f"loaded the weights of the encoder resnet34 from {tmp_path / 'resnet34.pth'}"
     own = model.model.encoder.state_dict()
     assert all(torch.equal(own[k], v) for k, v in encoder.state_dict().items())
     with pytest.raises(InputError, match=r"resnet18\.pth does not fit the encoder resnet34"):
@@ -717,15 +901,15 @@ def test_smp_architectures_that_pool_refuse_to_train_on_a_batch_of_one():
 # transformers
 
 
-def test_transformers_gives_the_librarys_logits_enlarged():
+def test_transformers_gives_the_librarys_logits():
     pytest.importorskip("transformers")
     model = transformers(NUM_CLASSES, SEGFORMER).eval()
     x = images(2, 3, 64, 96)
     with torch.no_grad():
-        small = model.model(pixel_values=x).logits
+        expected = model.model(pixel_values=x).logits
         logits = model(x)["out"]
-    assert small.shape == (2, NUM_CLASSES, 16, 24)
-    torch.testing.assert_close(logits, F.interpolate(small, size=(64, 96), mode="bilinear"))
+    assert logits.shape == (2, NUM_CLASSES, 16, 24)
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("source", ["hub", "folder"])
@@ -742,6 +926,7 @@ def test_transformers_takes_published_weights_but_for_other_classes(source, tmp_
     exchanged = {"decode_head.classifier.weight", "decode_head.classifier.bias"}
     skipped = next(r.getMessage() for r in caplog.records if "skipped" in r.getMessage())
     assert set(skipped.split(": ")[1].split(", ")) == exchanged
+    assert all(module.training for module in model.modules())  # as Lightning will train it
     own = model.model.state_dict()
     for name, tensor in published.state_dict().items():
         assert torch.equal(tensor, own[name]) or name in exchanged, name
@@ -769,6 +954,16 @@ def test_transformers_without_network_is_one_message(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_d26_a_broken_file_of_transformers_is_one_message(tmp_path):
+    pytest.importorskip("transformers")
+    transformers(NUM_CLASSES, SEGFORMER).model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    for content in (file.read_bytes()[:-1000], b"<!DOCTYPE html>", b""):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="cannot load"):
+            transformers(NUM_CLASSES, SEGFORMER, tmp_path)
+
+
 def test_transformers_refuses_configurations_that_make_no_model():
     pytest.importorskip("transformers")
     for config in ({}, {"model_type": "bert"}):
@@ -781,10 +976,139 @@ def test_transformers_refuses_configurations_that_make_no_model():
         transformers(NUM_CLASSES, {**SEGFORMER, "attn_implementation": "somebody/kernel"})
 
 
+# Parameters that no output depends on
+
+TINY_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 96,
+    "patch_size": 16,
+}
+PARTLY_UNUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {  # and a layer that is not used
+    "dpt": (
+        lambda: transformers(
+            NUM_CLASSES,
+            TINY_VIT
+            | {"model_type": "dpt", "backbone_out_indices": [0, 1, 2, 3]}
+            | {"neck_hidden_sizes": [8, 16, 32, 32], "fusion_hidden_size": 16},
+        ),
+        "fusion_stage.layers.0.residual_layer1",
+    ),
+    "beit": (
+        lambda: transformers(
+            NUM_CLASSES,
+            TINY_VIT | {"model_type": "beit", "num_hidden_layers": 5, "out_indices": [1, 2, 3, 4]},
+        ),
+        "layers.4.attention",
+    ),
+    "data2vec": (
+        lambda: transformers(
+            NUM_CLASSES, TINY_VIT | {"model_type": "data2vec-vision", "out_indices": [1, 2, 2, 3]}
+        ),
+        "layer.3.attention",
+    ),
+    "mobilenet_v2": (
+        lambda: transformers(NUM_CLASSES, {"model_type": "mobilenet_v2", "depth_multiplier": 0.25}),
+        "conv_1x1",
+    ),
+    "smp PSPNet": (lambda: smp(NUM_CLASSES, "PSPNet", "resnet18", weights=None), "layer4"),
+    "smp DPT": (
+        lambda: smp(NUM_CLASSES, "DPT", "tu-vit_tiny_patch16_224", weights=None),
+        "encoder.model.norm",
+    ),
+}
+
+
+def train_step(network: Network, size: int) -> list[str]:
+    """The trainable parameters that a step of training gives no gradient."""
+    x = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    losses = [logits.square().mean() for logits in network.train()(x).values()]
+    sum(losses).backward()
+    return [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("kind", PARTLY_UNUSED)
+@pytest.mark.parametrize("meta_works", [True, False])
+def test_d21_every_trainable_parameter_gets_a_gradient(kind, meta_works, monkeypatch):
+    pytest.importorskip("segmentation_models_pytorch" if "smp" in kind else "transformers")
+    build, unused_layer = PARTLY_UNUSED[kind]
+    network = Network(build()).eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    expected = train_step(copy.deepcopy(network), 96)
+    if not meta_works:
+        monkeypatch.setattr(nn.Module, "to", refuse_meta(nn.Module.to))
+    random_state = torch.get_rng_state()
+    frozen = freeze_unused_parameters(network)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert frozen == expected
+    assert any(unused_layer in name for name in frozen)
+    assert not any(module.training for module in network.modules())
+    assert all(torch.equal(before[k], tensor) for k, tensor in network.state_dict().items())
+    assert train_step(network, 96) == []
+    assert freeze_unused_parameters(network) == []
+
+
+def refuse_meta(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def without_meta(self: nn.Module, device: object = None, **options: object) -> nn.Module:
+        if device == "meta":
+            raise NotImplementedError("no kernel for meta tensors")
+        return to(self, device, **options)
+
+    return without_meta
+
+
+def test_d21_nothing_is_frozen_where_everything_is_used(model):
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert freeze_unused_parameters(Network(model)) == []
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+
+
+def test_a_model_that_takes_other_images_only_is_left_as_it_is(caplog):
+    network = Network(nn.Conv2d(2, NUM_CLASSES, 1))  # but mean and std are of three channels
+    assert freeze_unused_parameters(network) == []
+    assert "cannot tell" in caplog.text
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_networks_take_any_number_of_channels():
+    model = nn.Conv2d(5, NUM_CLASSES, 1)
+    network = Network(model, mean=[0.1, 0.2, 0.3, 0.4, 0.5], std=[1, 2, 3, 4, 5])
+    x = torch.randint(256, (2, 5, 33, 40), dtype=torch.uint8)
+    scaled = (x / 255 - torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(5, 1, 1)) / torch.arange(
+        1, 6
+    ).view(5, 1, 1)
+    torch.testing.assert_close(network(x)["out"], model(scaled))
+
+
+# Weights that match
+
+
+def test_matching_weights_are_loaded_and_the_others_listed_in_one_line(caplog):
+    source = deeplabv3(7, "mobilenet_v3_large", None)
+    model = deeplabv3(NUM_CLASSES, "mobilenet_v3_large", None, aux=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with caplog.at_level(logging.INFO):
+        load_matching_weights(model, source.state_dict(), "run/best.ckpt")
+    (line,) = caplog.messages
+    classifier = ["classifier.4.weight", "classifier.4.bias"]
+    loaded = len(before) - 2
+    assert f"loaded {loaded} of {len(before)} tensors from run/best.ckpt" in line
+    assert line.endswith(f"newly initialised: {', '.join(classifier)}")
+    assert "aux_classifier.4.weight" in line.split("skipped: ")[1]
+    for name, tensor in model.state_dict().items():
+        origin = before if name in classifier else source.state_dict()
+        assert torch.equal(tensor, origin[name]), name
+    with pytest.raises(InputError, match=r"2 of its \d+ tensors .* classifier\.4\.weight"):
+        load_matching_weights(model, source.state_dict(), "run/best.ckpt", ("aux_classifier.",))
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_missing_extra_names_the_command_that_installs_it(extra, monkeypatch):
+def test_d33_a_missing_extra_names_the_command_that_installs_it(extra, monkeypatch):
     monkeypatch.setitem(sys.modules, EXTRAS[extra], None)
-    with pytest.raises(InputError, match=rf"pip install 'seg_torch\[{extra}\]'"):
+    distribution = EXTRAS[extra].replace("_", "-")
+    with pytest.raises(InputError, match=rf"pip install {distribution}$"):
         MODELS[extra]()
 
 

@@ -1,29 +1,36 @@
-"""The main job end to end, in this process: train, evaluate, predict."""
+"""The main job end to end: train, stop, resume, fine-tune, evaluate, predict."""
 
 import csv
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
 
-from seg_torch import Segmenter, checkpoint
-from seg_torch.cli import CONFIG_FOLDER
+from seg_torch import checkpoint
+from seg_torch.cli import CONFIG_FOLDER, complete_overrides
+from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
-from seg_torch.datasets import shapes
-from seg_torch.errors import InputError
-from seg_torch.trainer import evaluate, train
+from seg_torch.commands.train import train
+from seg_torch.datasets import shapes, write_folder
+from seg_torch.errors import InputError, StoppedError
+from seg_torch.run import resumed_config
 
 
 def history(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the time they took."""
+    """The rows of metrics.csv."""
     with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -57,90 +64,12 @@ def test_a_run_leaves_what_the_design_promises(small, tmp_path):
     assert matrix.sum() == labelled
 
 
-def test_evaluation_and_prediction_agree_whatever_the_batch_size(small, compose, tmp_path):
-    """Scores from evaluate.py equal NumPy's over the PNGs that predict.py wrote."""
-    train(small("train"))
-    best = tmp_path / "run/checkpoints/best.ckpt"
-    reports = []
-    for size in (1, 4):
-        folder = tmp_path / f"evaluation{size}"
-        evaluate(
-            compose(
-                "evaluate",
-                f"checkpoint={best}",
-                "split=val",
-                f"data.batch_size={size}",
-                "data.num_workers=0",
-                f"output_dir={folder}",
-                "trainer.precision=32",
-            )
-        )
-        reports.append(json.loads((folder / "val_metrics.json").read_text()))
-    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    samples = [shapes("val", size=32)[i] for i in range(5)]
-    for i, (image, _) in enumerate(samples):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(photos / f"{i}.png")
-    output = tmp_path / "out"
-    assert (
-        predict(compose("predict", f"checkpoint={best}", f"input={photos}", f"output={output}"))
-        == 0
-    )
-    matrix = np.zeros((6, 6), np.int64)
-    for i, (_, mask) in enumerate(samples):
-        with Image.open(output / "mask" / f"{i}.png") as file:
-            predicted = np.array(file)
-        labelled = mask.numpy() != 255
-        np.add.at(matrix, (mask.numpy()[labelled], predicted[labelled]), 1)
-    with np.errstate(invalid="ignore"):
-        iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
-    # Prediction uses the best precision of the hardware, so a few pixels may differ.
-    assert np.nanmean(iou) == pytest.approx(reports[0]["mean_iou"], abs=0.01)
-
-
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another(small, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(small("train", f"output_dir={tmp_path / name}", f"seed={seed}"))
     assert history(tmp_path / "a") == history(tmp_path / "b")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-
-
-class PowerCutError(Exception):
-    pass
-
-
-def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path, monkeypatch):
-    options = ("trainer.max_epochs=3", "data.augment.jitter=0.3")
-    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
-
-    def cut(self, *arguments):
-        if self.current_epoch == 2:
-            raise PowerCutError
-
-    folder = tmp_path / "cut"
-    with monkeypatch.context() as patch:
-        patch.setattr("seg_torch.task.SegmentationTask.on_validation_epoch_start", cut)
-        with pytest.raises(PowerCutError):
-            train(small("train", f"output_dir={folder}", *options))
-    assert len(history(folder)) == 2
-    last = f"checkpoint={folder / 'checkpoints/last.ckpt'}"
-    train(small("train", f"output_dir={folder}", last, *options))
-    assert history(folder) == history(tmp_path / "whole")
-    assert same(weights(folder), weights(tmp_path / "whole"))
-
-
-def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_that_predicts(small, tmp_path, monkeypatch):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("seg_torch.task.SegmentationTask.on_validation_epoch_end", interrupt)
-    with pytest.raises(SystemExit):
-        train(small("train", "trainer.num_sanity_val_steps=0"))
-    segmenter = Segmenter.load(tmp_path / "run/checkpoints/last.ckpt")
-    assert segmenter.predict(np.zeros((33, 47, 3), np.uint8)).mask.shape == (33, 47)
 
 
 def test_a_run_is_not_overwritten_by_another(small, tmp_path):
@@ -151,10 +80,264 @@ def test_a_run_is_not_overwritten_by_another(small, tmp_path):
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
 
 
-def test_fine_tuning_to_other_classes_takes_over_what_fits(small, compose, tmp_path, caplog):
+@pytest.mark.parametrize("weights_from", ["dataset", "image", "[1,2,1,1,1,1]"])
+def test_class_weights_of_every_origin_train(small, tmp_path, weights_from):
+    train(
+        small("train", "loss=weighted_ce", f"loss.weights={weights_from}", "trainer.max_epochs=1")
+    )
+    assert len(history(tmp_path / "run")) == 1
+
+
+OPTIMIZERS = sorted(p.stem for p in (CONFIG_FOLDER / "optimizer").iterdir())
+SCHEDULERS = sorted(p.stem for p in (CONFIG_FOLDER / "scheduler").iterdir())
+
+
+@pytest.mark.parametrize(
+    "choice", [*(f"optimizer={o}" for o in OPTIMIZERS), *(f"scheduler={s}" for s in SCHEDULERS)]
+)
+def test_every_optimizer_and_every_schedule_trains(small, tmp_path, choice):
+    train(small("train", choice, "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
+    assert history(tmp_path / "run")[0]["step"] == "2"
+
+
+# Stopping and going on, with the defaults of the hardware: its precision, and worker processes,
+# which read ahead.
+
+ROOT = Path(__file__).parents[1]
+DEFAULTS = (
+    "data.dataset.size=64",
+    "data.dataset.train=40",
+    "data.dataset.val=8",
+    "data.dataset.test=4",
+    "data.batch_size=4",
+    "data.cache=false",  # as for datasets in files; the demo's needs no workers
+    "trainer.max_epochs=3",
+)
+
+
+def start(*overrides: str) -> subprocess.Popen:
+    """Starts train.py as a user does."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def resume(folder: Path, max_epochs: int | None = None) -> None:
+    """Goes on with a run in this process."""
+    cfg = OmegaConf.create({"resume": str(folder), "trainer": {"max_epochs": max_epochs}})
+    train(resumed_config(cfg, [f"trainer.max_epochs={max_epochs}"] if max_epochs else []))
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def plain_content(folder: Path) -> dict[str, object]:
+    """All of last.ckpt by the path of each value, but for the names of files."""
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}/{key}", value)
+        elif isinstance(node, list | tuple):
+            for i, value in enumerate(node):
+                walk(f"{prefix}/{i}", value)
+        elif "path" not in prefix and "best_k_models" not in prefix:
+            flat[prefix] = node
+
+    walk("", checkpoint.read(folder / "checkpoints/last.ckpt"))
+    return flat
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and progress of two runs, and what they wrote, are equal."""
+    first, second = plain_content(folder), plain_content(other)
+    assert first.keys() == second.keys()
+    different = [
+        key
+        for key, value in first.items()
+        if not (
+            torch.equal(value, second[key])
+            if isinstance(value, torch.Tensor)
+            else value == second[key]
+        )
+    ]
+    assert not different
+    assert same(weights(folder, "best"), weights(other, "best"))
+    for name in ("metrics.csv", "test_metrics.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(f"output_dir={folder}", *DEFAULTS))
+    assert len(history(folder)) == 3
+    return folder
+
+
+def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tmp_path):
+    """Killed by kill -9 at a random moment of the second epoch."""
+    folder = tmp_path / "killed"
+    process = start(f"output_dir={folder}", *DEFAULTS)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    time.sleep(random.uniform(0, 2))
+    process.kill()
+    process.communicate()
+    assert (folder / "checkpoints/last.ckpt").exists()
+    finish(start(f"resume={folder}"))
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_d16_a_signal_saves_the_very_step_from_which_the_run_goes_on(undisturbed, tmp_path, signum):
+    """In the first epoch, and again in the validation after the second."""
+    folder = tmp_path / "stopped"
+    process = start(f"output_dir={folder}", *DEFAULTS)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("output_dir="):
+            break
+    time.sleep(random.uniform(1, 3))
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signum, output
+    assert f"go on with resume={folder}" in output
+    assert "Traceback" not in output
+    finish(start(f"resume={folder}"))
+    assert_same_run(folder, undisturbed)
+
+
+def test_d16_a_signal_during_validation_loses_no_step(small, tmp_path, monkeypatch):
+    from seg_torch.task import SegmentationTask
+
+    plain = SegmentationTask.validation_step
+
+    def validate(task, groups, index):
+        if task.current_epoch == 1 and not task.trainer.sanity_checking and index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(task, groups, index)
+
+    options = ("trainer.max_epochs=3", "scheduler=plateau", "scheduler.patience=0")
+    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "validation_step", validate)
+        with pytest.raises(StoppedError, match="epoch 2"):
+            train(small("train", f"output_dir={folder}", *options))
+    steps = checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"]
+    assert steps == 6  # both epochs of three
+    resume(folder)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left(small, tmp_path):
     train(small("train"))
+    folder = tmp_path / "run"
+    before = history(folder)
+    with pytest.raises(InputError, match="complete"):
+        resume(folder)
+    resume(folder, max_epochs=3)
+    assert history(folder)[:2] == before
+    assert len(history(folder)) == 3
+    best = max(float(row["val_mean_iou"]) for row in history(folder))
+    saved = checkpoint.read(folder / "checkpoints/last.ckpt")["callbacks"]
+    (score,) = [s["best_model_score"] for s in saved.values() if s.get("monitor")]
+    assert score.item() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("setting", ["optimizer.lr=1", "optimizer=sgd", "seed=3", "model=fcn"])
+@pytest.mark.parametrize("setting", ["optimizer.lr=1", "optimizer=sgd", "seed=3", "model=fcn"])
+def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, setting):
+    with pytest.raises(InputError, match=f"own settings; {setting.split('=')[0]} would"):
+        complete_overrides("train", [f"resume={tmp_path}", setting, "trainer.devices=1"])
+
+
+def test_d25_resuming_fetches_no_weights(small, tmp_path, monkeypatch):
+    """The run's own weights are in its checkpoint."""
+    train(small("train"))
+    folder = tmp_path / "run"
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.weights = "imagenet"  # as if it had been trained from there
+    OmegaConf.save(config, folder / "config.yaml")
+
+    def fetch(*arguments):
+        raise AssertionError("asked for weights")
+
+    monkeypatch.setattr("seg_torch.models.weights.download_from_hugging_face", fetch)
+    resume(folder, max_epochs=3)
+    assert len(history(folder)) == 3
+
+
+def test_d03_a_loss_that_is_no_number_ends_the_run_and_is_never_best(small, tmp_path):
+    folder = tmp_path / "run"
+    options = ("scheduler=none", "optimizer=sgd", "trainer.max_epochs=3")
+    train(small("train", *options))
+    good = weights(folder, "best")
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    state["optimizer_states"][0]["param_groups"][0]["lr"] = 1e30
+    torch.save(state, folder / "checkpoints/last.ckpt")
+    (folder / "test_metrics.json").unlink()
+    with pytest.raises(InputError, match="epoch 4: the training has diverged"):
+        resume(folder, max_epochs=6)
+    assert len(history(folder)) == 3
+    assert same(weights(folder, "best"), good)
+    for name in ("best", "last"):
+        assert all(value.isfinite().all() for value in weights(folder, name).values())
+    assert not (folder / "test_metrics.json").exists()
+
+
+def test_d08_epochs_without_validation_have_no_scores(small, tmp_path):
+    """The schedule that looks at the validation loss (D22) works, too."""
+    options = ("trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2", "scheduler=plateau")
+    train(small("train", *options))
+    assert [bool(row["val_loss"]) for row in history(tmp_path / "run")] == [False, True] * 2
+
+
+# Fine-tuning
+
+
+def test_d04_fine_tuning_on_another_folder_trains_all_its_epochs(small, compose, tmp_path, caplog):
+    for name, seed in (("first", 0), ("second", 1)):
+        write_folder(
+            shapes("train", 32, train=8, seed=seed), shapes("train").labels, tmp_path / name
+        )
+    options = ("data=folder", "model=unet_random", "data.augment.crop=[32,32]", "data.batch_size=2",
+               "data.num_workers=0", "trainer.max_epochs=1")  # fmt: skip
+    train(
+        compose(
+            "train", *options, f"data.root={tmp_path / 'first'}", f"output_dir={tmp_path / 'a'}"
+        )
+    )
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train(
+            compose(
+                "train",
+                *options,
+                f"data.root={tmp_path / 'second'}",
+                f"output_dir={tmp_path / 'b'}",
+                f"init_from={tmp_path / 'a'}",
+            )
+        )
+    assert history(tmp_path / "b")[0]["step"] == "3"
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert "tensors from" in caplog.text
+
+
+def test_d17_fine_tuning_to_other_classes_takes_over_what_fits(small, compose, tmp_path, caplog):
+    """The preprocessing is the new model's (D5)."""
+    train(small("train", "preprocessing.mean=[0,0,0]", "preprocessing.std=[1,1,1]"))
     make_camvid(tmp_path / "camvid")
-    best = tmp_path / "run/checkpoints/best.ckpt"
     with caplog.at_level("INFO"):
         train(
             compose(
@@ -169,68 +352,63 @@ def test_fine_tuning_to_other_classes_takes_over_what_fits(small, compose, tmp_p
                 "optimizer.lr=0",
                 "optimizer.weight_decay=0",
                 "trainer.max_epochs=1",
-                f"checkpoint={best}",
+                f"init_from={tmp_path / 'run'}",
             )
         )
-    assert "fine-tuning" in caplog.text
     before, after = weights(tmp_path / "run", "best"), weights(tmp_path / "tuned")
     skipped = {k for k in before if before[k].shape != after[k].shape}
-    assert skipped
-    assert all(key in caplog.text for key in skipped)
-    trained = [k for k in before if k not in skipped and "running" not in k and "num_" not in k]
-    assert all(torch.equal(before[k], after[k]) for k in trained)
+    assert skipped == {"model.classifier.weight", "model.classifier.bias"}
+    assert all(key.removeprefix("model.") in caplog.text for key in skipped)
+    assert after["mean"].flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])  # d05
+    same_layers = [
+        k
+        for k in before
+        if k not in {*skipped, "mean", "std"} and "running" not in k and "num_" not in k
+    ]
+    assert all(torch.equal(before[k], after[k]) for k in same_layers)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_never_best(small, tmp_path, caplog):
-    train(small("train", "optimizer.lr=1e30", "scheduler=none", "trainer.max_epochs=5"))
-    assert len(history(tmp_path / "run")) < 5
-    assert "Try a lower optimizer.lr" in caplog.text
+# Scoring
 
 
-@pytest.mark.parametrize("weights_from", ["dataset", "batch", "[1,2,1,1,1,1]"])
-def test_class_weights_of_every_origin_train(small, tmp_path, weights_from):
-    train(
-        small("train", "loss=weighted_ce", f"loss.weights={weights_from}", "trainer.max_epochs=1")
+def test_d15_a_checkpoint_is_not_evaluated_at_another_size(small, compose, tmp_path):
+    train(small("train", "trainer.max_epochs=1"))
+    with pytest.raises(InputError, match=r"data\.resize"):
+        evaluate(compose("evaluate", f"checkpoint={tmp_path / 'run'}", "+data.resize=[64,64]"))
+
+
+def test_evaluate_repeats_the_scores_at_the_end_of_training(small, compose, tmp_path):
+    """In float32 unless told otherwise (D9), whatever training used; the report says which."""
+    train(small("train", "trainer.precision=bf16-mixed"))
+    evaluate(compose("evaluate", f"checkpoint={tmp_path / 'run'}", f"output_dir={tmp_path / 'e'}"))
+    first, second = (
+        json.loads((tmp_path / name / "test_metrics.json").read_text()) for name in ("run", "e")
     )
-    assert (tmp_path / "run/pixel_counts.json").exists() == (weights_from == "dataset")
+    assert first == second
+    assert first["precision"] == "32-true"
 
 
-@pytest.mark.parametrize(
-    "scheduler", sorted(p.stem for p in (CONFIG_FOLDER / "scheduler").iterdir())
-)
-@pytest.mark.parametrize(
-    "optimizer", sorted(p.stem for p in (CONFIG_FOLDER / "optimizer").iterdir())
-)
-def test_every_optimizer_trains_with_every_schedule(small, tmp_path, optimizer, scheduler):
-    options = (f"optimizer={optimizer}", f"scheduler={scheduler}", "trainer.max_epochs=1")
-    train(small("train", *options, "trainer.limit_train_batches=2"))
-    assert history(tmp_path / "run")[0]["step"] == "2"
-
-
-@pytest.mark.parametrize("loss", sorted(p.stem for p in (CONFIG_FOLDER / "loss").iterdir()))
-def test_every_loss_config_goes_down_on_four_images(small, tmp_path, loss):
-    options = ("data.dataset.train=4", "data.augment.flip=0", "trainer.check_val_every_n_epoch=20")
-    train(small("train", f"loss={loss}", "optimizer.lr=3e-3", "trainer.max_epochs=12", *options))
-    rows = history(tmp_path / "run")
-    assert float(rows[-1]["train_loss"]) < 0.9 * float(rows[0]["train_loss"])
-
-
-def test_the_schedules_reach_their_peak_and_their_end():
-    def rates(name: str) -> list[float]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        config = OmegaConf.load(CONFIG_FOLDER / "scheduler" / f"{name}.yaml")
-        schedule = instantiate(config)(optimizer, 100)
-        values = []
-        for _ in range(100):
-            values.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step() if len(values) < 100 else None
-        return values
-
-    one_cycle, poly = rates("one_cycle"), rates("poly")
-    assert one_cycle[0] == pytest.approx(1 / 25)
-    assert max(one_cycle) == pytest.approx(1.0)
-    assert one_cycle.index(max(one_cycle)) == 29  # step 30 of 100
-    assert one_cycle[-1] == pytest.approx(1 / 25 / 1e4)
-    assert poly[0] == 1.0
-    assert poly[40] == pytest.approx(0.6**0.9)
+@pytest.mark.parametrize("settings", [(), ("tile=64", "tta=[flip,1.0,1.25]")])
+def test_evaluation_scores_the_masks_that_prediction_writes(small, compose, tmp_path, settings):
+    """At one precision, pixel by pixel; for every batch size, and with tiles and augmentation."""
+    train(small("train", "data.dataset.size=96", "trainer.max_epochs=1"))
+    settings = (*settings, f"checkpoint={tmp_path / 'run'}")
+    found = []
+    for size in (1, 4):
+        folder = tmp_path / f"evaluation{size}"
+        options = ("split=val", f"+data.eval_batch_size={size}", f"output_dir={folder}")
+        evaluate(compose("evaluate", *settings, *options))
+        found.append(json.loads((folder / "val_metrics.json").read_text())["confusion_matrix"])
+    samples = [shapes("val", size=96)[i] for i in range(5)]
+    (tmp_path / "images").mkdir()
+    for i, (image, _) in enumerate(samples):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"images/{i}.png")
+    options = (f"input={tmp_path / 'images'}", f"output={tmp_path / 'out'}")
+    predict(compose("predict", *settings, *options, "trainer.precision=32-true"))
+    matrix = np.zeros((6, 6), np.int64)
+    for i, (_, mask) in enumerate(samples):
+        with Image.open(tmp_path / f"out/mask/{i}.png") as file:
+            predicted = np.array(file)
+        labelled = mask.numpy() != 255
+        np.add.at(matrix, (mask.numpy()[labelled], predicted[labelled]), 1)
+    assert found == [matrix.tolist()] * 2

@@ -18,8 +18,6 @@ def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint on a split of its own data or of other data."""
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
-    if cfg.checkpoint is None:
-        raise InputError("evaluate needs checkpoint=FILE or a run's folder, such as runs/…")
     content = checkpoint.read(cfg.checkpoint)
     network, labels = checkpoint.build_network(content, cfg.trust)
     trainer = build_trainer(cfg.trainer)

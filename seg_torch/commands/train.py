@@ -39,7 +39,7 @@ def train(cfg: DictConfig) -> None:
     task = _task(cfg, data, trainer, folder, resumed)
 
     trainer.callbacks = [*_callbacks(cfg, folder), *trainer.callbacks]
-    trainer.loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
+    trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     if trainer.loggers:
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
     best = next(c for c in trainer.callbacks if isinstance(c, Checkpoints) and c.monitor)
@@ -90,8 +90,8 @@ def _task(
         labels,
         Inference(network, len(labels), data.resize, precision=str(trainer.precision)),
         loss=instantiate(cfg.loss, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler) or None,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
         aux_weight=cfg.aux_weight,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
@@ -104,7 +104,7 @@ def _callbacks(cfg: DictConfig, folder: Path) -> list[Callback]:
     return [
         History(folder),
         SampleSheet(folder),
-        *(instantiate(node) for node in (cfg.callbacks or {}).values()),
+        *(instantiate(node) for node in cfg.callbacks.values()),
         Checkpoints(folder, "best", monitor="val/mean_iou"),
         Checkpoints(folder, "last"),
         StopOnSignal(folder),

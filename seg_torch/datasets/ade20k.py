@@ -5,14 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    find_root,
-    id_table,
-    pair_files,
-    read_mapped_mask,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 # The first name of each line in the challenge's objectInfo150.txt, most frequent class first.
@@ -36,10 +29,10 @@ NAMES = (
 )
 ADE20K_LABELS = Labels(tuple(NAMES.split(", ")))
 
-IDS = id_table({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
+IDS = base.id_table({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
 
 
-def ade20k(root: str | Path, split: str) -> SegmentationDataset:
+def ade20k(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return ADE20K (Zhou et al., CVPR 2017), SceneParsing: 20,210 train, 2,000 val, 150 classes.
 
     `root/ADEChallengeData2016` holds `images/{training,validation}/*.jpg` and
@@ -56,14 +49,14 @@ def ade20k(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
-    split = val_for_test(split, "ADE20K")
+    split = base.val_for_test(split, "ADE20K")
     part = "training" if split == "train" else "validation"
-    folder = find_root(
+    folder = base.find_root(
         root,
         "ADE20K (SceneParsing)",
         [f"ADEChallengeData2016/{kind}/{part}" for kind in ("images", "annotations")],
         "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
     )
     folder = folder / "ADEChallengeData2016"
-    pairs = pair_files(folder / "images" / part, folder / "annotations" / part)
-    return SegmentationDataset(pairs, ADE20K_LABELS, partial(read_mapped_mask, table=IDS))
+    pairs = base.pair_files(folder / "images" / part, folder / "annotations" / part)
+    return base.SegmentationDataset(pairs, ADE20K_LABELS, partial(base.read_mapped_mask, table=IDS))

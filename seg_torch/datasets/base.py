@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -165,7 +164,7 @@ def opened(path: str | Path, kind: str = "a mask") -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as {kind}: {error}") from None
 
 
@@ -396,9 +395,8 @@ def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
         in_threads(partial(_count_pixels, dataset), range(len(dataset))),
         f"Checking {name}",
         len(dataset),
-        console=Console(stderr=True),
         transient=True,
-        disable=len(dataset) < 500 or not sys.stderr.isatty(),
+        disable=len(dataset) < 500 or not sys.stdout.isatty(),
     ):
         if isinstance(found, str):
             problems.append(found)

@@ -7,18 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seg_torch.datasets.base import (
-    Pair,
-    SegmentationDataset,
-    check_split,
-    find_root,
-    id_table,
-    pair_files,
-    read_list,
-    read_mapped_mask,
-    val_for_test,
-)
-from seg_torch.errors import InputError
+from seg_torch.datasets import base
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 CAMVID_CLASSES = {
@@ -37,10 +26,10 @@ CAMVID_CLASSES = {
 CAMVID_LABELS = Labels(tuple(CAMVID_CLASSES), np.array(list(CAMVID_CLASSES.values())))
 
 # The files call unlabelled pixels 11.
-IDS = id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
+IDS = base.id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
 
 
-def camvid(root: str | Path, split: str) -> SegmentationDataset:
+def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return CamVid (Brostow, Fauqueur, Cipolla, 2009) with 11 classes, 480 x 360 pixels.
 
     367 train, 101 val, 233 test.
@@ -57,13 +46,13 @@ def camvid(root: str | Path, split: str) -> SegmentationDataset:
         The samples of the split.
 
     Raises:
-        InputError: The split is unknown, there is no such dataset, or files of the list are missing.
+        InputError: The split is unknown, there is no such dataset, or listed files are missing.
     """
-    check_split(split)
+    base.check_split(split)
     folder = Path(root).expanduser()
     if split == "test" and not (folder / "test").exists():
-        split = val_for_test(split, "CamVid")
-    folder = find_root(
+        split = base.val_for_test(split, "CamVid")
+    folder = base.find_root(
         root,
         "CamVid",
         [split, split + "annot"],
@@ -71,14 +60,12 @@ def camvid(root: str | Path, split: str) -> SegmentationDataset:
     )
     listing = folder / f"{split}.txt"
     if not listing.exists():
-        pairs = pair_files(folder / split, folder / f"{split}annot", ".png", ".png")
+        pairs = base.pair_files(folder / split, folder / f"{split}annot", ".png", ".png")
     else:
         # "/SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png"
-        paths = [[Path(*Path(p).parts[-2:]) for p in line.split()] for line in read_list(listing)]
-        pairs = [Pair(image.stem, folder / image, folder / mask) for image, mask in paths]
-        missing = [str(p) for pair in pairs for p in pair[1:] if not p.exists()]
-        if missing:
-            raise InputError(
-                f"{listing} names {len(missing)} files that do not exist, such as {missing[0]}"
-            )
-    return SegmentationDataset(pairs, CAMVID_LABELS, partial(read_mapped_mask, table=IDS))
+        lines = [line.split() for line in base.read_list(listing)]
+        paths = [[folder.joinpath(*Path(path).parts[-2:]) for path in line] for line in lines]
+        pairs = [base.Pair(image.stem, image, mask) for image, mask in paths]
+        missing = [str(path) for line in paths for path in line if not path.exists()]
+        base.refuse(missing, f"files that {listing} names do not exist")
+    return base.SegmentationDataset(pairs, CAMVID_LABELS, partial(base.read_mapped_mask, table=IDS))

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    check_split,
-    find_root,
-    pair_files,
-    read_colour_mask,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.datasets.folder import read_split_lists
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
@@ -85,7 +78,7 @@ def standard_split(name: str) -> str:
     return "val" if sequence == "0016E5" and 7959 <= frame <= 8159 else "train"
 
 
-def camvid32(root: str | Path, split: str) -> SegmentationDataset:
+def camvid32(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return CamVid (Brostow, Fauqueur, Cipolla, 2009), 960 x 720, with all 32 classes.
 
     367 train, 101 val, 233 test; Void is a class.
@@ -105,8 +98,8 @@ def camvid32(root: str | Path, split: str) -> SegmentationDataset:
         InputError: The split is unknown, there is no such dataset, a mask has no image, or a name
             is no frame of CamVid.
     """
-    check_split(split)
-    folder = find_root(
+    base.check_split(split)
+    folder = base.find_root(
         root,
         "CamVid (32 classes)",
         ["701_StillsRaw_full", "LabeledApproved_full"],
@@ -114,12 +107,12 @@ def camvid32(root: str | Path, split: str) -> SegmentationDataset:
         "labelled images",
     )
     images, masks = folder / "701_StillsRaw_full", folder / "LabeledApproved_full"
-    pairs = {pair.name: pair for pair in pair_files(images, masks, ".png", "_L.png")}
+    pairs = {pair.name: pair for pair in base.pair_files(images, masks, ".png", "_L.png")}
     lists = read_split_lists(folder, list(pairs))
     if lists and "test" not in lists:
-        split = val_for_test(split, "CamVid (32 classes)")
+        split = base.val_for_test(split, "CamVid (32 classes)")
     if lists and split not in lists:
         raise InputError(f"{folder / split}.txt is missing: give train.txt and val.txt, or neither")
     chosen = lists.get(split) or [name for name in pairs if standard_split(name) == split]
-    read_mask = partial(read_colour_mask, palette=CAMVID32_LABELS.palette)
-    return SegmentationDataset([pairs[name] for name in chosen], CAMVID32_LABELS, read_mask)
+    read_mask = partial(base.read_colour_mask, palette=CAMVID32_LABELS.palette)
+    return base.SegmentationDataset([pairs[name] for name in chosen], CAMVID32_LABELS, read_mask)

@@ -7,15 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seg_torch.datasets.base import (
-    NOT_ALLOWED,
-    SegmentationDataset,
-    find_root,
-    id_table,
-    pair_files,
-    read_mapped_mask,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX, Labels
 
@@ -48,11 +40,11 @@ LABEL_IDS = [label_id for label_id, _ in CITYSCAPES_CLASSES.values()]
 
 # Label ids run from 0 to 33; -1, the licence plate, is 255 in 8 bits. Those without a train id are
 # void.
-_TO_TRAIN_ID = id_table(
+_TO_TRAIN_ID = base.id_table(
     dict.fromkeys([*range(34), 255], IGNORE_INDEX) | {id_: i for i, id_ in enumerate(LABEL_IDS)}
 )
 # Void becomes 0, "unlabeled".
-_TO_LABEL_ID = id_table({**dict(enumerate(LABEL_IDS)), IGNORE_INDEX: 0})
+_TO_LABEL_ID = base.id_table({**dict(enumerate(LABEL_IDS)), IGNORE_INDEX: 0})
 
 
 def to_train_ids(label_ids: np.ndarray) -> np.ndarray:
@@ -87,12 +79,12 @@ def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
 
 def _look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
     found = table.take(ids.astype(np.uint8))
-    if (found == NOT_ALLOWED).any() or ids.min(initial=0) < -1 or ids.max(initial=0) > 255:
+    if (found == base.NOT_ALLOWED).any() or ids.min(initial=0) < -1 or ids.max(initial=0) > 255:
         raise InputError(f"not Cityscapes ids: {np.unique(ids)[:10].tolist()}")
     return found
 
 
-def cityscapes(root: str | Path, split: str) -> SegmentationDataset:
+def cityscapes(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return Cityscapes (Cordts et al., CVPR 2016): 2048 x 1024, 19 classes.
 
     2,975 train, 500 val.
@@ -111,19 +103,19 @@ def cityscapes(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
-    split = val_for_test(split, "Cityscapes")
-    folder = find_root(
+    split = base.val_for_test(split, "Cityscapes")
+    folder = base.find_root(
         root,
         "Cityscapes",
         [f"leftImg8bit/{split}", f"gtFine/{split}"],
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
         "https://www.cityscapes-dataset.com/downloads/ (registration needed)",
     )
-    pairs = pair_files(
+    pairs = base.pair_files(
         folder / "leftImg8bit" / split,
         folder / "gtFine" / split,
         "_leftImg8bit.png",
         "_gtFine_labelIds.png",
     )
-    read_mask = partial(read_mapped_mask, table=_TO_TRAIN_ID)
-    return SegmentationDataset(pairs, CITYSCAPES_LABELS, read_mask)
+    read_mask = partial(base.read_mapped_mask, table=_TO_TRAIN_ID)
+    return base.SegmentationDataset(pairs, CITYSCAPES_LABELS, read_mask)

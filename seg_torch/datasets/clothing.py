@@ -6,13 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    find_root,
-    pair_files,
-    read_mat,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.labels import Labels
 
 # The names in the dataset's label_list.mat; null, the background, is a class.
@@ -28,10 +22,10 @@ CLOTHING_LABELS = Labels(tuple(NAMES.split()))
 
 def read_clothing_mask(path: Path) -> np.ndarray:
     """Return the variable `groundtruth` of an annotation file, uint8 [H, W]."""
-    return np.ascontiguousarray(read_mat(path, "groundtruth"), np.uint8)
+    return np.ascontiguousarray(base.read_mat(path, "groundtruth"), np.uint8)
 
 
-def clothing(root: str | Path, split: str, limit: int | None = None) -> SegmentationDataset:
+def clothing(root: str | Path, split: str, limit: int | None = None) -> base.SegmentationDataset:
     """Return Clothing Co-Parsing (Yang, Luo, Lin, CVPR 2014): 1,004 annotated images, 59 classes.
 
     `root` holds `photos/*.jpg` and `annotations/pixel-level/*.mat`. A fifth of the annotated
@@ -50,16 +44,16 @@ def clothing(root: str | Path, split: str, limit: int | None = None) -> Segmenta
     Raises:
         InputError: The split is unknown, there is no such dataset, or an annotation has no image.
     """
-    split = val_for_test(split, "Clothing Co-Parsing")
-    folder = find_root(
+    split = base.val_for_test(split, "Clothing Co-Parsing")
+    folder = base.find_root(
         root,
         "Clothing Co-Parsing",
         ["photos", "annotations/pixel-level"],
         "git clone https://github.com/bearpaw/clothing-co-parsing",
     )
-    pairs = pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")
+    pairs = base.pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")
     pairs = pairs[:limit]
     order = np.random.RandomState(0).permutation(len(pairs))  # scikit-learn's generator
     held_out = -(-len(pairs) // 5)
     chosen = order[held_out:] if split == "train" else order[:held_out]
-    return SegmentationDataset([pairs[i] for i in chosen], CLOTHING_LABELS, read_clothing_mask)
+    return base.SegmentationDataset([pairs[i] for i in chosen], CLOTHING_LABELS, read_clothing_mask)

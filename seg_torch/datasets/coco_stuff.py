@@ -5,14 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    find_root,
-    id_table,
-    pair_files,
-    read_mapped_mask,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 # COCO numbered its things 1 to 91 and labelled 80 of them; these it dropped.
@@ -46,10 +39,12 @@ NAMES = (
 COCO_STUFF_LABELS = Labels(tuple(NAMES.split(", ")))
 
 # A pixel holds its category less one.
-IDS = id_table({category - 1: i for i, category in enumerate(CATEGORIES)} | {255: IGNORE_INDEX})
+IDS = base.id_table(
+    {category - 1: i for i, category in enumerate(CATEGORIES)} | {255: IGNORE_INDEX}
+)
 
 
-def coco_stuff(root: str | Path, split: str) -> SegmentationDataset:
+def coco_stuff(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return COCO-Stuff (Caesar, Uijlings, Ferrari, CVPR 2018): 171 classes.
 
     118,287 train, 5,000 val.
@@ -67,11 +62,11 @@ def coco_stuff(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
-    split = val_for_test(split, "COCO-Stuff")
+    split = base.val_for_test(split, "COCO-Stuff")
     maps = "stuffthingmaps"
     if (Path(root).expanduser() / f"annotations/{split}2017").is_dir():
         maps = "annotations"
-    folder = find_root(
+    folder = base.find_root(
         root,
         "COCO-Stuff",
         [f"images/{split}2017", f"{maps}/{split}2017"],
@@ -79,5 +74,7 @@ def coco_stuff(root: str | Path, split: str) -> SegmentationDataset:
         "stuffthingmaps_trainval2017.zip from https://github.com/nightrome/cocostuff, unpacked in "
         "stuffthingmaps",
     )
-    pairs = pair_files(folder / f"images/{split}2017", folder / f"{maps}/{split}2017")
-    return SegmentationDataset(pairs, COCO_STUFF_LABELS, partial(read_mapped_mask, table=IDS))
+    pairs = base.pair_files(folder / f"images/{split}2017", folder / f"{maps}/{split}2017")
+    return base.SegmentationDataset(
+        pairs, COCO_STUFF_LABELS, partial(base.read_mapped_mask, table=IDS)
+    )

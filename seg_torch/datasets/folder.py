@@ -12,19 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from seg_torch.datasets.base import (
-    SPLITS,
-    Pair,
-    SegmentationDataset,
-    check_split,
-    find_root,
-    opened,
-    read_colour_mask,
-    read_index_mask,
-    read_list,
-    refuse,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
@@ -34,7 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 def folder(
     root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
-) -> SegmentationDataset:
+) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
     `root` holds `images/`, `masks/` and `classes.txt`. A mask belongs to the image of the
@@ -62,22 +50,22 @@ def folder(
         InputError: The split is unknown, something is missing in `root`, a list has unknown names,
             or pairs are incomplete or ambiguous.
     """
-    check_split(split)
+    base.check_split(split)
     source = (
         "put your images in images/, masks of the same names in masks/, and write the class names "
         "to classes.txt, one per line"
     )
-    home = find_root(root, "A dataset of your own", ["images", "masks"], source)
+    home = base.find_root(root, "A dataset of your own", ["images", "masks"], source)
     pairs = _pair(home / "images", home / "masks")
     if not (home / "classes.txt").exists():
         raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
     labels, has_colours = read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
-        split = val_for_test(split, str(home))
+        split = base.val_for_test(split, str(home))
     chosen = split_names(home, [pair.name for pair in pairs], split, val_fraction, seed)
     by_name = {pair.name: pair for pair in pairs}
-    return SegmentationDataset([by_name[name] for name in chosen], labels, read_mask)
+    return base.SegmentationDataset([by_name[name] for name in chosen], labels, read_mask)
 
 
 def write_folder(
@@ -109,7 +97,7 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             of the classes only.
     """
     names, colours = [], []
-    for line in read_list(path):
+    for line in base.read_list(path):
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if not line:
             continue
@@ -145,17 +133,17 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     Raises:
         InputError: The file cannot be read, or holds colours without a class.
     """
-    with opened(path) as image:
+    with base.opened(path) as image:
         mode = image.mode
     all_grey = palette is not None and bool((palette == palette[:, :1]).all())
     if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
-        return read_index_mask(path)
+        return base.read_index_mask(path)
     if palette is None:
         raise InputError(
             f"{path}: a mask of colours ({mode}), but classes.txt gives no colours; write each "
             "class as: name R G B"
         )
-    return read_colour_mask(path, palette)
+    return base.read_colour_mask(path, palette)
 
 
 def split_names(
@@ -205,17 +193,17 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """
     known = set(names)
     lists: dict[str, list[str]] = {}
-    for path in [root / f"{split}.txt" for split in SPLITS]:
+    for path in [root / f"{split}.txt" for split in base.SPLITS]:
         if path.exists():
-            lines = read_list(path)
+            lines = base.read_list(path)
             listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
             unknown = [name for name in listed if name not in known]
-            refuse(unknown, f"names in {path} have no image and mask")
+            base.refuse(unknown, f"names in {path} have no image and mask")
             lists[path.stem] = listed
     return lists
 
 
-def _pair(images: Path, masks: Path) -> list[Pair]:
+def _pair(images: Path, masks: Path) -> list[base.Pair]:
     """Return all pairs, sorted by name; every image and mask has to have exactly one partner."""
     stems: list[dict[str, list[Path]]] = []
     for home in (images, masks):
@@ -236,15 +224,17 @@ def _pair(images: Path, masks: Path) -> list[Pair]:
             for paths in files.values()
             if len(paths) > 1
         ]
-    refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return [Pair(name, image_files[name][0], mask_files[name][0]) for name in sorted(image_files)]
+    base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
+    return [
+        base.Pair(name, image_files[name][0], mask_files[name][0]) for name in sorted(image_files)
+    ]
 
 
-def _how_to_write_classes(path: Path, pairs: Sequence[Pair]) -> str:
+def _how_to_write_classes(path: Path, pairs: Sequence[base.Pair]) -> str:
     """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
     found: set[tuple[int, ...]] = set()
     for pair in pairs[:: -(-len(pairs) // 20)]:
-        with opened(pair.mask) as mask:
+        with base.opened(pair.mask) as mask:
             kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
             pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)

@@ -7,24 +7,16 @@ from pathlib import Path
 
 from torchvision.datasets import OxfordIIITPet
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    find_root,
-    id_table,
-    pair_files,
-    read_list,
-    read_mapped_mask,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
 PET_LABELS = Labels(("pet", "background", "outline"))
 
-IDS = id_table({1: 0, 2: 1, 3: 2})
+IDS = base.id_table({1: 0, 2: 1, 3: 2})
 
 
-def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDataset:
+def pet(root: str | Path, split: str, download: bool = False) -> base.SegmentationDataset:
     """Return Oxford-IIIT Pet (Parkhi, Vedaldi, Zisserman, Jawahar, CVPR 2012): 3 classes.
 
     `root/oxford-iiit-pet` holds `images/` and `annotations/`, as torchvision lays them out.
@@ -42,7 +34,7 @@ def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDat
     Raises:
         InputError: The split is unknown, there is no such dataset, or the download failed.
     """
-    split = val_for_test(split, "Oxford-IIIT Pet")
+    split = base.val_for_test(split, "Oxford-IIIT Pet")
     if download and not (Path(root).expanduser() / "oxford-iiit-pet/annotations").exists():
         try:
             OxfordIIITPet(Path(root).expanduser(), download=True)
@@ -52,7 +44,7 @@ def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDat
             ) from None
     listing = "trainval.txt" if split == "train" else "test.txt"
     entries = ("images", "annotations/trimaps", f"annotations/{listing}")
-    folder = find_root(
+    folder = base.find_root(
         root,
         "Oxford-IIIT Pet",
         [f"oxford-iiit-pet/{entry}" for entry in entries],
@@ -61,6 +53,6 @@ def pet(root: str | Path, split: str, download: bool = False) -> SegmentationDat
     )
     folder = folder / "oxford-iiit-pet"
     # "Abyssinian_100 1 1 1": the name, then class, species and breed.
-    names = [line.split()[0] for line in read_list(folder / "annotations" / listing)]
-    pairs = pair_files(folder / "images", folder / "annotations/trimaps", names=names)
-    return SegmentationDataset(pairs, PET_LABELS, partial(read_mapped_mask, table=IDS))
+    names = [line.split()[0] for line in base.read_list(folder / "annotations" / listing)]
+    pairs = base.pair_files(folder / "images", folder / "annotations/trimaps", names=names)
+    return base.SegmentationDataset(pairs, PET_LABELS, partial(base.read_mapped_mask, table=IDS))

@@ -8,16 +8,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import VOCSegmentation
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    check_split,
-    find_root,
-    pair_files,
-    read_index_mask,
-    read_list,
-    read_mat,
-    val_for_test,
-)
+from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
@@ -36,7 +27,7 @@ def voc(
     year: str = "2012",
     download: bool = False,
     halve_val: bool = False,
-) -> SegmentationDataset:
+) -> base.SegmentationDataset:
     """Return PASCAL VOC segmentation (Everingham et al., IJCV 2015), 21 classes.
 
     2012 has 1,464 train and 1,449 val images.
@@ -60,7 +51,7 @@ def voc(
     Raises:
         InputError: The split or year is unknown, there is no such dataset, or the download failed.
     """
-    check_split(split)
+    base.check_split(split)
     year = str(year)  # data.year=2012 on the command line is a number
     if year not in YEARS:
         raise InputError(f"unknown VOC year {year!r}; the years are {', '.join(YEARS)}")
@@ -69,36 +60,36 @@ def voc(
     has_test = year == "2007" and not halve_val
     listing = split if has_test or split == "train" else "val"
     if split == "test" and not (has_test or halve_val):
-        val_for_test(split, f"VOC {year}")
+        base.val_for_test(split, f"VOC {year}")
     if download and not (Path(root).expanduser() / lists / f"{listing}.txt").exists():
         try:
             VOCSegmentation(Path(root).expanduser(), year, listing, download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(f"VOC {year} could not be downloaded to {root}: {error}") from None
     entries = [f"{devkit}/JPEGImages", f"{devkit}/SegmentationClass", f"{lists}/{listing}.txt"]
-    folder = find_root(
+    folder = base.find_root(
         root,
         f"PASCAL VOC {year}",
         entries,
         f"data.download=true, or http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/",
     )
-    names = read_list(folder / lists / f"{listing}.txt")
+    names = base.read_list(folder / lists / f"{listing}.txt")
     if halve_val and split != "train":
         random.Random(42).shuffle(names)
         half = len(names) // 2
         names = names[:half] if split == "val" else names[half:]
     images, masks = folder / devkit / "JPEGImages", folder / devkit / "SegmentationClass"
-    return SegmentationDataset(pair_files(images, masks, names=names), VOC_LABELS)
+    return base.SegmentationDataset(base.pair_files(images, masks, names=names), VOC_LABELS)
 
 
 def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
     """Return a VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
     if path.suffix == ".png":
-        return read_index_mask(path)
-    return np.array(read_mat(path, "GTcls")["Segmentation"][0, 0], np.uint8)
+        return base.read_index_mask(path)
+    return np.array(base.read_mat(path, "GTcls")["Segmentation"][0, 0], np.uint8)
 
 
-def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
+def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
     """Return VOC 2012 with the training images of SBD (Hariharan et al., ICCV 2011).
 
     10,582 train, 1,449 val.
@@ -121,13 +112,13 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
     Raises:
         InputError: The split is unknown, or one of the two datasets is missing.
     """
-    check_split(split)
+    base.check_split(split)
     if split != "train":
         return voc(root, split)
     folder = Path(root).expanduser()
     bare = (folder / "cls").exists() and not (folder / "benchmark_RELEASE").exists()
     dataset = "" if bare else "benchmark_RELEASE/dataset/"
-    find_root(
+    base.find_root(
         root,
         "SBD",
         [dataset + entry for entry in ("img", "cls", "train.txt", "val.txt")],
@@ -135,7 +126,8 @@ def voc_sbd(root: str | Path, split: str) -> SegmentationDataset:
         "benchmark.tgz, unpacked there",
     )
     own, val = voc(root, "train").pairs, {pair.name for pair in voc(root, "val").pairs}
-    listed = read_list(folder / dataset / "train.txt") + read_list(folder / dataset / "val.txt")
+    sbd = folder / dataset
+    listed = base.read_list(sbd / "train.txt") + base.read_list(sbd / "val.txt")
     names = sorted(set(listed) - val - {pair.name for pair in own})
-    added = pair_files(folder / dataset / "img", folder / dataset / "cls", ".jpg", ".mat", names)
-    return SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)
+    added = base.pair_files(sbd / "img", sbd / "cls", ".jpg", ".mat", names)
+    return base.SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
+from torchvision.models import get_model
 from torchvision.models import segmentation as tv
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
@@ -11,14 +12,7 @@ from seg_torch.errors import InputError
 from seg_torch.models.fcn import head_logits
 from seg_torch.models.weights import load_torchvision_weights
 
-_BACKBONES = {
-    "resnet50": (tv.deeplabv3_resnet50, tv.DeepLabV3_ResNet50_Weights),
-    "resnet101": (tv.deeplabv3_resnet101, tv.DeepLabV3_ResNet101_Weights),
-    "mobilenet_v3_large": (
-        tv.deeplabv3_mobilenet_v3_large,
-        tv.DeepLabV3_MobileNet_V3_Large_Weights,
-    ),
-}
+_BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
 
 
 class DeepLabV3(tv.DeepLabV3):
@@ -80,15 +74,11 @@ def deeplabv3(
     """
     if backbone not in _BACKBONES:
         raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
-    builder, published = _BACKBONES[backbone]
+    name = f"deeplabv3_{backbone}"
+    # Its default would be downloaded even with weights=None.
+    of_backbone = "IMAGENET1K_V1" if weights == "imagenet" else None
     try:
-        parts = builder(
-            weights=None,
-            # Its default would be downloaded even with weights=None.
-            weights_backbone="IMAGENET1K_V1" if weights == "imagenet" else None,
-            num_classes=num_classes,
-            aux_loss=aux,
-        )
+        parts = get_model(name, weights_backbone=of_backbone, num_classes=num_classes, aux_loss=aux)
     except Exception as error:  # no network, or whatever torch.load makes of a broken file
         if weights != "imagenet":
             raise
@@ -100,5 +90,5 @@ def deeplabv3(
     classifier = DeepLabHead(in_channels, num_classes, atrous_rates)
     model = DeepLabV3(parts.backbone, classifier, parts.aux_classifier)
     if weights not in (None, "imagenet"):
-        load_torchvision_weights(model, weights, published, ("classifier.4.", "aux_classifier."))
+        load_torchvision_weights(model, name, weights, ("classifier.4.", "aux_classifier."))
     return model

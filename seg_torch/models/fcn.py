@@ -3,15 +3,13 @@
 from pathlib import Path
 
 from torch import Tensor
+from torchvision.models import get_model
 from torchvision.models import segmentation as tv
 
 from seg_torch.errors import InputError
 from seg_torch.models.weights import load_torchvision_weights
 
-_BACKBONES = {
-    "resnet50": (tv.fcn_resnet50, tv.FCN_ResNet50_Weights),
-    "resnet101": (tv.fcn_resnet101, tv.FCN_ResNet101_Weights),
-}
+_BACKBONES = ("resnet50", "resnet101")
 
 
 class FCN(tv.FCN):
@@ -75,10 +73,10 @@ def fcn(
     """
     if backbone not in _BACKBONES:
         raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
-    builder, published = _BACKBONES[backbone]
+    name = f"fcn_{backbone}"
     # weights_backbone: its default would be downloaded even with weights=None.
-    parts = builder(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
+    parts = get_model(name, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
     model = FCN(parts.backbone, parts.classifier, parts.aux_classifier)
     if weights is not None:
-        load_torchvision_weights(model, weights, published, ("classifier.4.", "aux_classifier."))
+        load_torchvision_weights(model, name, weights, ("classifier.4.", "aux_classifier."))
     return model

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from torch import Tensor, nn
-from torchvision.models import segmentation as tv
+from torchvision.models import get_model
 
 from seg_torch.models.weights import load_torchvision_weights
 
@@ -52,15 +52,10 @@ def lraspp(num_classes: int, weights: str | Path | None = "COCO_WITH_VOC_LABELS_
         InputError: Unknown weights, or weights that cannot be loaded.
     """
     # weights_backbone: its default would be downloaded even with weights=None.
-    parts = tv.lraspp_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=num_classes
-    )
+    name = "lraspp_mobilenet_v3_large"
+    parts = get_model(name, weights_backbone=None, num_classes=num_classes)
     model = LRASPP(parts.backbone, parts.classifier)
     if weights is not None:
-        load_torchvision_weights(
-            model,
-            weights,
-            tv.LRASPP_MobileNet_V3_Large_Weights,
-            ("classifier.low_classifier.", "classifier.high_classifier."),
-        )
+        new_layers = ("classifier.low_classifier.", "classifier.high_classifier.")
+        load_torchvision_weights(model, name, weights, new_layers)
     return model

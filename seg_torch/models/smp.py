@@ -3,10 +3,11 @@
 import difflib
 import json
 import logging
+import textwrap
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -125,15 +126,23 @@ def smp(
     model = SMP(library_model, multiple)
     if weights is None:
         return model
-    if encoder.startswith("tu-"):
-        options = {"num_classes": 0} if is_dpt else {"features_only": True}
-        timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
-        published_state = timm_encoder.state_dict()  # may have stages that the library cuts off
-        own = library_model.encoder.model
-        own.load_state_dict({name: published_state[name] for name in own.state_dict()})
-        model.mean, model.std = image_statistics(timm_encoder)
+    if not encoder.startswith("tu-"):
+        published = library.encoders.encoders[encoder]["pretrained_settings"]
+        _load_encoder(model, encoder, weights, published)
         return model
-    published = library.encoders.encoders[encoder]["pretrained_settings"]
+    options = {"num_classes": 0} if is_dpt else {"features_only": True}
+    timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
+    model.mean, model.std = image_statistics(timm_encoder)
+    given = timm_encoder.state_dict()  # may have stages that the library cuts off
+    own = library_model.encoder.model
+    own.load_state_dict({name: given[name] for name in own.state_dict()})
+    return model
+
+
+def _load_encoder(
+    model: SMP, encoder: str, weights: str | Path, published: dict[str, dict[str, str]]
+) -> None:
+    """Load weights that the library publishes for one of its encoders, or those of a file."""
     if str(weights) in published:
         # Asked for here, since the library asks for a minute when there is no network.
         repository, revision = itemgetter("repo_id", "revision")(published[str(weights)])
@@ -148,9 +157,8 @@ def smp(
             f"{', '.join(published)}, a file, or null for random ones"
         )
     try:
-        library_model.encoder.load_state_dict(read_state_dict(file))
+        cast(nn.Module, model.model.encoder).load_state_dict(read_state_dict(file))
     except RuntimeError as error:
-        reason = " ".join(str(error).split()[:30])
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"{file} does not fit the encoder {encoder}: {reason}") from error
     log.info("loaded the weights of the encoder %s from %s", encoder, file)
-    return model

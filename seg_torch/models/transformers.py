@@ -27,7 +27,7 @@ class TransformersModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # from_pretrained leaves it in evaluation mode
         size = getattr(model.config, "image_size", None)
         self.image_size = size if isinstance(size, int) else 64
         self.mean: Sequence[float] = IMAGENET_MEAN
@@ -100,9 +100,20 @@ def transformers(
         raise InputError(f"model.config: {error}") from error
 
     settings = _image_settings(weights)
-    library_logging.set_verbosity_error()  # its report is what is logged below, as a long table
+    library_logging.set_verbosity_error()  # its report is what is logged here, as a long table
+    result = TransformersModel(_pretrained(AutoModelForSemanticSegmentation, model_config, weights))
+    if settings.get("do_normalize", True):
+        result.mean = settings.get("image_mean", IMAGENET_MEAN)
+        result.std = settings.get("image_std", IMAGENET_STD)
+    else:
+        result.mean, result.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return result
+
+
+def _pretrained(auto_model: Any, model_config: Any, weights: str | Path) -> nn.Module:
+    """Load published weights; the encoder must fit, the head need not."""
     try:
-        model, loaded = AutoModelForSemanticSegmentation.from_pretrained(
+        model, loaded = auto_model.from_pretrained(
             weights,
             config=model_config,
             dtype=torch.float32,
@@ -110,7 +121,7 @@ def transformers(
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except OSError as error:
+    except Exception as error:  # whatever the library makes of a broken file
         raise InputError(f"cannot load {weights}: {error}") from error
     other_shape = {name for name, *_ in loaded["mismatched_keys"]}
     new = sorted(other_shape | set(loaded["missing_keys"]))
@@ -124,13 +135,7 @@ def transformers(
         )
     skipped = sorted(other_shape | set(loaded["unexpected_keys"]))
     log_loading(str(weights), len(model.state_dict()), new, skipped)
-    result = TransformersModel(model)
-    if settings.get("do_normalize", True):
-        result.mean = settings.get("image_mean", IMAGENET_MEAN)
-        result.std = settings.get("image_std", IMAGENET_STD)
-    else:
-        result.mean, result.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return result
+    return model
 
 
 def _image_settings(weights: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
+from torchvision.models import get_model_weights
 
 from seg_torch.errors import InputError
 
@@ -103,22 +103,20 @@ def log_loading(source: str, total: int, new: Collection[str], skipped: Collecti
 
 
 def load_torchvision_weights(
-    model: nn.Module,
-    weights: str | Path,
-    published: type[WeightsEnum],
-    new_layers: tuple[str, ...],
+    model: nn.Module, name: str, weights: str | Path, new_layers: tuple[str, ...]
 ) -> None:
     """Load torchvision's published weights by their name, or those of a file.
 
     Args:
         model: A torchvision segmentation model.
-        weights: A member of `published`, or the path of a state dict.
-        published: The weights that torchvision offers for the model.
+        name: torchvision's for the model, such as `fcn_resnet50`.
+        weights: torchvision's name for them, or the path of a state dict.
         new_layers: Prefixes of the names that may keep their random values.
 
     Raises:
         InputError: `weights` is neither, cannot be downloaded, or does not fit the model.
     """
+    published = get_model_weights(name)
     if str(weights) not in published.__members__:
         if not Path(weights).is_file():
             raise InputError(
@@ -195,13 +193,15 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
         if weights is None:
             return _with_active_residuals(timm.create_model(name, **options))
         file = _published_file(name) if weights == "imagenet" else Path(weights)
-        state_dict = read_state_dict(file)
+        given = read_state_dict(file).keys()
         overlay = {"file": str(file)}
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except RuntimeError as error:
+    except InputError:
+        raise
+    except Exception as error:  # also what timm's translation of names makes of other names
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
-    lacking = _random_tensors(model, name, file, state_dict.keys())
+    lacking = _random_tensors(model, name, file, given)
     if lacking:
         raise InputError(
             f"{file} does not fit the encoder {name}: no weights for {len(lacking)} of its "
@@ -228,15 +228,17 @@ def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[s
     lacking = [key for key in own if _plain_name(key) not in plain]
     if not lacking:
         return []
-    # Or the names are those of another project, which timm translates. Its strict loading into the
-    # whole model, with the classifier, tells; where it is not strict, what is random differs.
+    # Or the names are those of another project, which timm translates. Then it loads them strictly
+    # into the whole model, with the classifier, or, if it is not strict, what is random differs.
     try:
         whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError:
         return lacking
     tensors = {_plain_name(key): tensor for key, tensor in whole.state_dict().items()}
-    same = all(torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking)
-    return [] if same else lacking
+    translated = len(plain - tensors.keys()) >= len(lacking) and all(
+        torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking
+    )
+    return [] if translated else lacking
 
 
 def _plain_name(key: str) -> str:
