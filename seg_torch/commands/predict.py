@@ -152,7 +152,8 @@ def find_images(path: Path, output: Path | None = None) -> Files:
 def _predict_video(cfg: DictConfig, segmenter: Segmenter) -> int:
     target = Path(cfg.output) / f"{Path(cfg.input).stem}.mp4"
     shrink = partial(_shrink, resize=cfg.resize, crop=cfg.crop)
-    frames = video.predict_video(segmenter, cfg.input, target, cfg.batch_size, shrink)
+    with segmenter.inference.autocast():  # as for images
+        frames = video.predict_video(segmenter, cfg.input, target, cfg.batch_size, shrink)
     log.info("%d frames segmented: %s", frames, target)
     return 0
 
@@ -408,7 +409,7 @@ def _run_id(cfg: DictConfig) -> str:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = ["beside", "resize", "crop", "tile", "tta", "batch_size"]
     settings += ["model"] if cfg.checkpoint is None else []
-    values = [plain["trainer"].get("precision"), *(plain[key] for key in settings)]
+    values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for weights in (cfg.checkpoint, cfg.beside, cfg.model.get("weights")):
         path = Path(weights or "")
@@ -530,7 +531,7 @@ def _on_first_rank(fabric: Fabric, function: Callable[[], Any]) -> Any:
 
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
-    settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.get("precision", "auto"))}
+    settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.precision)}
     settings["scales"], settings["flip"] = parse_tta(cfg.tta)
     settings["device"] = device
     if cfg.checkpoint is not None:
