@@ -279,6 +279,7 @@ def _predict_files(
                     writing.append(writers.submit(_write, save, image, results, seconds))
             while len(writing) > length or (writing and writing[0].done()):
                 note(writing.popleft().result())
+        next(shown, None)  # the bar ends with its iterator, not with the last image
         while writing:
             note(writing.popleft().result())
 
@@ -329,12 +330,11 @@ def _write(
     """Write the outputs of an image and return its record."""
     start = time.perf_counter()
     save(image.name, results)
-    height, width = results[0].mask.shape
     return {
         "name": image.name,
         "file": _stamp(image.path),
-        "width": width,
-        "height": height,
+        "width": results[0].mask.shape[1],
+        "height": results[0].mask.shape[0],
         "confidence": results[0].confidence,
         "areas": list(results[0].areas().values()),
         "seconds": image.seconds + seconds + time.perf_counter() - start,

@@ -55,16 +55,12 @@ def predict_video(
                 raise InputError(f"{source}: there are no frames in this file")
             height, width = first[0].shape[:2]
             encoder = _encoder(result, video.streams.video[0], height, width)
-            read = chain([first], read)
             count = batch_size or segmenter.batch_size(height, width)
-            while batch := list(islice(read, count)):
-                results = segmenter.predict_batch([image for image, _ in batch])
-                for segmentation, (_, time) in zip(results, batch, strict=True):
-                    overlay = _even(np.asarray(segmentation.overlay()))
-                    frame = av.VideoFrame.from_ndarray(overlay, format="rgb24")
-                    frame.pts, frame.time_base = time, encoder.codec_context.time_base
-                    result.mux(encoder.encode(frame))
-                    frames += 1
+            for overlay, time in _overlays(segmenter, chain([first], read), count):
+                frame = av.VideoFrame.from_ndarray(overlay, format="rgb24")
+                frame.pts, frame.time_base = time, encoder.codec_context.time_base
+                result.mux(encoder.encode(frame))
+                frames += 1
             result.mux(encoder.encode())
 
     try:
@@ -82,6 +78,19 @@ def _frames(video: Any, prepare: Callable[[np.ndarray], np.ndarray]) -> Iterator
         yield prepare(np.ascontiguousarray(turned)), frame.pts
 
 
+def _overlays(segmenter: Segmenter, frames: Iterator[Any], batch_size: int) -> Iterator[Any]:
+    """Yield the overlays of frames, and their times.
+
+    The last row and column are repeated where a side is odd, which yuv420p cannot store.
+    """
+    while batch := list(islice(frames, batch_size)):
+        results = segmenter.predict_batch([image for image, _ in batch])
+        for segmentation, (_, time) in zip(results, batch, strict=True):
+            overlay = np.asarray(segmentation.overlay())
+            bottom, right = (side % 2 for side in overlay.shape[:2])
+            yield np.pad(overlay, ((0, bottom), (0, right), (0, 0)), "edge"), time
+
+
 def _encoder(result: Any, source: Any, height: int, width: int) -> Any:
     """Add an H.264 stream to a file, with the times and the rate of the source's stream."""
     encoder = result.add_stream("libx264", rate=source.average_rate or Fraction(25))
@@ -89,9 +98,3 @@ def _encoder(result: Any, source: Any, height: int, width: int) -> Any:
     encoder.pix_fmt = "yuv420p"  # what every player shows
     encoder.codec_context.time_base = source.time_base
     return encoder
-
-
-def _even(image: np.ndarray) -> np.ndarray:
-    """Repeat the last row and column where a side is odd, which yuv420p cannot store."""
-    height, width = image.shape[:2]
-    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
