@@ -279,7 +279,7 @@ def _predict_files(
                     writing.append(writers.submit(_write, save, image, results, seconds))
             while len(writing) > length or (writing and writing[0].done()):
                 note(writing.popleft().result())
-        next(shown, None)  # the bar ends with its iterator, not with the last image
+        list(shown)  # nothing is left, but the bar ends with its iterator, not with the last image
         while writing:
             note(writing.popleft().result())
 

@@ -30,8 +30,7 @@ def predict_video(
         segmenter: Segments the frames.
         source: Any video that FFmpeg reads.
         target: The MP4 file to write.
-        batch_size: Frames that go through the network together; `None` for as many as
-            `segmenter.batch_size` says.
+        batch_size: Frames that go through the network together; `None`: by memory.
         prepare: Changes each frame, uint8 [H, W, 3], before it is segmented.
 
     Returns:
