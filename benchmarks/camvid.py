@@ -1,4 +1,4 @@
-"""`python train.py` on CamVid against the plain loop beside this file, in one run.
+"""`python train.py` on CamVid against benchmarks/plain_loop.py, in one run.
 
     python benchmarks/camvid.py DATA/camvid
 
@@ -43,17 +43,14 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, output
 
 
-@torch.inference_mode()
 def score(checkpoint: Path, root: str, at_training_size: bool) -> dict[str, torch.Tensor]:
-    segmenter = Segmenter.load(checkpoint, device="cpu")
+    segmenter = Segmenter.load(checkpoint, device="cpu", precision="bf16-mixed")
     confusion = ConfusionMatrix(len(segmenter.labels))
     dataset = camvid(root, "val")
     for image, mask in (dataset[i] for i in range(len(dataset))):
         if at_training_size:
-            mask = resize_mask(mask, SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = segmenter.network.logits(resize_image(image, SIZE)[None], mask.shape)
-        confusion.update(logits.argmax(1)[0], mask)
+            image, mask = resize_image(image, SIZE), resize_mask(mask, SIZE)
+        confusion.update(torch.from_numpy(segmenter.predict(image).mask), mask)
     return scores(confusion.compute())
 
 

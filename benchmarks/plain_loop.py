@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from seg_torch.inference import upsample
 from seg_torch.models import unet
 
 start = time.perf_counter()
@@ -23,8 +24,8 @@ def load(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     images, masks = [], []
     for line in Path(root, f"{split}.txt").read_text().splitlines():
         image, mask = (f"{root}/{name.split('CamVid/')[1]}" for name in line.split())
-        picture = Image.open(image).convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
+        pixels = Image.open(image).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        images.append(torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8))
         labels = Image.open(mask).resize(size, Image.Resampling.NEAREST)
         masks.append(torch.frombuffer(bytearray(labels.tobytes()), dtype=torch.uint8))
     x = torch.stack(images).view(-1, size[1], size[0], 3).permute(0, 3, 1, 2).float() / 255
@@ -47,7 +48,8 @@ for epoch in range(epochs):
             images, target = images.flip(-1), target.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images.contiguous(memory_format=torch.channels_last))["out"]
-        loss = torch.nn.functional.cross_entropy(logits.float(), target, ignore_index=255)
+        logits = upsample(logits, target.shape[-2:])  # in float32
+        loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,7 +58,8 @@ for epoch in range(epochs):
     matrix = torch.zeros(classes, classes, dtype=torch.long)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(val_x), batch):
-            pred, target = model(val_x[i : i + batch])["out"].argmax(1), val_y[i : i + batch]
+            target = val_y[i : i + batch]
+            pred = upsample(model(val_x[i : i + batch])["out"], target.shape[-2:]).argmax(1)
             pairs = (target * classes + pred)[target != 255]
             matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     iou = matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())

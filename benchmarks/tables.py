@@ -20,7 +20,7 @@ PALETTE = VOC_PALETTE[:21]
 
 
 def decode_by_loop(mask: np.ndarray) -> np.ndarray:
-    """The usual tutorial's way: a pass over the picture for each class and channel."""
+    """The usual tutorial's way: a pass over the image for each class and channel."""
     r, g, b = (np.zeros_like(mask) for _ in range(3))
     for i, colour in enumerate(PALETTE):
         here = mask == i
