@@ -13,12 +13,12 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## train on the embedded dataset, then colour pictures with the result
+demo: setup  ## train on generated images, then segment others with the result
 	rm -rf $(DEMO)
 	$(BIN)/python train.py output_dir=$(DEMO)
 	$(BIN)/python -c "from seg_torch.datasets import shapes, write_folder as write; \
 	    test = shapes('test', test=12); write(test, test.labels, '$(DEMO)/data')"
-	$(BIN)/python predict.py checkpoint=$(DEMO)/checkpoints/best.ckpt \
+	$(BIN)/python predict.py checkpoint=$(DEMO) \
 	    input=$(DEMO)/data/images output=$(DEMO)/predictions
 	@echo "Samples by epoch:   $(DEMO)/samples/"
 	@echo "Learning curves:    $(DEMO)/curves.png"
