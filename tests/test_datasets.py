@@ -21,13 +21,12 @@ from torchvision import tv_tensors
 from seg_torch import datasets
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.ade20k import ADE20K_LABELS
-from seg_torch.datasets.base import checked_pixels, checked_sample
+from seg_torch.datasets.base import checked_pixels, checked_sample, read_classes
 from seg_torch.datasets.camvid import CAMVID_LABELS
 from seg_torch.datasets.camvid32 import CAMVID32_LABELS, standard_split
 from seg_torch.datasets.cityscapes import CITYSCAPES_LABELS, to_label_ids, to_train_ids
 from seg_torch.datasets.clothing import CLOTHING_LABELS
 from seg_torch.datasets.coco_stuff import COCO_STUFF_LABELS
-from seg_torch.datasets.folder import read_classes
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,8 +59,8 @@ def val_for_test(split: str, dataset: str) -> str:
     return split
 
 
-def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: str) -> Path:
-    """Return the folder of a dataset after checking that it is complete.
+def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) -> list[Path]:
+    """Return the paths of what a dataset needs, all of which exist.
 
     Args:
         root: The folder to look in; `~` is the home directory.
@@ -68,7 +69,7 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
         source: How to get the dataset, for the message.
 
     Returns:
-        The folder as a path, with `~` expanded.
+        The entries as paths below the folder, with `~` expanded.
 
     Raises:
         InputError: The folder or an entry is missing.
@@ -76,7 +77,7 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
     folder = Path(root).expanduser()
     missing = [entry for entry in entries if not (folder / entry).exists()]
     if not missing:
-        return folder
+        return [folder / entry for entry in entries]
     if not folder.is_dir():
         found = "there is no such folder"
     else:
@@ -117,6 +118,42 @@ def read_list(path: Path) -> list[str]:
     if any("\0" in line for line in lines):
         raise InputError(f"{path}: holds zero bytes; save the file with the encoding UTF-8")
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_classes(path: Path) -> tuple[Labels, bool]:
+    """Return the classes in a `classes.txt`, and whether it gives their colours.
+
+    Raises:
+        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
+            of the classes only.
+    """
+    names, colours = [], []
+    for line in read_list(path):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
+        names.append(match[1] if match else line)
+        if match:
+            colours.append([int(value) for value in match.groups()[1:]])
+    if not names:
+        raise InputError(f"{path}: holds no class names; write one per line")
+    if 0 < len(colours) < len(names):
+        raise InputError(
+            f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
+            "(name R G B) or none"
+        )
+    try:
+        if colours:
+            return Labels(tuple(names), np.array(colours)), True
+        return Labels(tuple(names)), False
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def published_labels(dataset: str) -> Labels:
+    """Return the classes of a dataset of this package, from its file in `classes`."""
+    return read_classes(Path(__file__).parent / "classes" / f"{dataset}.txt")[0]
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, Path]:

@@ -55,11 +55,11 @@ def folder(
         "put your images in images/, masks of the same names in masks/, and write the class names "
         "to classes.txt, one per line"
     )
-    home = base.find_root(root, "A dataset of your own", ["images", "masks"], source)
-    pairs = _pair(home / "images", home / "masks")
+    images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
+    home, pairs = images.parent, _pair(images, masks)
     if not (home / "classes.txt").exists():
         raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
-    labels, has_colours = read_classes(home / "classes.txt")
+    labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
@@ -87,37 +87,6 @@ def write_folder(
     write_atomically(
         Path(root, "classes.txt"), lambda path: Path(path).write_text(text, encoding="utf-8")
     )
-
-
-def read_classes(path: Path) -> tuple[Labels, bool]:
-    """Return the classes in a `classes.txt`, and whether it gives their colours.
-
-    Raises:
-        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
-            of the classes only.
-    """
-    names, colours = [], []
-    for line in base.read_list(path):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
-        names.append(match[1] if match else line)
-        if match:
-            colours.append([int(value) for value in match.groups()[1:]])
-    if not names:
-        raise InputError(f"{path}: holds no class names; write one per line")
-    if 0 < len(colours) < len(names):
-        raise InputError(
-            f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
-            "(name R G B) or none"
-        )
-    try:
-        if colours:
-            return Labels(tuple(names), np.array(colours)), True
-        return Labels(tuple(names)), False
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:

@@ -14,23 +14,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import SPLITS, check_split
+from seg_torch.datasets.base import SPLITS, check_split, published_labels
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
-SHAPES_LABELS = Labels(
-    ("background", "disc", "square", "triangle", "star", "ring"),
-    np.array(
-        [
-            (38, 40, 54),
-            (239, 83, 80),
-            (66, 165, 245),
-            (255, 202, 40),
-            (102, 187, 106),
-            (171, 91, 208),
-        ]
-    ),
-)
+SHAPES_LABELS = published_labels("shapes")
 
 
 class Shape(NamedTuple):
