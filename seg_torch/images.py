@@ -37,15 +37,22 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file of any format that Pillow reads, as upright RGB, uint8 [H, W, 3].
+@contextmanager
+def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
+    """Opens an image file; whatever goes wrong while it is read becomes an InputError.
+
+    Args:
+        path: The file.
+        kind: What it is to be, for the message.
 
     Raises:
-        InputError: the file is missing, empty, cut off, no image, or larger than Pillow allows.
+        InputError: The file is missing, empty, cut off, no image, or larger than Pillow allows.
     """
     try:
         with Image.open(path) as image:
-            return np.array(upright_rgb(image))
+            yield image
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
@@ -57,7 +64,17 @@ def read_image(path: str | Path) -> np.ndarray:
         if isinstance(error, UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
             reason = "the file is empty" if empty else "it is in no format that Pillow knows"
-        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
+        raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file of any format that Pillow reads, as upright RGB, uint8 [H, W, 3].
+
+    Raises:
+        InputError: As of `opened`.
+    """
+    with opened(path) as image:
+        return np.array(upright_rgb(image))
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
-from seg_torch.images import read_image
+from seg_torch.images import opened, read_image
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
 
 log = logging.getLogger(__name__)
@@ -193,18 +193,6 @@ def pair_files(
     return [Pair(name, image_files[name], mask_files[name]) for name in chosen]
 
 
-@contextmanager
-def opened(path: str | Path, kind: str = "a mask") -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong while it is read becomes an InputError."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as {kind}: {error}") from None
-
-
 def read_index_mask(path: str | Path) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
 
@@ -217,7 +205,7 @@ def read_index_mask(path: str | Path) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, has several channels or values above 255.
     """
-    with opened(path) as image:
+    with opened(path, "a mask") as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
@@ -246,7 +234,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, or holds a colour that no class has.
     """
-    with opened(path) as image:
+    with opened(path, "a mask") as image:
         rgb = np.array(image.convert("RGB"))
     try:
         return encode_segmap(rgb, palette)
@@ -341,10 +329,13 @@ class SegmentationDataset(Dataset):
         pair = self.pairs[index]
         image, mask = read_image(pair.image), self.mask(index)
         _check_sizes(pair, image.shape[:2], mask)
-        return (
-            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous()),
-            tv_tensors.Mask(torch.from_numpy(mask)),
-        )
+        return as_sample(image, mask)
+
+
+def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Return an image uint8 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(mask))
 
 
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
@@ -453,7 +444,7 @@ def _count_pixels(dataset: Any, index: int) -> np.ndarray | str:
         mask = np.asarray(dataset.mask(index))
         if isinstance(dataset, SegmentationDataset):
             pair = dataset.pairs[index]
-            with opened(pair.image, "an image") as image:
+            with opened(pair.image) as image:
                 size = image.size[::-1]
                 # Pillow decodes a PNG to the end in search of an orientation, which is rare there.
                 if size != mask.shape or image.format != "PNG" or "exif" in image.info:
