@@ -78,11 +78,15 @@ class SegmentationTask(LightningModule):
             return
         for loss in self.loss.modules():
             if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
-                counts = None
-                if self.trainer.is_global_zero:
-                    data = self.trainer.datamodule  # type: ignore[attr-defined]
-                    counts = data.pixel_counts()
+                data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+                counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
+
+    def on_train_start(self) -> None:
+        # Lightning does so unless there is max_steps: then it would end the epoch twice that a
+        # resumed run begins after.
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        epochs.completed = epochs.processed
 
     def on_train_epoch_start(self) -> None:
         self.validated = False
@@ -128,7 +132,8 @@ class SegmentationTask(LightningModule):
         return self._losses_by_rank().cpu().double().mean().item()
 
     def _losses_by_rank(self) -> Tensor:
-        return self.all_gather(self.step_losses).view(self.trainer.world_size, -1)
+        gathered: Any = self.all_gather(self.step_losses)
+        return gathered.view(self.trainer.world_size, -1)
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss_epoch", self.training_loss())

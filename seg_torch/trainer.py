@@ -85,7 +85,7 @@ def run_folder(trainer: Trainer, output_dir: str) -> Path:
     if connected_from_outside(trainer):
         output_dir = trainer.strategy.broadcast(output_dir)
     # Else Slurm's checkpoints of a requeued job would lie in the current folder.
-    trainer._default_root_dir = output_dir
+    trainer._default_root_dir = output_dir  # type: ignore[attr-defined]
     return Path(output_dir)
 
 

@@ -119,53 +119,6 @@ def blobs(height: int, width: int, classes: int, cell: int) -> np.ndarray:
     return large[0].argmax(0).to(torch.uint8).numpy()
 
 
-def filled(rings: list[list[float]], height: int, width: int) -> np.ndarray:
-    """The pixels whose centres lie inside, by the even-odd rule: bool [height, width]."""
-    inside = np.zeros((height, width), bool)
-    centres = np.arange(width) + 0.5
-    for ring in rings:
-        points = np.array(ring).reshape(-1, 2)
-        ends = np.roll(points, -1, axis=0)
-        for row in range(height):
-            y = row + 0.5
-            crossing = (points[:, 1] <= y) != (ends[:, 1] <= y)
-            (x1, y1), (x2, y2) = points[crossing].T, ends[crossing].T
-            x = x1 + (y - y1) / (y2 - y1) * (x2 - x1)
-            inside[row] ^= (centres[:, None] > x).sum(1) % 2 == 1
-    return inside
-
-
-RING = np.zeros((20, 30), np.uint8)
-RING[3:17, 4:24] = 1
-RING[6:12, 8:14] = 0  # a hole
-RING[8:10, 10:12] = 1  # with an island
-RING[6:12, 17:20] = 255  # and what belongs to no class
-
-
-@pytest.mark.parametrize("mask", [RING, blobs(60, 90, 6, 12), np.ones((5, 5), np.uint8)])
-def test_polygons_filled_again_are_the_mask(mask):
-    labels = Labels(tuple("abcdef"))
-    picture = np.zeros((*mask.shape, 3), np.uint8)
-    annotations = Segmentation(mask, labels, picture).polygons()
-    assert [a["category_id"] for a in annotations] == np.setdiff1d(mask, [255]).tolist()
-    for annotation in annotations:
-        inside = mask == annotation["category_id"]
-        assert np.array_equal(filled(annotation["segmentation"], *mask.shape), inside)
-        assert annotation["area"] == inside.sum()
-        rows, columns = np.nonzero(inside)
-        x, y, width, height = annotation["bbox"]
-        assert (x, y) == (columns.min(), rows.min())
-        assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
-
-
-def test_saved_polygons_are_a_coco_dataset(tmp_path):
-    Segmentation(RING, LABELS, np.zeros((20, 30, 3), np.uint8)).save(tmp_path, "a", ["polygons"])
-    content = json.loads((tmp_path / "polygons/a.json").read_text())
-    assert content["categories"] == [{"id": 0, "name": "dark"}, {"id": 1, "name": "bright"}]
-    assert content["images"] == [{"id": 1, "file_name": "a", "width": 30, "height": 20}]
-    assert [(a["id"], a["image_id"]) for a in content["annotations"]] == [(1, 1), (2, 1)]
-
-
 def test_areas_are_shares_of_the_pixels_by_name(picture):
     mask = np.zeros((48, 64), np.uint8)
     mask[:12] = 1

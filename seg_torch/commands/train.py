@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,11 +38,17 @@ def train(cfg: DictConfig) -> None:
     on_first_process(trainer, data.check_files)  # and downloads them
     task = _task(cfg, data, trainer, folder, resumed)
 
-    trainer.callbacks = [*_callbacks(cfg, folder), *trainer.callbacks]
+    best = Checkpoints(folder, "best", monitor="val/mean_iou")
     trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-    if trainer.loggers:
-        trainer.callbacks.insert(0, LearningRateMonitor("step"))
-    best = next(c for c in trainer.callbacks if isinstance(c, Checkpoints) and c.monitor)
+    trainer.callbacks += [  # type: ignore[attr-defined]
+        *([LearningRateMonitor("step")] if trainer.loggers else []),
+        History(folder),
+        SampleSheet(folder),
+        *(instantiate(node) for node in cfg.callbacks.values()),
+        best,
+        Checkpoints(folder, "last"),  # after all that it has to contain
+        StopOnSignal(folder),
+    ]
     if trainer.is_global_zero:
         _announce(cfg, trainer, task, data, folder)
 
@@ -98,17 +104,6 @@ def _task(
         ),
         seed=cfg.seed,
     )
-
-
-def _callbacks(cfg: DictConfig, folder: Path) -> list[Callback]:
-    return [
-        History(folder),
-        SampleSheet(folder),
-        *(instantiate(node) for node in cfg.callbacks.values()),
-        Checkpoints(folder, "best", monitor="val/mean_iou"),
-        Checkpoints(folder, "last"),
-        StopOnSignal(folder),
-    ]
 
 
 def _announce(

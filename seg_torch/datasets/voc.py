@@ -9,7 +9,7 @@ import numpy as np
 from torchvision.datasets import VOCSegmentation
 
 from seg_torch.datasets import base
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 
 VOC_LABELS = base.published_labels("voc")
 
@@ -53,8 +53,7 @@ def voc(
     """
     base.check_split(split)
     year = str(year)  # data.year=2012 on the command line is a number
-    if year not in YEARS:
-        raise InputError(f"unknown VOC year {year!r}; the years are {', '.join(YEARS)}")
+    check_choice("data.dataset.year", year, YEARS)
     devkit = f"{'TrainVal/' if year == '2011' else ''}VOCdevkit/VOC{year}"
     lists = f"{devkit}/ImageSets/Segmentation"
     has_test = year == "2007" and not halve_val

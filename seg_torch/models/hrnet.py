@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError
+from seg_torch.errors import check_choice
 from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import image_statistics, timm_model
 
@@ -96,10 +96,7 @@ def hrnet(
     Raises:
         InputError: Unknown encoder, or weights that cannot be loaded or do not fit.
     """
-    if not encoder.startswith("hrnet_"):
-        raise InputError(
-            f"model.encoder is {encoder!r}; use one of {', '.join(timm.list_models('hrnet_*'))}"
-        )
+    check_choice("model.encoder", encoder.split(".")[0], timm.list_models("hrnet_*"))
     branches = timm_model(
         encoder,
         weights,
