@@ -34,5 +34,6 @@ def ade20k(root: str | Path, split: str) -> base.SegmentationDataset:
     split = base.val_for_test(split, "ADE20K")
     part = "training" if split == "train" else "validation"
     entries = [f"ADEChallengeData2016/{kind}/{part}" for kind in ("images", "annotations")]
-    pairs = base.pair_files(*base.find(root, "ADE20K (SceneParsing)", entries, SOURCE))
+    images, masks = base.find(root, "ADE20K (SceneParsing)", entries, SOURCE)
+    pairs = base.pair_files(images, masks)
     return base.SegmentationDataset(pairs, ADE20K_LABELS, partial(base.read_mapped_mask, table=IDS))

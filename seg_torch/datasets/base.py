@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -28,7 +27,7 @@ from torchvision import tv_tensors
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
-from seg_torch.images import opened, read_image
+from seg_torch.images import image_size, opened, read_image
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
 
 log = logging.getLogger(__name__)
@@ -444,13 +443,8 @@ def _count_pixels(dataset: Any, index: int) -> np.ndarray | str:
         mask = np.asarray(dataset.mask(index))
         if isinstance(dataset, SegmentationDataset):
             pair = dataset.pairs[index]
-            with opened(pair.image) as image:
-                size = image.size[::-1]
-                # Pillow decodes a PNG to the end in search of an orientation, which is rare there.
-                if size != mask.shape or image.format != "PNG" or "exif" in image.info:
-                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                    size = size[::-1] if turned else size
-            _check_sizes(pair, size, mask)
+            if image_size(pair.image) != mask.shape:
+                _check_sizes(pair, read_image(pair.image).shape[:2], mask)
     except InputError as error:
         return str(error)
     return np.bincount(mask.ravel(), minlength=256)

@@ -48,6 +48,7 @@ def coco_stuff(root: str | Path, split: str) -> base.SegmentationDataset:
         "stuffthingmaps"
     )
     entries = [f"images/{split}2017", f"{maps}/{split}2017"]
-    pairs = base.pair_files(*base.find(root, "COCO-Stuff", entries, source))
+    images, masks = base.find(root, "COCO-Stuff", entries, source)
+    pairs = base.pair_files(images, masks)
     read_mask = partial(base.read_mapped_mask, table=IDS)
     return base.SegmentationDataset(pairs, COCO_STUFF_LABELS, read_mask)
