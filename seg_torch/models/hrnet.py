@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import check_choice
 from seg_torch.models.padding import pad_to_multiple
@@ -39,9 +40,7 @@ class HRNetV2(nn.Module):
         self.extra_background = extra_background
         channels = sum(cast(FeatureInfo, encoder.feature_info).channels())
         self.head = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
+            *Conv2dNormActivation(channels, channels, kernel_size=1),
             nn.Conv2d(channels, num_classes + extra_background, 1),
         )
 

@@ -108,7 +108,7 @@ def load_torchvision_weights(
     """Load torchvision's published weights by their name, or those of a file.
 
     Args:
-        model: A torchvision segmentation model.
+        model: A torchvision segmentation model, or the backbone of one.
         name: torchvision's for the model, such as `fcn_resnet50`.
         weights: torchvision's name for them, the path of a state dict, or `None` for none.
         new_layers: Prefixes of the names that may keep their random values.
@@ -138,6 +138,8 @@ def load_torchvision_weights(
             f"{Path(torch.hub.get_dir()) / 'checkpoints'} under the same name, or start from "
             "random weights with model.weights=null"
         ) from error
+    # A backbone is the features of torchvision's classifier of that name.
+    state_dict = {name.removeprefix("features."): v for name, v in state_dict.items()}
     load_matching_weights(model, state_dict, str(weights), new_layers)
 
 
