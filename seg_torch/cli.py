@@ -219,6 +219,7 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold
     # the same scores (sync_dist).
     notes = "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
+    notes += "|exists and is not empty"
     warnings.filterwarnings("ignore", f".*({notes})")
     state = HydraConfig.get()
     argv, environment = sys.argv, set(os.environ)
