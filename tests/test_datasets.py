@@ -552,7 +552,7 @@ def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
 
 def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(own, cache_folder, monkeypatch):
     check_folder(own)
-    assert len(list(cache_folder.rglob("*.json"))) == 2
+    assert len(list(cache_folder.rglob("*.npy"))) == 2
     read = []
     monkeypatch.setattr(
         "seg_torch.datasets.base._count_pixels", lambda dataset, i: read.append(i) or 0

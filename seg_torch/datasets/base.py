@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import inspect
-import json
 import logging
 import os
 import pickle
@@ -416,7 +415,7 @@ def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
     """
     remembered = _remembered(dataset)
     if remembered is not None and remembered.exists():
-        return np.array(json.loads(remembered.read_text(encoding="utf-8")))
+        return np.load(remembered)
     counts, problems = np.zeros(256, np.int64), []
     for found in track(
         in_threads(partial(_count_pixels, dataset), range(len(dataset))),
@@ -431,9 +430,8 @@ def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
             counts += found
     refuse(problems, f"of {len(dataset)} samples in {name} cannot be used")
     if remembered is not None:
-        text = json.dumps(counts.tolist())
         with suppress(OSError):  # the home folder may be read-only
-            write_atomically(remembered, lambda path: Path(path).write_text(text, encoding="utf-8"))
+            write_atomically(remembered, lambda path: np.save(path, counts))
     return counts
 
 
@@ -463,4 +461,4 @@ def _remembered(dataset: Any) -> Path | None:
     key = repr((stats, dataset.labels.to_dict(), source, options))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return cache / "seg_torch" / "checked" / f"{digest}.json"
+    return cache / "seg_torch" / "checked" / f"{digest}.npy"
