@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -91,10 +92,13 @@ if __name__ == "__main__":
         root = Path(folder)
         write_images(root)
         common = (f"checkpoint={root / 'model.ckpt'}", "trainer.precision=32-true", *sys.argv[1:])
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            peak = pool.apply(run, ("evaluate", *common, f"output_dir={root / 'scores'}"))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as pool:
+            output = f"output_dir={root / 'scores'}"
+            peak = pool.submit(run, "evaluate", *common, output).result()
+        with ProcessPoolExecutor(1, context) as pool:
             options = (f"input={root / 'images'}", f"output={root / 'out'}", "save=[mask]")
-            pool.apply(run, ("predict", *common, *options))
+            pool.submit(run, "predict", *common, *options).result()
         found = json.loads((root / "scores/test_metrics.json").read_text())["confusion_matrix"]
         same = np.array_equal(found, matrix_of_masks(root, root / "out/mask"))
         print(f"evaluate.py: {peak:.2f} GB above the loaded model (at most 2)")

@@ -44,6 +44,7 @@ INTERNAL = {"default", "from_checkpoint", "hydra_defaults"}
 # Settings below the top level that null would break.
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 HINTS = """\
 +key=value adds a setting, ~key removes one. With -m, key=a,b runs the command for each value.
@@ -155,8 +156,7 @@ def _groups(command: str, folder: Any = None) -> dict[str, list[str]]:
     """The choices that a user has in each group of a command's configuration."""
     config: Any = OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml")
     folders = [CONFIG_FOLDER, *([Path(folder)] if folder else [])]
-    entries = [entry for entry in config.defaults if isinstance(entry, DictConfig)]
-    names = [str(name) for entry in entries for name in entry]
+    names = [str(name) for e in config.defaults if isinstance(e, DictConfig) for name in e]
     return {
         name: sorted({p.stem for f in folders for p in f.glob(f"{name}/*.yaml")} - INTERNAL)
         for name in names
@@ -219,6 +219,7 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold
     # the same scores (sync_dist).
     notes = "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
+    notes += "|exists and is not empty"
     warnings.filterwarnings("ignore", f".*({notes})")
     state = HydraConfig.get()
     argv, environment = sys.argv, set(os.environ)
@@ -242,9 +243,8 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
             distributed: Any = sys.modules.get("torch.distributed")
             if distributed and distributed.is_available() and distributed.is_initialized():
                 distributed.destroy_process_group()
-            for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                if name not in environment:
-                    os.environ.pop(name, None)
+            for name in os.environ.keys() - environment:
+                del os.environ[name]
 
 
 # Errors
@@ -439,19 +439,16 @@ def _check_type(key: str, value: Any, default: Any) -> None:
         return
     items = value if isinstance(value, list) else [value]
     sample = default[0] if isinstance(default, list) and default else default
-    if isinstance(sample, bool):
-        right = all(isinstance(i, bool) for i in items)
-        right |= (key, value) == ("trainer.deterministic", "warn")
-        kind = "true or false"
-    elif isinstance(sample, int | float):
-        whole = isinstance(default, int) and items == [value]
-        kinds, kind = (int, "a whole number") if whole else ((int, float), "a number")
-        right = all(isinstance(i, kinds) and not isinstance(i, bool) for i in items)
-    else:
+    kind = type(sample)
+    if kind is int and list in (type(value), type(default)):
+        kind = float  # lists may mix them
+    if kind not in EXPECTED or (key, value) == ("trainer.deterministic", "warn"):
         return
-    if not right:
-        kind = kind.removeprefix("a ") + "s" if isinstance(default, list) else kind
-        raise InputError(f"{key}={_text(value)}: expected {kind}, such as {_text(default)}")
+    kinds = (int, float) if kind is float else (kind,)
+    if not all(type(item) in kinds for item in items):
+        expected = EXPECTED[kind]
+        expected = expected.removeprefix("a ") + "s" if isinstance(default, list) else expected
+        raise InputError(f"{key}={_text(value)}: expected {expected}, such as {_text(default)}")
 
 
 def _check_file(cfg: DictConfig, key: str, value: Any) -> None:

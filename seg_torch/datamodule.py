@@ -167,9 +167,8 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
-        dataset = _TrainingSamples(
-            self._samples("train", resize_labels=True), self.augment, self.seed
-        )
+        samples = self._samples("train", resize_labels=True)
+        dataset = _TrainingSamples(samples, self.augment, self.seed)
         sampler = EpochSampler(
             len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position
         )

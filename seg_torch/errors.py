@@ -1,5 +1,7 @@
 """The errors that are no bugs."""
 
+from collections.abc import Collection
+
 
 class InputError(ValueError):
     """The user gave something that cannot be used.
@@ -20,3 +22,18 @@ class StoppedError(Exception):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def check_choice(setting: str, value: object, choices: Collection[object]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Args:
+        setting: Its name on the command line.
+        value: What was given.
+        choices: What is possible.
+
+    Raises:
+        InputError: The value is something else.
+    """
+    if value not in choices:
+        raise InputError(f"{setting} is {value!r}; use one of {', '.join(map(str, choices))}")

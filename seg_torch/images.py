@@ -44,21 +44,22 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file of any format that Pillow reads.
+@contextmanager
+def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong while it is read becomes an InputError.
 
     Args:
         path: Of the file.
-
-    Returns:
-        The upright image, RGB, uint8 [H, W, 3].
+        kind: What it is to be, for the message.
 
     Raises:
         InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
     """
     try:
         with Image.open(path) as image:
-            return np.array(upright_rgb(image))
+            yield image
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
@@ -70,7 +71,7 @@ def read_image(path: str | Path) -> np.ndarray:
         if isinstance(error, UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
             reason = "the file is empty" if empty else "it is in no format that Pillow knows"
-        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
+        raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:
@@ -92,6 +93,22 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # as above; read_image will name the reason
         return None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file of any format that Pillow reads.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The upright image, RGB, uint8 [H, W, 3].
+
+    Raises:
+        InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
+    """
+    with opened(path) as image:
+        return np.array(upright_rgb(image))
 
 
 @contextmanager

@@ -193,28 +193,30 @@ def encode_segmap(
     if array.shape[-1:] != (3,) or array.dtype != np.uint8:
         raise InputError(f"expected uint8 [..., H, W, 3], found {array.dtype} {array.shape}")
     table, num_classes = _colour_table(palette)
-    ids = np.array([*range(num_classes), *([IGNORE_INDEX] if num_classes < 256 else [])])
-    weights = np.array([1 << 16, 1 << 8, 1], np.int32)
-    keys = table[ids].astype(np.int32) @ weights
-    order = np.argsort(keys, kind="stable")
-    keys, ids = keys[order], ids[order].astype(np.uint8)
-    if (keys[1:] == keys[:-1]).any():
-        double = int(keys[1:][keys[1:] == keys[:-1]][0])
+    ids = np.unique([*range(num_classes), IGNORE_INDEX]).astype(np.uint8)
+    keys, first, counts = np.unique(_codes(table[ids]), return_index=True, return_counts=True)
+    ids = ids[first]
+    if (counts > 1).any():
         raise InputError(
-            f"the palette gives the colour {(double >> 16, double >> 8 & 255, double & 255)} to "
-            "two classes, so colours cannot be turned back into ids"
+            f"the palette gives the colour {tuple(table[ids[counts > 1][0]].tolist())} to two "
+            "classes, so colours cannot be turned back into ids"
         )
-    codes = array[..., 0].astype(np.int32) << 16
-    codes |= array[..., 1].astype(np.int32) << 8
-    codes |= array[..., 2]
+    codes = _codes(array)
     position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
     unknown = keys[position] != codes
     if unknown.any():
-        first = tuple(int(i) for i in np.argwhere(unknown)[0])
-        colour = tuple(int(c) for c in array[first])
+        place = tuple(np.argwhere(unknown)[0].tolist())
+        colour = tuple(array[place].tolist())
         others = len(np.unique(codes[unknown])) - 1
         raise InputError(
-            f"colour {colour} at position {first} is not in the palette of {num_classes} classes "
-            f"({int((codes == codes[first]).sum())} pixels; {others} other unknown colours)"
+            f"colour {colour} at position {place} is not in the palette of {num_classes} classes "
+            f"({int((codes == codes[place]).sum())} pixels; {others} other unknown colours)"
         )
     return ids[position]
+
+
+def _codes(rgb: np.ndarray) -> np.ndarray:
+    """Return colours uint8 [..., 3] as one number each, int32 [...]."""
+    codes = rgb[..., 0].astype(np.int32) << 16
+    codes |= rgb[..., 1].astype(np.int32) << 8
+    return codes | rgb[..., 2]

@@ -25,8 +25,6 @@ class ConfusionMatrix(torchmetrics.Metric):
         num_classes: Number of classes C.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = False
 
     matrix: Tensor
@@ -90,8 +88,6 @@ class AveragePrecision(torchmetrics.Metric):
         num_classes: Number of classes C.
     """
 
-    is_differentiable = False
-    higher_is_better = True
     full_state_update = False
 
     counts: Tensor

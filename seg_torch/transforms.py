@@ -59,35 +59,29 @@ class RandomScaleCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         factor = torch.empty(1).uniform_(*self.scale).item()
-        params = {}
-        for side, full, target in zip("hw", tvf.get_size(flat_inputs[0]), self.size, strict=True):
+        params: dict[str, Any] = {}
+        before, after = [], []
+        full_size = tvf.get_size(flat_inputs[0])
+        for start, side, full, target in zip(
+            ("top", "left"), "hw", full_size, self.size, strict=True
+        ):
             window = max(1, round(target / factor))
             slack = full - window  # negative: the window sticks out of the image
-            low, high = min(0, slack), max(0, slack)
-            params[side] = window
-            params["top" if side == "h" else "left"] = int(torch.randint(low, high + 1, ()))
-        return params
+            first = int(torch.randint(min(0, slack), max(0, slack) + 1, ()))
+            before.append(max(-first, 0))
+            after.append(max(first + window - full, 0))
+            params |= {start: max(first, 0), side: window}
+        # As torchvision takes it: left, top, right, bottom.
+        return {**params, "padding": [*before[::-1], *after[::-1]]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        top, left, height, width = params["top"], params["left"], params["h"], params["w"]
-        full_height, full_width = inpt.shape[-2:]
-        window = inpt[
-            ...,
-            max(top, 0) : min(top + height, full_height),
-            max(left, 0) : min(left + width, full_width),
-        ]
-        padding = [
-            max(-left, 0),
-            max(-top, 0),
-            max(left + width - full_width, 0),
-            max(top + height - full_height, 0),
-        ]
-        if isinstance(inpt, tv_tensors.Mask):
-            if any(padding):
-                window = tvf.pad_mask(window, padding, fill=IGNORE_INDEX)
+        is_mask = isinstance(inpt, tv_tensors.Mask)
+        if any(params["padding"]):
+            fill: Any = IGNORE_INDEX if is_mask else list(PADDING_COLOUR)
+            inpt = tvf.pad(inpt, params["padding"], fill=fill)
+        window = tvf.crop(inpt, *(params[key] for key in ("top", "left", "h", "w")))
+        if is_mask:
             return tv_tensors.Mask(resize_mask(window, self.size))
-        if any(padding):
-            window = tvf.pad_image(window, padding, fill=list(PADDING_COLOUR))
         return tv_tensors.Image(resize_image(window, self.size))
 
 
@@ -120,10 +114,8 @@ def augment(
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
-        brightness, contrast, saturation = (
-            (jitter, jitter, jitter) if isinstance(jitter, int | float) else jitter
-        )
-        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+        changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
+        steps.append(v2.ColorJitter(*changes, hue))
     return v2.Compose(steps or [v2.Identity()])
 
 

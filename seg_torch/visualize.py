@@ -28,9 +28,8 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
     Returns:
         RGB image of W x H pixels.
     """
-    height, width = mask.shape
-    page = Image.new("RGB", (width, height))
-    for top in range(0, height, 256):  # bands, since the whole would take several copies
+    page = Image.new("RGB", mask.shape[::-1])
+    for top in range(0, len(mask), 256):  # bands, since the whole would take several copies
         rows = slice(top, top + 256)
         original = Image.fromarray(image[rows])
         colours = palette_image(mask[rows], labels).convert("RGB")
@@ -89,10 +88,7 @@ def side_by_side(
 
 
 def legend(
-    labels: Labels,
-    ids: Sequence[int] | None = None,
-    width: int = 640,
-    columns: int | None = None,
+    labels: Labels, ids: Sequence[int] | None = None, width: int = 640, columns: int | None = None
 ) -> Image.Image:
     """Draw the colour and the name of each class, in as many columns as `width` pixels hold.
 
@@ -119,9 +115,8 @@ def legend(
     draw = ImageDraw.Draw(page)
     for position, i in enumerate(ids):
         x, y = gap + position % columns * column, gap + position // columns * line
-        draw.rectangle(
-            (x, y, x + swatch, y + swatch), tuple(labels.palette[i].tolist()), (128, 128, 128)
-        )
+        colour = tuple(labels.palette[i].tolist())
+        draw.rectangle((x, y, x + swatch, y + swatch), colour, outline=(128, 128, 128))
         draw.text((x + swatch + gap, y + swatch / 2), labels.names[i], INK, font, anchor="lm")
     return page
 
@@ -151,9 +146,8 @@ def sample_sheet(
         # Shrinking averages colours, enlarging must not: pixels of small masks stay visible.
         shrinks = size[0] < image.shape[1]
         colour_filter = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
-        coloured = [
-            Image.fromarray(decode_segmap(m, labels)).resize(size, colour_filter) for m in maps
-        ]
+        masks_shown = [palette_image(m, labels).convert("RGB") for m in maps]
+        coloured = [item.resize(size, colour_filter) for item in masks_shown]
         rows.append([Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), *coloured])
     shown = np.unique(np.concatenate([m.ravel() for m in (*masks, *predictions)])).tolist()
     rows.append([legend(labels, [i for i in shown if i != IGNORE_INDEX], 3 * tile + 2 * GAP)])

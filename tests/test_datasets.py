@@ -21,13 +21,12 @@ from torchvision import tv_tensors
 from seg_torch import datasets
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.ade20k import ADE20K_LABELS
-from seg_torch.datasets.base import checked_pixels, checked_sample
+from seg_torch.datasets.base import checked_pixels, checked_sample, read_classes
 from seg_torch.datasets.camvid import CAMVID_LABELS
 from seg_torch.datasets.camvid32 import CAMVID32_LABELS, standard_split
 from seg_torch.datasets.cityscapes import CITYSCAPES_LABELS, to_label_ids, to_train_ids
 from seg_torch.datasets.clothing import CLOTHING_LABELS
 from seg_torch.datasets.coco_stuff import COCO_STUFF_LABELS
-from seg_torch.datasets.folder import read_classes
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
@@ -553,7 +552,7 @@ def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
 
 def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(own, cache_folder, monkeypatch):
     check_folder(own)
-    assert len(list(cache_folder.rglob("*.json"))) == 2
+    assert len(list(cache_folder.rglob("*.npy"))) == 2
     read = []
     monkeypatch.setattr(
         "seg_torch.datasets.base._count_pixels", lambda dataset, i: read.append(i) or 0

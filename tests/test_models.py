@@ -378,7 +378,7 @@ def test_deeplabv3_takes_the_imagenet_weights_of_its_backbone(tmp_path):
 
 
 def test_imagenet_weights_that_cannot_be_downloaded_are_one_message():
-    with pytest.raises(InputError, match=r"ImageNet weights of resnet50.*model\.weights=null"):
+    with pytest.raises(InputError, match=r"resnet50.*model\.weights=null"):
         deeplabv3(NUM_CLASSES, "resnet50", "imagenet")
 
 

@@ -65,6 +65,8 @@ def test_d32_the_wheel_holds_every_configuration_and_works_without_the_sources(w
     files = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
     assert files == {path.relative_to(packed) for path in packed.rglob("*.yaml")}
     assert (tmp_path / "site/seg_torch/py.typed").is_file()
+    classes = {path.name for path in (ROOT / "seg_torch/datasets/classes").iterdir()}
+    assert classes == {p.name for p in (tmp_path / "site/seg_torch/datasets/classes").iterdir()}
     (tmp_path / "empty").mkdir()
 
     def run(*line: str) -> str:

@@ -6,28 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
-# The first name of each line in the challenge's objectInfo150.txt, most frequent class first.
-NAMES = (
-    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, "
-    "sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, "
-    "painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, "
-    "rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, "
-    "chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, "
-    "grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway, "
-    "river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, "
-    "countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, "
-    "arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, "
-    "streetlight, booth, television, airplane, dirt track, apparel, pole, land, "
-    "bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, "
-    "conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, "
-    "waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, "
-    "microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, "
-    "sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, "
-    "bulletin board, shower, radiator, glass, clock, flag"
-)
-ADE20K_LABELS = Labels(tuple(NAMES.split(", ")))
+ADE20K_LABELS = base.published_labels("ade20k")
+SOURCE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
 IDS = base.id_table({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
 
@@ -51,12 +33,7 @@ def ade20k(root: str | Path, split: str) -> base.SegmentationDataset:
     """
     split = base.val_for_test(split, "ADE20K")
     part = "training" if split == "train" else "validation"
-    folder = base.find_root(
-        root,
-        "ADE20K (SceneParsing)",
-        [f"ADEChallengeData2016/{kind}/{part}" for kind in ("images", "annotations")],
-        "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-    )
-    folder = folder / "ADEChallengeData2016"
-    pairs = base.pair_files(folder / "images" / part, folder / "annotations" / part)
+    entries = [f"ADEChallengeData2016/{kind}/{part}" for kind in ("images", "annotations")]
+    images, masks = base.find(root, "ADE20K (SceneParsing)", entries, SOURCE)
+    pairs = base.pair_files(images, masks)
     return base.SegmentationDataset(pairs, ADE20K_LABELS, partial(base.read_mapped_mask, table=IDS))

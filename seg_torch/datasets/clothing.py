@@ -7,17 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from seg_torch.datasets import base
-from seg_torch.labels import Labels
 
-# The names in the dataset's label_list.mat; null, the background, is a class.
-NAMES = (
-    "null accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs "
-    "coat dress earrings flats glasses gloves hair hat heels hoodie intimate jacket jeans "
-    "jumper leggings loafers necklace panties pants pumps purse ring romper sandals scarf "
-    "shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater "
-    "sweatshirt swimwear t-shirt tie tights top vest wallet watch wedges"
-)
-CLOTHING_LABELS = Labels(tuple(NAMES.split()))
+CLOTHING_LABELS = base.published_labels("clothing")
+SOURCE = "git clone https://github.com/bearpaw/clothing-co-parsing"
 
 
 def read_clothing_mask(path: Path) -> np.ndarray:
@@ -45,14 +37,9 @@ def clothing(root: str | Path, split: str, limit: int | None = None) -> base.Seg
         InputError: The split is unknown, there is no such dataset, or an annotation has no image.
     """
     split = base.val_for_test(split, "Clothing Co-Parsing")
-    folder = base.find_root(
-        root,
-        "Clothing Co-Parsing",
-        ["photos", "annotations/pixel-level"],
-        "git clone https://github.com/bearpaw/clothing-co-parsing",
-    )
-    pairs = base.pair_files(folder / "photos", folder / "annotations/pixel-level", ".jpg", ".mat")
-    pairs = pairs[:limit]
+    entries = ["photos", "annotations/pixel-level"]
+    images, masks = base.find(root, "Clothing Co-Parsing", entries, SOURCE)
+    pairs = base.pair_files(images, masks, ".jpg", ".mat")[:limit]
     order = np.random.RandomState(0).permutation(len(pairs))  # scikit-learn's generator
     held_out = -(-len(pairs) // 5)
     chosen = order[held_out:] if split == "train" else order[:held_out]

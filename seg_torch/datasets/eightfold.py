@@ -13,16 +13,28 @@ from torchvision.transforms.v2 import functional as tvf
 
 from seg_torch.transforms import resize_image, resize_mask
 
-VARIANTS = (
-    "original",
-    "brightness",
-    "gamma",
-    "hue",
-    "central crop",
-    "horizontal flip",
-    "vertical flip",
-    "rotation",
-)
+
+def central_crop(pixels: torch.Tensor) -> torch.Tensor:
+    """Return the middle 0.7 of an image or mask [..., S, S], as TensorFlow rounds it."""
+    side = pixels.shape[-1]
+    margin = int((side - side * 0.7) / 2)
+    return pixels[..., margin : side - margin, margin : side - margin]
+
+
+# Of images float [3, H, W] in [0, 1].
+COLOURS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "brightness": lambda image: image + 0.1,
+    "gamma": lambda image: image**0.1,
+    "hue": lambda image: tvf.adjust_hue(image, -0.1),
+}
+# Of images and masks [..., S, S].
+PLACES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "central crop": central_crop,
+    "horizontal flip": lambda pixels: pixels.flip(-1),
+    "vertical flip": lambda pixels: pixels.flip(-2),
+    "rotation": lambda pixels: pixels.rot90(1, (-2, -1)),
+}
+VARIANTS = ("original", *COLOURS, *PLACES)
 
 
 def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place: Any) -> Any:
@@ -89,28 +101,11 @@ class EightFold(Dataset):
 
 def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
     """Return the image uint8 [3, H, W] with the colours of a variant, the same shape and type."""
-    scaled = image / 255
-    if variant == "brightness":
-        scaled = scaled + 0.1
-    elif variant == "gamma":
-        scaled = scaled**0.1
-    elif variant == "hue":
-        scaled = tvf.adjust_hue(scaled, -0.1)
-    else:
+    if variant not in COLOURS:
         return image
-    return (scaled * 255).round().clamp(max=255).to(torch.uint8)
+    return (COLOURS[variant](image / 255) * 255).round().clamp(max=255).to(torch.uint8)
 
 
 def change_place(pixels: torch.Tensor, variant: str) -> torch.Tensor:
     """Return image or mask [..., S, S] with the geometry of a variant; the crop is [..., s, s]."""
-    if variant == "central crop":
-        side = pixels.shape[-1]
-        margin = int((side - side * 0.7) / 2)
-        return pixels[..., margin : side - margin, margin : side - margin]
-    if variant == "horizontal flip":
-        return pixels.flip(-1)
-    if variant == "vertical flip":
-        return pixels.flip(-2)
-    if variant == "rotation":
-        return pixels.rot90(1, (-2, -1))
-    return pixels
+    return PLACES[variant](pixels) if variant in PLACES else pixels

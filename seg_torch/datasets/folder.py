@@ -15,6 +15,7 @@ from torch import Tensor
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
+from seg_torch.images import opened
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
@@ -55,11 +56,11 @@ def folder(
         "put your images in images/, masks of the same names in masks/, and write the class names "
         "to classes.txt, one per line"
     )
-    home = base.find_root(root, "A dataset of your own", ["images", "masks"], source)
-    pairs = _pair(home / "images", home / "masks")
+    images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
+    home, pairs = images.parent, _pair(images, masks)
     if not (home / "classes.txt").exists():
         raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
-    labels, has_colours = read_classes(home / "classes.txt")
+    labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
@@ -89,37 +90,6 @@ def write_folder(
     )
 
 
-def read_classes(path: Path) -> tuple[Labels, bool]:
-    """Return the classes in a `classes.txt`, and whether it gives their colours.
-
-    Raises:
-        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
-            of the classes only.
-    """
-    names, colours = [], []
-    for line in base.read_list(path):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
-        names.append(match[1] if match else line)
-        if match:
-            colours.append([int(value) for value in match.groups()[1:]])
-    if not names:
-        raise InputError(f"{path}: holds no class names; write one per line")
-    if 0 < len(colours) < len(names):
-        raise InputError(
-            f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
-            "(name R G B) or none"
-        )
-    try:
-        if colours:
-            return Labels(tuple(names), np.array(colours)), True
-        return Labels(tuple(names)), False
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     """Return a mask of colours or of class ids, told apart by the kind of the file as in `folder`.
 
@@ -133,7 +103,7 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     Raises:
         InputError: The file cannot be read, or holds colours without a class.
     """
-    with base.opened(path) as image:
+    with opened(path, "a mask") as image:
         mode = image.mode
     all_grey = palette is not None and bool((palette == palette[:, :1]).all())
     if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
@@ -205,40 +175,36 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 def _pair(images: Path, masks: Path) -> list[base.Pair]:
     """Return all pairs, sorted by name; every image and mask has to have exactly one partner."""
-    stems: list[dict[str, list[Path]]] = []
-    for home in (images, masks):
-        files: dict[str, list[Path]] = {}
+    found: dict[str, tuple[list[Path], list[Path]]] = {}
+    for kind, home in enumerate((images, masks)):
         for path in sorted(home.rglob("*")):
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                 name = path.relative_to(home).with_suffix("").as_posix()
-                files.setdefault(name, []).append(path)
-        stems.append(files)
-    image_files, mask_files = stems
-    if not image_files and not mask_files:
+                found.setdefault(name, ([], []))[kind].append(path)
+    if not found:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(SUFFIXES)})")
-    problems = [f"{image_files[n][0]}: no mask" for n in image_files.keys() - mask_files.keys()]
-    problems += [f"{mask_files[n][0]}: no image" for n in mask_files.keys() - image_files.keys()]
-    for files in stems:
-        problems += [
-            f"{paths[0]}: ambiguous, there is also {', '.join(path.name for path in paths[1:])}"
-            for paths in files.values()
-            if len(paths) > 1
-        ]
+    problems = []
+    for image_files, mask_files in found.values():
+        if not image_files or not mask_files:
+            lacking = "mask" if image_files else "image"
+            problems.append(f"{(image_files or mask_files)[0]}: no {lacking}")
+        for first, *others in filter(None, (image_files, mask_files)):
+            if others:
+                names = ", ".join(path.name for path in others)
+                problems.append(f"{first}: ambiguous, there is also {names}")
     base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return [
-        base.Pair(name, image_files[name][0], mask_files[name][0]) for name in sorted(image_files)
-    ]
+    return [base.Pair(name, *(paths[0] for paths in found[name])) for name in sorted(found)]
 
 
 def _how_to_write_classes(path: Path, pairs: Sequence[base.Pair]) -> str:
     """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
     found: set[tuple[int, ...]] = set()
     for pair in pairs[:: -(-len(pairs) // 20)]:
-        with base.opened(pair.mask) as mask:
+        with opened(pair.mask, "a mask") as mask:
             kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
             pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
-        found |= {tuple(int(v) for v in value) for value in values}
+        found |= {*map(tuple, values.tolist())}
     values_found = sorted(found)
     if len(values_found[0]) == 1:
         ids = [value for (value,) in values_found]
@@ -249,9 +215,8 @@ def _how_to_write_classes(path: Path, pairs: Sequence[base.Pair]) -> str:
             lines = ["background 0 0 0", "object 255 255 255"]
     else:
         what = f"the colours {', '.join(map(str, values_found[:20]))}"
-        lines = [
-            f"class {i} {' '.join(map(str, value))}" for i, value in enumerate(values_found[:20])
-        ]
+        colours = [" ".join(map(str, value)) for value in values_found[:20]]
+        lines = [f"class {i} {colour}" for i, colour in enumerate(colours)]
     return (
         f"{path} is missing: it names the classes, one per line, in the order of their ids. The "
         f"masks that were looked at hold {what}. So write, with names of your own:\n"

@@ -13,6 +13,11 @@ from seg_torch.labels import Labels
 
 PET_LABELS = Labels(("pet", "background", "outline"))
 
+SOURCE = (
+    "data.download=true, or images.tar.gz and annotations.tar.gz from "
+    "https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked in oxford-iiit-pet"
+)
+
 IDS = base.id_table({1: 0, 2: 1, 3: 2})
 
 
@@ -43,16 +48,10 @@ def pet(root: str | Path, split: str, download: bool = False) -> base.Segmentati
                 f"Oxford-IIIT Pet could not be downloaded to {root}: {error}"
             ) from None
     listing = "trainval.txt" if split == "train" else "test.txt"
-    entries = ("images", "annotations/trimaps", f"annotations/{listing}")
-    folder = base.find_root(
-        root,
-        "Oxford-IIIT Pet",
-        [f"oxford-iiit-pet/{entry}" for entry in entries],
-        "data.download=true, or images.tar.gz and annotations.tar.gz from "
-        "https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked in oxford-iiit-pet",
-    )
-    folder = folder / "oxford-iiit-pet"
+    entries = ["images", "annotations/trimaps", f"annotations/{listing}"]
+    entries = [f"oxford-iiit-pet/{entry}" for entry in entries]
+    images, masks, listed = base.find(root, "Oxford-IIIT Pet", entries, SOURCE)
     # "Abyssinian_100 1 1 1": the name, then class, species and breed.
-    names = [line.split()[0] for line in base.read_list(folder / "annotations" / listing)]
-    pairs = base.pair_files(folder / "images", folder / "annotations/trimaps", names=names)
+    names = [line.split()[0] for line in base.read_list(listed)]
+    pairs = base.pair_files(images, masks, names=names)
     return base.SegmentationDataset(pairs, PET_LABELS, partial(base.read_mapped_mask, table=IDS))

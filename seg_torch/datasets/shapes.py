@@ -9,28 +9,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import SPLITS, check_split
+from seg_torch.datasets.base import SPLITS, as_sample, check_split, published_labels
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
-SHAPES_LABELS = Labels(
-    ("background", "disc", "square", "triangle", "star", "ring"),
-    np.array(
-        [
-            (38, 40, 54),
-            (239, 83, 80),
-            (66, 165, 245),
-            (255, 202, 40),
-            (102, 187, 106),
-            (171, 91, 208),
-        ]
-    ),
-)
+SHAPES_LABELS = published_labels("shapes")
 
 
 class Shape(NamedTuple):
@@ -181,11 +168,7 @@ class Shapes(Dataset):
             above = _paint(rng, self.size, window, vivid=1) * light[..., None]
             image[window] = below + cover * (above - below)
         image += 6 * rng.standard_normal(image.shape, np.float32)
-        pixels = torch.from_numpy(np.rint(image).clip(0, 255).astype(np.uint8))
-        return (
-            tv_tensors.Image(pixels.permute(2, 0, 1).contiguous()),
-            tv_tensors.Mask(torch.from_numpy(self._mask(scene))),
-        )
+        return as_sample(np.rint(image).clip(0, 255).astype(np.uint8), self._mask(scene))
 
 
 def shapes(

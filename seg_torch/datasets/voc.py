@@ -9,14 +9,14 @@ import numpy as np
 from torchvision.datasets import VOCSegmentation
 
 from seg_torch.datasets import base
-from seg_torch.errors import InputError
-from seg_torch.labels import Labels
+from seg_torch.errors import InputError, check_choice
 
-NAMES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
+VOC_LABELS = base.published_labels("voc")
+
+SBD_SOURCE = (
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+    "benchmark.tgz, unpacked there"
 )
-VOC_LABELS = Labels(tuple(NAMES.split()))
 
 YEARS = ("2007", "2008", "2009", "2010", "2011", "2012")
 
@@ -53,8 +53,7 @@ def voc(
     """
     base.check_split(split)
     year = str(year)  # data.year=2012 on the command line is a number
-    if year not in YEARS:
-        raise InputError(f"unknown VOC year {year!r}; the years are {', '.join(YEARS)}")
+    check_choice("data.dataset.year", year, YEARS)
     devkit = f"{'TrainVal/' if year == '2011' else ''}VOCdevkit/VOC{year}"
     lists = f"{devkit}/ImageSets/Segmentation"
     has_test = year == "2007" and not halve_val
@@ -67,18 +66,13 @@ def voc(
         except (OSError, RuntimeError) as error:
             raise InputError(f"VOC {year} could not be downloaded to {root}: {error}") from None
     entries = [f"{devkit}/JPEGImages", f"{devkit}/SegmentationClass", f"{lists}/{listing}.txt"]
-    folder = base.find_root(
-        root,
-        f"PASCAL VOC {year}",
-        entries,
-        f"data.download=true, or http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/",
-    )
-    names = base.read_list(folder / lists / f"{listing}.txt")
+    source = f"data.download=true, or http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/"
+    images, masks, listed = base.find(root, f"PASCAL VOC {year}", entries, source)
+    names = base.read_list(listed)
     if halve_val and split != "train":
         random.Random(42).shuffle(names)
         half = len(names) // 2
         names = names[:half] if split == "val" else names[half:]
-    images, masks = folder / devkit / "JPEGImages", folder / devkit / "SegmentationClass"
     return base.SegmentationDataset(base.pair_files(images, masks, names=names), VOC_LABELS)
 
 
@@ -118,16 +112,10 @@ def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
     folder = Path(root).expanduser()
     bare = (folder / "cls").exists() and not (folder / "benchmark_RELEASE").exists()
     dataset = "" if bare else "benchmark_RELEASE/dataset/"
-    base.find_root(
-        root,
-        "SBD",
-        [dataset + entry for entry in ("img", "cls", "train.txt", "val.txt")],
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
-        "benchmark.tgz, unpacked there",
-    )
+    entries = [dataset + entry for entry in ("img", "cls", "train.txt", "val.txt")]
+    images, masks, *lists = base.find(root, "SBD", entries, SBD_SOURCE)
     own, val = voc(root, "train").pairs, {pair.name for pair in voc(root, "val").pairs}
-    sbd = folder / dataset
-    listed = base.read_list(sbd / "train.txt") + base.read_list(sbd / "val.txt")
-    names = sorted(set(listed) - val - {pair.name for pair in own})
-    added = base.pair_files(sbd / "img", sbd / "cls", ".jpg", ".mat", names)
+    listed = {name for path in lists for name in base.read_list(path)}
+    names = sorted(listed - val - {pair.name for pair in own})
+    added = base.pair_files(images, masks, ".jpg", ".mat", names)
     return base.SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)

@@ -8,7 +8,7 @@ from torchvision.models import get_model
 from torchvision.models import segmentation as tv
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.models.fcn import head_logits
 from seg_torch.models.weights import load_torchvision_weights
 
@@ -72,23 +72,15 @@ def deeplabv3(
     Raises:
         InputError: Unknown backbone or weights, or weights that cannot be loaded.
     """
-    if backbone not in _BACKBONES:
-        raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
+    check_choice("model.backbone", backbone, _BACKBONES)
     name = f"deeplabv3_{backbone}"
-    # Its default would be downloaded even with weights=None.
-    of_backbone = "IMAGENET1K_V1" if weights == "imagenet" else None
-    try:
-        parts = get_model(name, weights_backbone=of_backbone, num_classes=num_classes, aux_loss=aux)
-    except Exception as error:  # no network, or whatever torch.load makes of a broken file
-        if weights != "imagenet":
-            raise
-        raise InputError(
-            f"cannot load the ImageNet weights of {backbone} ({error}); start from random ones "
-            "with model.weights=null, or give model.weights=FILE"
-        ) from error
+    # weights_backbone: its default would be downloaded even with weights=None.
+    parts = get_model(name, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
     in_channels = parts.classifier[0].convs[0][0].in_channels
     classifier = DeepLabHead(in_channels, num_classes, atrous_rates)
     model = DeepLabV3(parts.backbone, classifier, parts.aux_classifier)
-    if weights not in (None, "imagenet"):
+    if weights == "imagenet":
+        load_torchvision_weights(model.backbone, backbone, "IMAGENET1K_V1", ())
+    else:
         load_torchvision_weights(model, name, weights, ("classifier.4.", "aux_classifier."))
     return model

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.models import get_model
 from torchvision.models import segmentation as tv
 
-from seg_torch.errors import InputError
+from seg_torch.errors import check_choice
 from seg_torch.models.weights import load_torchvision_weights
 
 _BACKBONES = ("resnet50", "resnet101")
@@ -71,12 +71,10 @@ def fcn(
     Raises:
         InputError: Unknown backbone or weights, or weights that cannot be loaded.
     """
-    if backbone not in _BACKBONES:
-        raise InputError(f"model.backbone is {backbone!r}; use one of {', '.join(_BACKBONES)}")
+    check_choice("model.backbone", backbone, _BACKBONES)
     name = f"fcn_{backbone}"
     # weights_backbone: its default would be downloaded even with weights=None.
     parts = get_model(name, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
     model = FCN(parts.backbone, parts.classifier, parts.aux_classifier)
-    if weights is not None:
-        load_torchvision_weights(model, name, weights, ("classifier.4.", "aux_classifier."))
+    load_torchvision_weights(model, name, weights, ("classifier.4.", "aux_classifier."))
     return model

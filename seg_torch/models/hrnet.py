@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
-from seg_torch.errors import InputError
+from seg_torch.errors import check_choice
 from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import image_statistics, timm_model
 
@@ -39,9 +40,7 @@ class HRNetV2(nn.Module):
         self.extra_background = extra_background
         channels = sum(cast(FeatureInfo, encoder.feature_info).channels())
         self.head = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
+            *Conv2dNormActivation(channels, channels, kernel_size=1),
             nn.Conv2d(channels, num_classes + extra_background, 1),
         )
 
@@ -96,10 +95,7 @@ def hrnet(
     Raises:
         InputError: Unknown encoder, or weights that cannot be loaded or do not fit.
     """
-    if not encoder.startswith("hrnet_"):
-        raise InputError(
-            f"model.encoder is {encoder!r}; use one of {', '.join(timm.list_models('hrnet_*'))}"
-        )
+    check_choice("model.encoder", encoder.split(".")[0], timm.list_models("hrnet_*"))
     branches = timm_model(
         encoder,
         weights,

@@ -55,7 +55,6 @@ def lraspp(num_classes: int, weights: str | Path | None = "COCO_WITH_VOC_LABELS_
     name = "lraspp_mobilenet_v3_large"
     parts = get_model(name, weights_backbone=None, num_classes=num_classes)
     model = LRASPP(parts.backbone, parts.classifier)
-    if weights is not None:
-        new_layers = ("classifier.low_classifier.", "classifier.high_classifier.")
-        load_torchvision_weights(model, name, weights, new_layers)
+    new_layers = ("classifier.low_classifier.", "classifier.high_classifier.")
+    load_torchvision_weights(model, name, weights, new_layers)
     return model

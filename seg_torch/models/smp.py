@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
 from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import (
@@ -100,10 +100,7 @@ def smp(
         ) from error
 
     architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
-    if architecture not in architectures:
-        raise InputError(
-            f"model.architecture is {architecture!r}; use one of {', '.join(architectures)}"
-        )
+    check_choice("model.architecture", architecture, architectures)
     encoders = library.encoders.get_encoder_names()
     if encoder not in encoders and not encoder.startswith("tu-"):
         nearest = difflib.get_close_matches(encoder, encoders, n=3)

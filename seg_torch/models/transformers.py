@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
 from seg_torch.models.weights import download_from_hugging_face, log_loading
 
@@ -82,11 +82,7 @@ def transformers(
             f"this model needs transformers ({error}); install it with pip install transformers"
         ) from error
 
-    if config.get("model_type") not in MODEL_NAMES:
-        raise InputError(
-            f"model.config.model_type is {config.get('model_type')!r}; use one of "
-            f"{', '.join(MODEL_NAMES)}"
-        )
+    check_choice("model.config.model_type", config.get("model_type"), MODEL_NAMES)
     if "attn_implementation" in str(config):
         # It can name code on the Hub, and the configuration may come from anybody's checkpoint.
         raise InputError("model.config must not choose an attn_implementation")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import InputError
 from seg_torch.models.weights import image_statistics, timm_model
@@ -69,12 +70,8 @@ class DecoderStage(nn.Module):
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(in_channels + skip_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            *Conv2dNormActivation(in_channels + skip_channels, out_channels),
+            *Conv2dNormActivation(out_channels, out_channels),
         )
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:

@@ -17,21 +17,11 @@ from seg_torch.models.weights import timm_model
 _SKIPS = {
     # Keras: block_1_expand_relu, block_3_expand_relu, block_6_expand_relu, block_13_expand_relu,
     # block_16_project, which is the convolution without its BatchNorm
-    "mobilenetv2": (
-        "blocks.1.0.bn1",
-        "blocks.2.0.bn1",
-        "blocks.3.0.bn1",
-        "blocks.5.0.bn1",
-        "blocks.6.0.conv_pwl",
-    ),
+    "mobilenetv2": "blocks.1.0.bn1 blocks.2.0.bn1 blocks.3.0.bn1 blocks.5.0.bn1 "
+    "blocks.6.0.conv_pwl",
     # Keras: conv1/relu, pool2_relu, pool3_relu, pool4_relu, relu
-    "densenet": (
-        "features.norm0",
-        "features.transition1.norm",
-        "features.transition2.norm",
-        "features.transition3.norm",
-        "features.norm5",
-    ),
+    "densenet": "features.norm0 features.transition1.norm features.transition2.norm "
+    "features.transition3.norm features.norm5",
 }
 
 
@@ -68,13 +58,9 @@ class TransposedUNet(EncoderDecoder):
         *skip_channels, in_channels = self.encoder_channels
         self.decoder = nn.ModuleList()
         for channels, skip in zip((512, 256, 128, 64), reversed(skip_channels), strict=True):
-            self.decoder.append(
-                nn.Sequential(
-                    _doubling(in_channels, channels, bias=False),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(inplace=True),
-                )
-            )
+            doubling = _doubling(in_channels, channels, bias=False)
+            stage = nn.Sequential(doubling, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+            self.decoder.append(stage)
             in_channels = channels + skip
         self.classifier = _doubling(in_channels, num_classes)
 
@@ -126,17 +112,17 @@ def unet_transposed(
     if family is None:
         timm_encoder = timm_model(encoder, weights, features_only=True)
     else:
-        timm_encoder = _features_of(timm_model(encoder, weights, num_classes=0), _SKIPS[family])
+        whole = timm_model(encoder, weights, num_classes=0)
+        timm_encoder = _features_of(whole, _SKIPS[family].split())
     return TransposedUNet(timm_encoder, num_classes, freeze_encoder)
 
 
 def _features_of(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     """Turn a timm model into an encoder that returns what these five layers of it give."""
-    channels = [len(model.get_parameter(f"{layer}.weight")) for layer in layers]
-    feature_info = [
-        {"module": layer, "num_chs": num_chs, "reduction": stride}
-        for layer, num_chs, stride in zip(layers, channels, (2, 4, 8, 16, 32), strict=True)
-    ]
+    feature_info = []
+    for layer, stride in zip(layers, (2, 4, 8, 16, 32), strict=True):
+        channels = len(model.get_parameter(f"{layer}.weight"))
+        feature_info.append({"module": layer, "num_chs": channels, "reduction": stride})
     model.feature_info = feature_info  # type: ignore[assignment]
     encoder = FeatureGraphNet(model, out_indices=(0, 1, 2, 3, 4))
     encoder.pretrained_cfg = model.pretrained_cfg

@@ -103,19 +103,21 @@ def log_loading(source: str, total: int, new: Collection[str], skipped: Collecti
 
 
 def load_torchvision_weights(
-    model: nn.Module, name: str, weights: str | Path, new_layers: tuple[str, ...]
+    model: nn.Module, name: str, weights: str | Path | None, new_layers: tuple[str, ...]
 ) -> None:
     """Load torchvision's published weights by their name, or those of a file.
 
     Args:
-        model: A torchvision segmentation model.
+        model: A torchvision segmentation model, or the backbone of one.
         name: torchvision's for the model, such as `fcn_resnet50`.
-        weights: torchvision's name for them, or the path of a state dict.
+        weights: torchvision's name for them, the path of a state dict, or `None` for none.
         new_layers: Prefixes of the names that may keep their random values.
 
     Raises:
         InputError: `weights` is neither, cannot be downloaded, or does not fit the model.
     """
+    if weights is None:
+        return
     published = get_model_weights(name)
     if str(weights) not in published.__members__:
         if not Path(weights).is_file():
@@ -136,6 +138,8 @@ def load_torchvision_weights(
             f"{Path(torch.hub.get_dir()) / 'checkpoints'} under the same name, or start from "
             "random weights with model.weights=null"
         ) from error
+    # A backbone is the features of torchvision's classifier of that name.
+    state_dict = {name.removeprefix("features."): v for name, v in state_dict.items()}
     load_matching_weights(model, state_dict, str(weights), new_layers)
 
 
