@@ -161,10 +161,10 @@ def _check_target(target: str, packages: Sequence[str]) -> None:
     inside = any(target.startswith(f"{package}.") for package in packages)
     # The name alone proves little: `seg_torch.models.weights.torch.hub.load` begins well, too.
     try:
-        home = getattr(hydra.utils.get_object(target), "__module__", "") if inside else ""
+        home = getattr(hydra.utils.get_object(target), "__module__", None) if inside else None
     except (ImportError, ValueError):
         raise InputError(f"the checkpoint names {target}, which is not installed") from None
-    if not any(home == package or home.startswith(f"{package}.") for package in packages):
+    if not any(f"{home}.".startswith(f"{package}.") for package in packages):
         raise InputError(
             f"the checkpoint wants to run {target}, which is outside the packages that "
             f"checkpoints may use ({', '.join(packages)}); if you trust the file, pass "

@@ -85,6 +85,7 @@ def test_a_folder_without_a_best_checkpoint_is_refused_with_what_it_would_hold(t
         "seg_torch.models.weights.torch.hub.load",
         "seg_torch.models.unet.__globals__",
         "seg_torch.models.network.log.info",
+        "seg_torch.models.network.log.name.join",
         "seg_torch.modelsevil.run",
         "builtins.eval",
     ],
