@@ -2,9 +2,9 @@
 
     python benchmarks/predict.py DATA/clothing-co-parsing
 
-* a folder of photos through predict.py against the bare network on tensors in memory
+* a folder of images through predict.py against the bare network on tensors in memory
 * DeepLabv3-ResNet101 on 520 x 520 against the plain torchvision loop in float32
-* the memory that a picture of 12,000 x 9,000 pixels takes
+* the memory that an image of 12,000 x 9,000 pixels takes
 """
 
 import logging
@@ -28,6 +28,8 @@ from seg_torch.commands.predict import predict
 from seg_torch.datasets import clothing
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.images import pixel_limit, read_image
+from seg_torch.inference import upsample
+from seg_torch.models import deeplabv3 as our_deeplabv3
 from seg_torch.models import unet
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 from seg_torch.transforms import resize_image, resize_mask
@@ -67,13 +69,18 @@ def train_a_little(model: nn.Module, photos: list[np.ndarray], masks: Tensor) ->
         top, left = torch.randint(0, 260, (2,)).tolist()
         crop = (..., slice(top, top + 260), slice(left, left + 260))
         x = images[crop].contiguous(memory_format=torch.channels_last)
-        with hardware.autocast(torch.device("cpu")):
-            logits = model(x)["out"]
+        with autocast():
+            logits = upsample(model(x)["out"], masks[crop].shape[-2:])
         loss = nn.functional.cross_entropy(logits.float(), masks[crop])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval().to(memory_format=torch.contiguous_format)
+
+
+def autocast() -> torch.autocast:
+    """The precision that predict.py chooses here."""
+    return hardware.autocast(hardware.resolve_precision("auto", "cpu"), "cpu")
 
 
 def fastest(function: Callable[[], object], times: int = 5) -> float:
@@ -91,9 +98,9 @@ def bare_network(paths: list[Path], weights: Path) -> list[float]:
     network = Segmenter.load(weights, device="cpu").network
     tensors = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
     times = [time.time()]
-    with torch.inference_mode(), hardware.autocast(torch.device("cpu")):
+    with torch.inference_mode(), autocast():
         for tensor in tensors:
-            network.logits(tensor, tensor.shape[-2:]).argmax(1)
+            upsample(network(tensor)["out"], tensor.shape[-2:]).argmax(1)
             times.append(time.time())
     return times
 
@@ -155,7 +162,7 @@ def folder_of_photos(root: Path, scratch: Path) -> None:
 
 
 def deeplabv3(root: Path) -> None:
-    """Seconds a picture of Segmenter and of the loop in torchvision's documentation."""
+    """Seconds per image of Segmenter and of the loop in torchvision's documentation."""
     photos, masks = photos_and_masks(root)
     published = Path(torch.hub.get_dir(), "checkpoints/deeplabv3_resnet101_coco-586e9e4e.pth")
     torch.manual_seed(0)
@@ -174,7 +181,9 @@ def deeplabv3(root: Path) -> None:
 
     plain_masks = [plain(photo).numpy() for photo in photos]
     plain_seconds = fastest(lambda: plain(photos[0]))
-    segmenter = Segmenter(Network(model), VOC_LABELS, device="cpu")
+    ours = our_deeplabv3(len(VOC_LABELS), "resnet101", None)
+    ours.load_state_dict(model.state_dict())
+    segmenter = Segmenter(Network(ours), VOC_LABELS, device="cpu")
     predicted = [segmenter.predict(photo).mask for photo in photos]
     seconds = fastest(lambda: segmenter.predict(photos[0]))
     same = np.mean([(a == b).mean() for a, b in zip(predicted, plain_masks, strict=True)])
@@ -184,7 +193,7 @@ def deeplabv3(root: Path) -> None:
         else f"weights after {STEPS} steps on these photos"
     )
     print(
-        f"DeepLabv3-ResNet101: {seconds:.2f} s a picture, {plain_seconds:.2f} s in the plain "
+        f"DeepLabv3-ResNet101: {seconds:.2f} s per image, {plain_seconds:.2f} s in the plain "
         f"float32 loop: ratio {plain_seconds / seconds:.2f} (at least 1.8); {weights}: "
         f"{100 * same:.2f} % of the pixels the same (at least 99.5)",
         flush=True,
@@ -236,8 +245,8 @@ def complete(path: Path) -> bool:
     )
 
 
-def large_picture(scratch: Path) -> None:
-    """Peak memory of labelling and saving 12,000 x 9,000 pixels, each in a process of its own."""
+def large_image(scratch: Path) -> None:
+    """Peak memory of predicting and saving 12,000 x 9,000 pixels, each in a process of its own."""
     path = scratch / "large.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     Image.fromarray(pixels).resize((12000, 9000), Image.Resampling.BICUBIC).save(path)
@@ -258,6 +267,6 @@ def large_picture(scratch: Path) -> None:
 if __name__ == "__main__":
     logging.getLogger("lightning").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        large_picture(Path(folder))
+        large_image(Path(folder))
         deeplabv3(Path(sys.argv[1]))
         folder_of_photos(Path(sys.argv[1]), Path(folder))

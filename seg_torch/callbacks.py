@@ -11,28 +11,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
 from seg_torch.segmenter import Segmenter
-from seg_torch.task import SegmentationTask
 from seg_torch.visualize import sample_sheet, save_curves
 
 log = logging.getLogger(__name__)
 
-COLUMNS = {
-    "epoch": int,
-    "step": int,
-    "learning_rate": float,
-    "train_loss": float,
-    "val_loss": float,
-    "val_mean_iou": float,
-    "val_pixel_accuracy": float,
-    "val_mean_accuracy": float,
-    "val_mean_dice": float,
-}
+SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
+COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
+COLUMNS |= {f"val_{name}": float for name in SCORES}
 
 
 class History(Callback):
@@ -47,20 +38,17 @@ class History(Callback):
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
         if trainer.current_epoch > 0 and self.table.exists():
             with self.table.open(newline="", encoding="utf-8") as file:
-                rows = [
-                    {key: COLUMNS[key](value) for key, value in row.items() if value}
-                    for row in csv.DictReader(file)
-                ]
-            self.rows = [row for row in rows if row["epoch"] < trainer.current_epoch]
+                for row in list(csv.DictReader(file))[: trainer.current_epoch]:
+                    self.rows.append({k: COLUMNS[k](value) for k, value in row.items() if value})
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         train_loss = pl_module.training_loss()  # of all processes
         if not trainer.is_global_zero:
             return
@@ -70,7 +58,7 @@ class History(Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": train_loss,
         }
-        for name in ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+        for name in SCORES:
             # Lightning keeps the values of earlier epochs.
             value = trainer.callback_metrics.get(f"val/{name}") if pl_module.validated else None
             row[f"val_{name}"] = None if value is None else value.item()
@@ -100,27 +88,20 @@ class SampleSheet(Callback):
         self.folder = folder / "samples"
         self.count = count
 
-    def on_validation_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         samples = data.dataset("val")
         step = max(1, len(samples) // self.count)
         chosen = [samples[i] for i in range(0, len(samples), step)][: self.count]
         images = [image.permute(1, 2, 0).numpy() for image, _ in chosen]
+        labels, precision = pl_module.labels, pl_module.inference.precision
         segmenter = Segmenter(
-            pl_module.network,
-            pl_module.labels,
-            data.resize,
-            pl_module.device,
-            precision=pl_module.inference.precision,
+            pl_module.network, labels, data.resize, pl_module.device, precision=precision
         )
-        sheet = sample_sheet(
-            images,
-            [mask.numpy() for _, mask in chosen],
-            [segmenter.predict(image).mask for image in images],
-            pl_module.labels,
-        )
+        predictions = [segmenter.predict(image).mask for image in images]
+        sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
 
 
@@ -142,13 +123,10 @@ class Checkpoints(ModelCheckpoint):
         """Takes over the best score, which Lightning would forget in a folder of another name."""
         path = f"{self.dirpath}/{self.filename}.ckpt"
         best = dict.fromkeys([path][: len(state_dict["best_k_models"])], state_dict["kth_value"])
-        moved = {
-            "dirpath": self.dirpath,
-            "best_k_models": best,
-            "best_model_path": path if best else "",
-            "kth_best_model_path": path if best else "",
-        }
-        super().load_state_dict({**state_dict, **moved})
+        moved = dict.fromkeys(("best_model_path", "kth_best_model_path"), path if best else "")
+        super().load_state_dict(
+            {**state_dict, **moved, "dirpath": self.dirpath, "best_k_models": best}
+        )
 
 
 class StopOnSignal(Callback):
@@ -162,39 +140,23 @@ class StopOnSignal(Callback):
         self.signum = 0
         self.process = os.getpid()
 
-    def on_train_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # After Lightning has set its own handlers; it restores those from before when it ends.
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._note)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: SegmentationTask,
-        outputs: Any,
-        batch: Any,
-        batch_index: int,
-    ) -> None:
-        done = batch_index + 1
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_idx + 1
         if done == trainer.num_training_batches or done % trainer.accumulate_grad_batches:
-            return  # the epoch's end follows, or the optimiser has not stepped
-        if trainer.world_size == 1:
-            stop = bool(self.signum)
-        else:
-            stop = done % 10 == 0 and trainer.strategy.reduce_boolean_decision(
-                bool(self.signum), all=False
-            )
+            return  # the epoch's end follows, or the optimizer has not stepped
+        stop = bool(self.signum)
+        if trainer.world_size > 1:
+            agree = trainer.strategy.reduce_boolean_decision
+            stop = done % 10 == 0 and agree(stop, all=False)
         if stop:
             self._stop(trainer, pl_module)
 
-    def on_validation_batch_start(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: SegmentationTask,
-        batch: Any,
-        batch_index: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if self.signum and trainer.world_size == 1 and not trainer.sanity_checking:
             self._stop(trainer, pl_module)
 
@@ -206,7 +168,7 @@ class StopOnSignal(Callback):
         self.signum = signum
         log.info("stopping after this step; once more to stop at once")
 
-    def _stop(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def _stop(self, trainer: Any, pl_module: Any) -> None:
         pl_module.check_losses()
         trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         raise StoppedError(

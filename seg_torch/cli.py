@@ -216,11 +216,10 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     a sweep that would start the sweep again in each of them, so the command line becomes that of
     the job alone, with its folder, and Hydra's own state is hidden from Lightning.
     """
-    # Lightning's advertisements and notes on its own insides. Frozen encoders are in eval mode, and
-    # all processes hold the same scores (sync_dist).
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold
+    # the same scores (sync_dist).
     notes = "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
+    notes += "|exists and is not empty"
     warnings.filterwarnings("ignore", f".*({notes})")
     state = HydraConfig.get()
     argv, environment = sys.argv, set(os.environ)
@@ -234,6 +233,9 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     HydraConfig.instance().cfg = None
     try:
         module = importlib.import_module(f"seg_torch.commands.{call.command}")
+        # Its advertisements, too; on being imported it asks for them.
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         return getattr(module, call.command)(cfg)
     finally:
         sys.argv = argv

@@ -121,10 +121,10 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
         """
-        for split in ("train", "val") if self.check else ():
-            dataset = self.dataset(split)
+        for split in ("train", "val"):
+            dataset = self.dataset(split)  # which fetches it, if it can
             dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
-            if not isinstance(dataset, base.SegmentationDataset):
+            if not self.check or not isinstance(dataset, base.SegmentationDataset):
                 continue
             values = np.flatnonzero(base.checked_pixels(dataset, split)).tolist()
             if split == "train" and values == [0, 255] and len(self.labels) > 1:

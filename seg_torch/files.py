@@ -7,15 +7,22 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-# How the names of files begin that are still being written; a killed process may leave some.
+# The beginning of the names of files that are still being written; a killed process leaves some.
+# 32 hexadecimal digits and the suffix follow.
 PARTIAL = ".partial-"
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Calls `write(temporary_name)` and renames the result to `path`.
+    """Call `write(temporary_name)` and rename the result to `path`.
 
     The temporary file lies in the same folder and keeps the suffix, from which writers choose
-    their format. Whatever happens, `path` is the old file or the complete new one.
+    their format. Whatever happens to the process, `path` is the old file or the complete new one.
+    After a power failure it may be empty: waiting for the disk (fsync) would make 1,000 small
+    files take 4 s instead of 0.2 s.
+
+    Args:
+        path: The file to write; its folder is created if need be.
+        write: Writes a file of the name that it is given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seg_torch.errors import InputError
 
+# What counts as an image in a folder. Pillow registers many more suffixes: of videos (.mpg), of
+# arrays (.h5, .grib) and of documents (.eps, .pdf), none of which it can read by itself.
+IMAGE_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode as upright 8-bit RGB.
+    """Return a Pillow image of any mode as upright 8-bit RGB.
 
-    EXIF orientation is applied; 16-bit and floating-point grey is scaled to 8 bit, not clipped
+    EXIF orientation is applied; 16-bit and floating-point grey is scaled to 8 bits, not clipped
     (Pillow's own conversion clips); transparency is laid on white; of an animation the current
     frame counts.
     """
@@ -26,22 +33,28 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, np.float64)
         # 16-bit files open as I;16 or, from PNG in some versions, as I: 65535 is white for both.
-        # Floats are 0 to 1 by convention, and whatever exceeds it says its own range.
+        # Floats are 0 to 1 by convention; larger values set the range themselves.
         white = 1.0 if image.mode == "F" else 65535.0
         white = max(white, float(values.max(initial=0)))
         image = Image.fromarray(np.rint(values.clip(min=0) / white * 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white_page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white_page, image)
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file of any format that Pillow reads, as upright RGB, uint8 [H, W, 3].
+    """Read an image file of any format that Pillow reads.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The upright image, RGB, uint8 [H, W, 3].
 
     Raises:
-        InputError: the file is missing, empty, cut off, no image, or larger than Pillow allows.
+        InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
     """
     try:
         with Image.open(path) as image:
@@ -60,19 +73,43 @@ def read_image(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as an image: {reason}") from None
 
 
+def image_size(path: str | Path) -> tuple[int, int] | None:
+    """Return (height, width) of an upright image from the header of its file.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The size that `read_image` most likely gives, or `None` for a file without a readable
+        header.
+    """
+    try:
+        with Image.open(path) as image:
+            # The method of the base class: that of PNG decodes the whole image to look for EXIF
+            # data behind the pixels. TIFF files are turned by Pillow itself.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # as above; read_image will name the reason
+        return None
+
+
 @contextmanager
 def pixel_limit(pixels: int | None) -> Iterator[None]:
-    """Lets images of up to so many pixels be read; `None` leaves Pillow's limit, 179 million.
+    """Let images of up to so many pixels be read.
 
     Pillow refuses larger ones because a small file can claim to be an image that fills the memory.
-    It also warns of those of half the size, which is no news here.
+    It also warns of those of half the size, which is of no use here.
+
+    Args:
+        pixels: The limit; `None` leaves Pillow's, 179 million.
     """
-    usual = Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
-        Image.MAX_IMAGE_PIXELS = -(-pixels // 2)  # Pillow refuses what has more than twice that
+        Image.MAX_IMAGE_PIXELS = -(-pixels // 2)  # Pillow refuses more than twice that
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS = usual
+        Image.MAX_IMAGE_PIXELS = limit

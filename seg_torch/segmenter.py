@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from seg_torch import checkpoint, hardware
+from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -25,7 +26,6 @@ from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
-from seg_torch.polygons import coco_annotations, write_coco
 from seg_torch.transforms import resize_image
 from seg_torch.visualize import legend, overlay, side_by_side
 
@@ -35,7 +35,7 @@ SUFFIXES = {
     "colour": ".png",
     "overlay": ".jpg",
     "probabilities": ".npz",
-    "polygons": ".json",
+    "coco": ".json",
     "side_by_side": ".jpg",
 }
 JPEG_QUALITY = 92
@@ -90,8 +90,8 @@ class Segmentation:
         total = max(1, self.mask.size)
         return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
 
-    def polygons(self) -> list[dict[str, Any]]:
-        """COCO annotations, one for each class that occurs: see `seg_torch.polygons`."""
+    def coco(self) -> list[dict[str, Any]]:
+        """COCO annotations, one for each class that occurs: see `seg_torch.coco`."""
         return coco_annotations(self.mask)
 
     def save(
@@ -107,7 +107,7 @@ class Segmentation:
             name: Of the image, without a suffix; may contain folders.
             outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
                 (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
-                `polygons` (COCO JSON) and `side_by_side` (JPEG).
+                `coco` (COCO JSON) and `side_by_side` (JPEG).
 
         Raises:
             InputError: There is no such output, or there are no probabilities.
@@ -121,10 +121,10 @@ class Segmentation:
                 write_atomically(path, self._save_mask)
             elif output == "probabilities":
                 write_atomically(path, self._save_probabilities)
-            elif output == "polygons":
+            elif output == "coco":
                 height, width = self.mask.shape
-                pictures = [(str(name), width, height, self.polygons())]
-                write_atomically(path, partial(write_coco, pictures=pictures, labels=self.labels))
+                images = [(str(name), width, height, self.coco())]
+                write_atomically(path, partial(write_coco, images=images, labels=self.labels))
             elif output == "colour":
                 write_atomically(path, self.colour().save)
             else:

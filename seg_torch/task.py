@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -185,7 +186,12 @@ class SegmentationTask(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(parameters)
+        # One pass over all parameters, several times as fast. It cannot be combined with clipping.
+        function = getattr(self.make_optimizer, "func", self.make_optimizer)
+        can_fuse = "fused" in inspect.signature(function).parameters
+        options = {"fused": True} if can_fuse and not self.trainer.gradient_clip_val else {}
+        options |= getattr(self.make_optimizer, "keywords", {})
+        optimizer = self.make_optimizer(parameters, **options)
         if self.make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -80,12 +80,14 @@ def connected_from_outside(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and not isinstance(environment, LightningEnvironment)
 
 
-def run_folder(trainer: Trainer, output_dir: str) -> Path:
-    """Returns the first process's folder: a time in its name differs between processes."""
+def run_folder(trainer: Trainer, cfg: DictConfig) -> Path:
+    """Returns the first process's `output_dir`: a time in its name differs between processes."""
+    output_dir = str(cfg.output_dir)
     if connected_from_outside(trainer):
         output_dir = trainer.strategy.broadcast(output_dir)
     # Else Slurm's checkpoints of a requeued job would lie in the current folder.
     trainer._default_root_dir = output_dir  # type: ignore[attr-defined]
+    cfg.output_dir = output_dir  # also for the loggers
     return Path(output_dir)
 
 

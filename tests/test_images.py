@@ -4,7 +4,7 @@ from PIL import Image
 
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images import read_image
+from seg_torch.images import image_size, read_image
 
 RED = [200, 30, 40]
 
@@ -81,6 +81,29 @@ def test_exif_orientation_6_is_turned_clockwise(tmp_path):
     assert image.shape == (3, 2, 3)
     assert image[0, 1].tolist() == RED
     assert int(image.sum()) == sum(RED)
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are not defined
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_the_size_from_the_header_is_that_of_the_upright_image(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = written(Image.new("RGB", (30, 20)), tmp_path / f"a.{suffix}", exif=exif)
+    assert image_size(path) == read_image(path).shape[:2]
+
+
+def test_for_the_size_no_pixels_are_decoded(tmp_path):
+    path = written(Image.new("RGB", (300, 200)), tmp_path / "a.png")
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(path)
+    assert image_size(path) == (200, 300)
+
+
+def test_a_file_without_a_header_has_no_size(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    assert image_size(tmp_path / "text.jpg") is None
+    assert image_size(tmp_path / "gone.jpg") is None
 
 
 def test_a_missing_file_is_named(tmp_path):

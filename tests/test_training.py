@@ -198,6 +198,26 @@ def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tm
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
+def test_d02_ten_random_kills(tmp_path):
+    """Wherever kill -9 comes in five epochs, as often as it comes before the end."""
+    options = (*DEFAULTS, "trainer.max_epochs=5")
+    begun = time.monotonic()
+    finish(start(f"output_dir={tmp_path / 'whole'}", *options))
+    duration = time.monotonic() - begun
+    for number in range(10):
+        folder = tmp_path / f"killed_{number}"
+        process = start(f"output_dir={folder}", *options)
+        time.sleep(random.uniform(0.3, 1) * duration)
+        process.kill()
+        process.communicate()
+        if not (folder / "checkpoints/last.ckpt").exists():
+            finish(start(f"output_dir={folder}", *options))  # nothing to go on from
+        elif not (folder / "test_metrics.json").exists():
+            finish(start(f"resume={folder}"))
+        assert_same_run(folder, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_d16_a_signal_saves_the_very_step_from_which_the_run_goes_on(undisturbed, tmp_path, signum):
     """In the first epoch, and again in the validation after the second."""

@@ -21,7 +21,7 @@ def evaluate(cfg: DictConfig) -> None:
     content = checkpoint.read(cfg.checkpoint)
     network, labels = checkpoint.build_network(content, cfg.trust)
     trainer = build_trainer(cfg.trainer)
-    folder = run_folder(trainer, cfg.output_dir)
+    folder = run_folder(trainer, cfg)
     settings = _data_settings(cfg, content[checkpoint.KEY])
     data = checkpoint.instantiate(settings, cfg.trust, _convert_="all")
     data.test_split = cfg.split

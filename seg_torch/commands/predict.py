@@ -1,8 +1,10 @@
-"""What predict.py does: photographs in; masks, pictures and a table of them out.
+"""What predict.py does: segment images and write masks, overlays and a table of them.
 
-A folder is worked through by three parties at once: threads that read photographs, the network, and
-threads that draw and write. What is finished is noted in a journal, a line a file, once its outputs
-are complete; so a run that was stopped, in whatever way, goes on where it was.
+Images that go through the network together have one size. On a GPU such batches are planned from
+the headers of all files, before the first one is read, so that a run that was stopped and goes on
+makes the same batches. The batches are then worked through by three parties at once: threads that
+read images, the network, and threads that draw and write. The journal gets a line for each file
+whose outputs are complete; so a run goes on where it was, in whatever way it was stopped.
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from lightning import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -31,450 +38,520 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch import hardware
+from seg_torch.coco import write_coco
 from seg_torch.commands import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
-from seg_torch.hardware import autocast, available_cpus, reuse_memory
-from seg_torch.images import pixel_limit, read_image
+from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit, read_image
+from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.polygons import write_coco
 from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
 from seg_torch.visualize import legend, side_by_side
 
 log = logging.getLogger(__name__)
 
-# Notes what has been done, in the output folder.
+# The folder below the output folder with the records of what is complete, and the lock.
 JOURNAL = ".journal"
 PRETRAINED = ("deeplabv3", "fcn")
+THREADS = min(8, hardware.available_cpus())  # that read; as many write
 
-T = TypeVar("T")
-R = TypeVar("R")
+Files = dict[str, Path]  # by name
+Batch = list[str]  # the names of its files
+Results = tuple[Segmentation, ...]  # of one image, by each of the models
 Record = dict[str, Any]
 
 
 def predict(cfg: DictConfig) -> int:
-    """Predicts `cfg.input` into `cfg.output`. Returns the number of files that failed."""
-    if cfg.input is None or cfg.output is None:
-        raise InputError("predict.py needs input=FILE-OR-FOLDER and output=FOLDER")
-    source, output, outputs = Path(cfg.input), Path(cfg.output), list(cfg.save)
-    unknown = [name for name in outputs if name not in {"legend", *SUFFIXES}]
-    if unknown:
-        raise InputError(
-            f"save: there is no {', '.join(map(str, unknown))}; choose of legend, "
-            f"{', '.join(SUFFIXES)}"
-        )
-    film = source.is_file() and source.suffix.lower() in video.SUFFIXES
-    files = {} if film else find_images(source, output)
-    fabric = _fabric(cfg.trainer)
-    if fabric.device.type == "cpu":
-        reuse_memory()
-    segmenter, beside = _segmenter(cfg, fabric.device), _beside(cfg, fabric.device)
-    saved = [name for name in outputs if name != "legend"]
-    if beside is not None and "side_by_side" not in saved:
-        saved.append("side_by_side")
-    run = _fingerprint(cfg)
-    batch_size = _batch_size(cfg.batch_size, fabric.device)
-    shrink = partial(_shrink, resize=cfg.resize, crop=cfg.crop)
-    if film:
-        target = output / f"{source.stem}.mp4"
-        with autocast(fabric.device):  # as below
-            frames = video.predict_video(segmenter, source, target, batch_size, shrink)
-        log.info("%d frames labelled: %s", frames, target)
-        return 0
-    fabric.launch()  # not before all settings are known to be right, lest every process complain
+    """Segment `cfg.input`, an image, a folder of images or a video, into the folder `cfg.output`.
 
-    if fabric.is_global_zero:
-        _prepare(output, segmenter.labels if "legend" in outputs else None)
-        before = _complete(files, output, saved, run) if cfg.resume else []
-        _replace_journal(output, before)
-        if before:
-            log.info("%d of %d pictures were labelled before", len(before), len(files))
-    fabric.barrier()
-    done = {record["name"] for record in _read_journal(output)}
-    todo = [name for name in files if name not in done][fabric.global_rank :: fabric.world_size]
-    fabric.barrier()  # all have read the journal before anyone adds to it
+    Returns:
+        The number of files that failed.
+
+    Raises:
+        InputError: A setting, the input or the output folder cannot be used.
+    """
+    source, output, kinds = Path(cfg.input), Path(cfg.output), _kinds(cfg)
+    is_video = source.is_file() and source.suffix.lower() in video.SUFFIXES
+    files = {} if is_video else find_images(source, output)
+    fabric = _fabric(cfg.trainer, max(1, len(files)))
+    if fabric.device.type == "cpu":
+        hardware.reuse_memory()
+    segmenters = _segmenters(cfg, fabric.device)
+    if is_video:
+        return _predict_video(cfg, segmenters[0])
+
+    fabric.launch()  # not before all settings are known to be right, or every process complains
+    lock = FileLock(output / JOURNAL / "lock")
+    run = _run_id(cfg)
     try:
-        # An outer autocast keeps the weights that it has cast from one picture to the next.
-        with pixel_limit(cfg.max_pixels), autocast(fabric.device):
-            _label(
-                {name: files[name] for name in todo},
-                segmenter,
-                beside,
-                read=lambda path: shrink(read_image(path)),
-                save=partial(_save, output, saved, _titles(cfg)),
+        # Around all images, so that the weights are cast to another precision only once.
+        with pixel_limit(cfg.max_pixels), segmenters[0].inference.autocast():
+            batches = _on_first_rank(fabric, lambda: _prepare(cfg, files, segmenters, run, lock))
+            _predict_files(
+                files,
+                batches[fabric.global_rank :: fabric.world_size],
+                read=lambda path: _shrink(read_image(path), cfg.resize, cfg.crop),
+                segment=partial(_segment, segmenters, "probabilities" in kinds),
+                save=partial(_save, output, kinds, _titles(cfg)),
                 note=partial(_note, output / JOURNAL / f"{fabric.global_rank}.jsonl", run),
-                batch_size=batch_size,
-                probabilities="probabilities" in saved,
                 progress=fabric.is_global_zero,
             )
+        fabric.barrier()
+        return _finish(cfg, files, segmenters[0].labels) if fabric.is_global_zero else 0
     except KeyboardInterrupt:
         log.info("interrupted: the same command goes on with what is left")
         raise
-    fabric.barrier()
-    if not fabric.is_global_zero:
-        return 0
-    return _finish(files, source, output, "polygons" in saved, segmenter.labels)
+    finally:
+        lock.release()
 
 
-def find_images(path: Path, output: Path | None = None) -> dict[str, Path]:
-    """The picture files at or below `path`, by the name of their outputs.
+def find_images(path: Path, output: Path | None = None) -> Files:
+    """Return the image files at or below a path, by the name of their outputs.
 
-    The name is the path below the folder without its extension, or with it where another file
-    would get the same name.
+    The name is the path below the folder without its suffix, or with it where another file would
+    get the same name. Names differ in more than upper and lower case, since many file systems do
+    not tell `A.png` from `a.png`.
 
     Args:
-        path: of a picture or a folder.
-        output: folder whose pictures are left out, since it may lie below `path`.
+        path: Of an image or a folder.
+        output: Folder whose images are left out, since it may lie below `path`.
 
     Raises:
-        InputError: there is no such path, or no picture below it.
+        InputError: There is no such path, or no image below it.
     """
     if path.is_file():
         return {path.stem: path}
     if not path.is_dir():
         raise InputError(f"input={path}: no such file or folder")
-    readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    inside = path / "." if output is None else output
+    outputs = None if output is None else output.resolve()
     files = [
         file
         for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in readable
+        if file.suffix.lower() in IMAGE_SUFFIXES
         and file.is_file()
-        and not (output is not None and file.resolve().is_relative_to(inside.resolve()))
+        and not (outputs and file.resolve().is_relative_to(outputs))
     ]
     if not files:
-        raise InputError(f"input={path}: no pictures below this folder")
-    full = [file.relative_to(path).as_posix() for file in files]
+        raise InputError(f"input={path}: no images below this folder")
+    full = [_file_name(file, path) for file in files]
     stems = [file.relative_to(path).with_suffix("").as_posix() for file in files]
     # A stem may also be what another file is called: "a.jpg" is the stem of "a.jpg.png".
-    taken = Counter(stems) + Counter(set(full))
-    return {
-        stem if taken[stem] == 1 else name: file
-        for stem, name, file in zip(stems, full, files, strict=True)
-    }
+    taken = Counter(stem.casefold() for stem in stems) + Counter({n.casefold() for n in full})
+    names: dict[str, tuple[str, Path]] = {}
+    for stem, name, file in zip(stems, full, files, strict=True):
+        name = stem if taken[stem.casefold()] == 1 else name
+        while name.casefold() in names:  # both A.jpg and a.jpg
+            name += "~"
+        names[name.casefold()] = (name, file)
+    return dict(names.values())
 
 
-class _Photo(NamedTuple):
+def _predict_video(cfg: DictConfig, segmenter: Segmenter) -> int:
+    target = Path(cfg.output) / f"{Path(cfg.input).stem}.mp4"
+    shrink = partial(_shrink, resize=cfg.resize, crop=cfg.crop)
+    with segmenter.inference.autocast():  # as for images
+        frames = video.predict_video(segmenter, cfg.input, target, cfg.batch_size, shrink)
+    log.info("%d frames segmented: %s", frames, target)
+    return 0
+
+
+# ---- Before the first image: where to go on, and in which batches
+
+
+def _prepare(
+    cfg: DictConfig, files: Files, segmenters: list[Segmenter], run: str, lock: FileLock
+) -> list[Batch]:
+    """Lock the output folder, clear what a killed run left, and return the batches to do."""
+    output, kinds = Path(cfg.output), _kinds(cfg)
+    try:
+        (output / JOURNAL).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        # The lock is ours, so no run writes these files now.
+        for folder in (JOURNAL, *kinds):
+            for leftover in (output / folder).rglob(f"{PARTIAL}{'[0-9a-f]' * 32}*"):
+                leftover.unlink()
+        if "legend" in cfg.save:
+            _write_summary(output, "legend.png", legend(segmenters[0].labels).save)
+    except Timeout:
+        raise InputError(f"output={output}: another run is writing into this folder") from None
+    except OSError as error:
+        raise InputError(f"output={output}: cannot be written: {error.strerror}") from None
+    complete = _complete(files, output, kinds, run) if cfg.resume else {}
+    batches = _plan(cfg, files, segmenters)
+    # A batch goes through the network as a whole again, so that its outputs stay what they were.
+    batches = [batch for batch in batches if not complete.keys() >= set(batch)]
+    for name in chain.from_iterable(batches):
+        complete.pop(name, None)
+    _replace_journal(output, complete.values())
+    if complete:
+        log.info("%d of %d images are complete already", len(complete), len(files))
+    return batches
+
+
+def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Batch]:
+    """Group files of one size, in the order in which the groups begin.
+
+    Convolutions round differently for another number of images, but not for other images: a mask
+    depends on the length of its batch, which is the same whenever the same files are planned.
+    """
+    if cfg.batch_size == 1 or (cfg.batch_size is None and segmenters[0].device.type == "cpu"):
+        return [[name] for name in files]
+
+    shrink = partial(_resized, resize=cfg.resize, crop=cfg.crop)
+
+    def size(path: Path) -> tuple[int, ...] | None:
+        stored = image_size(path)
+        # Tensors of device "meta" have a size, but no memory.
+        return stored and shrink(torch.empty(3, *stored, device="meta")).shape[1:]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = list(pool.map(size, files.values()))
+    batches: list[Batch] = []
+    unfilled: dict[tuple[int, ...], Batch] = {}
+    for name, shape in zip(files, sizes, strict=True):
+        if shape is None:  # it will fail, and nothing else with it
+            batches.append([name])
+            continue
+        if shape not in unfilled:
+            batches.append(unfilled.setdefault(shape, []))
+        unfilled[shape].append(name)
+        limit = cfg.batch_size or min(segmenter.batch_size(*shape) for segmenter in segmenters)
+        if len(unfilled[shape]) >= limit:
+            del unfilled[shape]
+    return batches
+
+
+# ---- Reading, network and writing
+
+
+class _Image(NamedTuple):
     name: str
     path: Path
-    image: np.ndarray
+    pixels: np.ndarray  # RGB, uint8 [H, W, 3]
     seconds: float  # that reading it took
 
 
-def _label(
-    files: dict[str, Path],
-    segmenter: Segmenter,
-    beside: Segmenter | None,
+def _predict_files(
+    files: Files,
+    batches: list[Batch],
     read: Callable[[Path], np.ndarray],
-    save: Callable[[str, Segmentation, Segmentation | None], None],
+    segment: Callable[[list[np.ndarray]], list[Results]],
+    save: Callable[[str, Results], None],
     note: Callable[[Record], None],
-    batch_size: int,
-    probabilities: bool,
     progress: bool,
 ) -> None:
-    """Labels files: reading, network and writing go on at the same time.
+    """Segment files while the next ones are read and the last ones are written.
 
-    Few pictures are in memory at a time, however many there are: each queue holds two for each of
-    its threads.
+    Few images are in memory at a time, however many there are: each of the two queues holds a batch
+    and two images for each of its threads.
 
     Args:
-        files: by name.
-        segmenter: labels them.
-        beside: labels them, too.
-        read: file to picture; raises InputError where it cannot.
-        save: writes the results of one picture.
-        note: is told of each file that is complete or has failed.
-        batch_size: pictures that go through the network together.
-        probabilities: keep them in the results.
-        progress: show a bar.
+        files: Paths by name.
+        batches: The names of files that go through the network together.
+        read: File to image; raises InputError where it cannot.
+        segment: Images of one size to their results.
+        save: Writes the results of one image.
+        note: Is given the record of each file that is complete or has failed.
+        progress: Show a bar.
     """
-
-    def open_photo(item: tuple[str, Path]) -> _Photo | Record:
-        name, path = item
-        start = time.perf_counter()
-        try:
-            return _Photo(name, path, read(path), time.perf_counter() - start)
-        except InputError as error:
-            return {"name": name, "error": str(error)}
-
-    def write(
-        photo: _Photo, result: Segmentation, other: Segmentation | None, seconds: float
-    ) -> Record:
-        start = time.perf_counter()
-        save(photo.name, result, other)
-        height, width = result.mask.shape
-        return {
-            "name": photo.name,
-            "file": _stamp(photo.path),
-            "width": width,
-            "height": height,
-            "confidence": result.confidence,
-            "areas": list(result.areas().values()),
-            "seconds": photo.seconds + seconds + time.perf_counter() - start,
-        }
-
-    def photos(opened: Iterable[_Photo | Record]) -> Iterator[_Photo]:
-        # Drawn ten times a second, as rich does by default, the bar takes a hundredth of the time.
-        shown = track(opened, "labelling", len(files), disable=not progress, refresh_per_second=2)
-        for photo in shown:
-            if isinstance(photo, _Photo):
-                yield photo
-            else:
-                note(photo)
-
-    threads = min(8, available_cpus())
+    names = list(chain.from_iterable(batches))
+    length = 2 * THREADS + max(map(len, batches), default=0)
     writing: deque[Future[Record]] = deque()
-    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-        opened = _ahead(readers, open_photo, files.items(), 2 * threads)
-        for group in _same_size(photos(opened), batch_size):
-            start = time.perf_counter()
-            # A batch is filled up, since convolutions round by the number of pictures in it.
-            images = [photo.image for photo in group]
-            images += images[-1:] * (batch_size - len(group))
-            results = segmenter.predict_batch(images, probabilities)
-            others = beside.predict_batch(images) if beside else [None] * batch_size
-            seconds = (time.perf_counter() - start) / len(group)
-            for photo, result, other in zip(group, results, others, strict=False):
-                writing.append(writers.submit(write, photo, result, other, seconds))
-            while len(writing) > 2 * threads or (writing and writing[0].done()):
+    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+        opened = _ahead(readers, partial(_open, files, read), names, length)
+        # Drawn ten times a second, as rich does by default, the bar takes 1 % of the time.
+        shown = track(opened, "predicting", len(names), disable=not progress, refresh_per_second=2)
+        for batch in batches:
+            same_size: dict[tuple[int, ...], list[_Image]] = {}  # one, if headers tell the truth
+            for image in islice(shown, len(batch)):
+                if isinstance(image, _Image):
+                    same_size.setdefault(image.pixels.shape, []).append(image)
+                else:
+                    note(image)
+            for images in same_size.values():
+                start = time.perf_counter()
+                all_results = segment([image.pixels for image in images])
+                seconds = (time.perf_counter() - start) / len(images)
+                for image, results in zip(images, all_results, strict=True):
+                    writing.append(writers.submit(_write, save, image, results, seconds))
+            while len(writing) > length or (writing and writing[0].done()):
                 note(writing.popleft().result())
+        list(shown)  # nothing is left, but the bar ends with its iterator, not with the last image
         while writing:
             note(writing.popleft().result())
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], count: int
-) -> Iterator[R]:
-    """`map` in threads, in order, at most `count` items ahead of whoever takes the results."""
-    pending: deque[Future[R]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= count:
-            yield pending.popleft().result()
+    pool: ThreadPoolExecutor, function: Callable[[str], Any], names: Iterable[str], count: int
+) -> Iterator[Any]:
+    """Map in threads, in order, at most `count` items ahead of whoever takes the results."""
+    rest = iter(names)
+    pending = deque(pool.submit(function, name) for name in islice(rest, count))
     while pending:
         yield pending.popleft().result()
+        pending.extend(pool.submit(function, name) for name in islice(rest, 1))
 
 
-def _same_size(photos: Iterable[_Photo], count: int) -> Iterator[list[_Photo]]:
-    """Groups of up to `count` pictures of one size; at most twice as many wait for company."""
-    groups: dict[tuple[int, ...], list[_Photo]] = {}
-    for photo in photos:
-        group = groups.setdefault(photo.image.shape, [])
-        group.append(photo)
-        if len(group) == count:
-            yield groups.pop(photo.image.shape)
-        elif sum(map(len, groups.values())) >= 2 * count:
-            yield groups.pop(next(iter(groups)))
-    yield from groups.values()
+def _open(files: Files, read: Callable[[Path], np.ndarray], name: str) -> _Image | Record:
+    start = time.perf_counter()
+    try:
+        return _Image(name, files[name], read(files[name]), time.perf_counter() - start)
+    except InputError as error:
+        return {"name": name, "error": str(error)}
 
 
-def _shrink(photo: np.ndarray, resize: int | None, crop: int | None) -> np.ndarray:
-    """A picture with its shorter side at `resize`, cut to the middle `crop`; null: as it is."""
+def _shrink(pixels: np.ndarray, resize: int | None, crop: int | None) -> np.ndarray:
+    """Resize and crop an image, uint8 [H, W, 3]."""
     if resize is None and crop is None:
-        return photo
-    image = Image.fromarray(photo)
+        return pixels
+    return np.array(_resized(Image.fromarray(pixels), resize, crop))
+
+
+def _resized(image: Any, resize: int | None, crop: int | None) -> Any:
+    """Bring the shorter side to `resize` and cut the middle `crop`; None: leave it as it is."""
     if resize is not None:
         image = tvf.resize(image, [resize])
-    if crop is not None:
-        image = tvf.center_crop(image, [crop])
-    return np.array(image)
+    return image if crop is None else tvf.center_crop(image, [crop])
+
+
+def _segment(segmenters: list[Segmenter], scores: bool, images: list[np.ndarray]) -> list[Results]:
+    """Segment images of one size with each model; only the first is asked for probabilities."""
+    first = segmenters[0].predict_batch(images, scores)
+    others = [segmenter.predict_batch(images) for segmenter in segmenters[1:]]
+    return list(zip(first, *others, strict=True))
+
+
+def _write(
+    save: Callable[[str, Results], None], image: _Image, results: Results, seconds: float
+) -> Record:
+    """Write the outputs of an image and return its record."""
+    start = time.perf_counter()
+    save(image.name, results)
+    return {
+        "name": image.name,
+        "file": _stamp(image.path),
+        "width": results[0].mask.shape[1],
+        "height": results[0].mask.shape[0],
+        "confidence": results[0].confidence,
+        "areas": list(results[0].areas().values()),
+        "seconds": image.seconds + seconds + time.perf_counter() - start,
+    }
 
 
 def _save(
-    output: Path,
-    outputs: list[str],
-    titles: tuple[str, str],
-    name: str,
-    result: Segmentation,
-    other: Segmentation | None,
+    output: Path, kinds: list[str], titles: tuple[str, str], name: str, results: Results
 ) -> None:
-    """Writes the outputs of one picture; two models side by side where there is another result."""
-    if other is None:
-        result.save(output, name, outputs)
+    """Write the outputs of one image; `side_by_side` shows the results of all models."""
+    if len(results) == 1:
+        results[0].save(output, name, kinds)
         return
-    result.save(output, name, [kind for kind in outputs if kind != "side_by_side"])
-    masks = {title: (r.mask, r.labels) for title, r in zip(titles, (result, other), strict=True)}
-    picture = side_by_side(result.image, masks)
+    results[0].save(output, name, [kind for kind in kinds if kind != "side_by_side"])
+    masks = {title: (r.mask, r.labels) for title, r in zip(titles, results, strict=True)}
+    drawn = side_by_side(results[0].image, masks)
     path = _output_path(output, "side_by_side", name)
-    write_atomically(path, partial(picture.save, quality=JPEG_QUALITY))
+    write_atomically(path, partial(drawn.save, quality=JPEG_QUALITY))
 
 
 def _output_path(output: Path, kind: str, name: str) -> Path:
     return output / kind / f"{name}{SUFFIXES[kind]}"
 
 
-def _prepare(output: Path, labels: Labels | None) -> None:
-    """Makes the folder, with a legend if labels are given, and clears what a killed run left."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for partial_file in output.rglob(f"{PARTIAL}*"):
-            partial_file.unlink()
-        if labels is not None:
-            write_atomically(output / "legend.png", legend(labels).save)
-    except OSError as error:
-        raise InputError(f"output={output}: cannot be written: {error.strerror}") from None
+# ---- The journal
 
 
 def _note(journal: Path, run: str, record: Record) -> None:
     # A line that a killed run left half-written must not swallow this one.
-    with journal.open("a") as file:
+    with journal.open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps({"run": run, **record}) + "\n")
 
 
 def _read_journal(output: Path) -> Iterator[Record]:
     for journal in sorted((output / JOURNAL).glob("*.jsonl")):
-        with journal.open() as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:  # empty, or a half-written one
-                    continue
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # empty, or a half-written one
+                yield json.loads(line)
 
 
-def _complete(files: dict[str, Path], output: Path, outputs: list[str], run: str) -> list[Record]:
-    """The journal's records of files that need not be done again.
+def _complete(files: Files, output: Path, kinds: list[str], run: str) -> dict[str, Record]:
+    """Return the journal's records of files that need not be done again, by name.
 
     Their outputs are there and were made with the same settings from the same file.
     """
-    return [
-        record
+    return {
+        record["name"]: record
         for record in _read_journal(output)
         if record["run"] == run
         and "error" not in record
         and record["name"] in files
         and record["file"] == _stamp(files[record["name"]])
-        and all(_output_path(output, kind, record["name"]).exists() for kind in outputs)
-    ]
+        and all(_output_path(output, kind, record["name"]).exists() for kind in kinds)
+    }
 
 
-def _replace_journal(output: Path, records: list[Record]) -> None:
-    journal = output / JOURNAL / "before.jsonl"
+def _replace_journal(output: Path, records: Iterable[Record]) -> None:
     text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(journal, lambda path: Path(path).write_text(text))
-    for other in journal.parent.glob("*.jsonl"):
-        if other != journal:
-            other.unlink()
+    before = output / JOURNAL / "before.jsonl"
+    write_atomically(before, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    for journal in before.parent.glob("[0-9]*.jsonl"):
+        journal.unlink()
 
 
 def _stamp(path: Path) -> list[int]:
-    """Tells whether a file is still the same: its size and when it was changed."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    """Return the size of a file and when it was changed, to tell whether it is still the same."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def _fingerprint(cfg: DictConfig) -> str:
-    """Of all settings that decide what a mask looks like, the weights included."""
+def _run_id(cfg: DictConfig) -> str:
+    """Return a hash of all settings that decide what a mask looks like, the weights included."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    digest = hashlib.sha256()
-    for key in ("beside", "resize", "crop", "tile", "tta", "batch_size"):
-        digest.update(f"{key}={plain[key]};".encode())
-    if cfg.checkpoint is None:
-        digest.update(json.dumps(plain["model"], sort_keys=True).encode())
+    settings = ["beside", "resize", "crop", "tile", "tta", "batch_size"]
+    settings += ["model"] if cfg.checkpoint is None else []
+    values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for weights in (cfg.checkpoint, cfg.beside, cfg.model.get("weights")):
-        if weights is not None and Path(weights).is_file():
-            digest.update(Path(weights).read_bytes())
+        path = Path(weights or "")
+        if weights and path.is_dir():  # of a run
+            path = path / "checkpoints" / "best.ckpt"
+        if path.is_file():
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _finish(
-    files: dict[str, Path], source: Path, output: Path, polygons: bool, labels: Labels
-) -> int:
-    """Writes what covers all files, names those that failed, and returns their number."""
+# ---- After the last image
+
+
+def _finish(cfg: DictConfig, files: Files, labels: Labels) -> int:
+    """Write what covers all files, name those that failed, and return their number."""
+    output, source = Path(cfg.output), Path(cfg.input)
     records = {record["name"]: record for record in _read_journal(output)}
-    done = {name: records[name] for name in files if "error" not in records[name]}
+    done = {_file_name(files[n], source): records[n] for n in files if "error" not in records[n]}
     failures = [records[name]["error"] for name in files if "error" in records[name]]
-    shown = {name: _file_name(path, source) for name, path in files.items()}
-
-    def write_table(path: str) -> None:
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            columns = ("file", "width", "height", "mean_confidence", "seconds")
-            writer.writerow([*columns, *labels.names])
-            for name, record in done.items():
-                size = (record["width"], record["height"])
-                shares = [f"{share:.6f}" for share in record["areas"]]
-                confidence, seconds = f"{record['confidence']:.6f}", f"{record['seconds']:.3f}"
-                writer.writerow([shown[name], *size, confidence, seconds, *shares])
-
-    def pictures() -> Iterator[tuple[str, int, int, list[Record]]]:
-        for name, record in done.items():
-            content = json.loads(_output_path(output, "polygons", name).read_text())
-            for annotation in content["annotations"]:
-                del annotation["id"], annotation["image_id"]
-            yield shown[name], record["width"], record["height"], content["annotations"]
-
-    write_atomically(output / "predictions.csv", write_table)
-    if polygons:
-        write_atomically(
-            output / "polygons.json", lambda path: write_coco(path, pictures(), labels)
-        )
-    log.info("%d of %d pictures labelled: %s", len(done), len(files), output)
+    _write_summary(output, "predictions.csv", partial(_write_table, done, labels))
+    if "coco" in cfg.save:
+        _write_summary(output, "coco.json", partial(_write_coco, done, labels, output))
+    log.info("%d of %d images segmented: %s", len(done), len(files), output)
     for failure in failures:
         log.error("failed: %s", failure)
     return len(failures)
 
 
-def _fabric(trainer: DictConfig) -> Fabric:
-    """Lightning's processes, one for each device; `launch` starts those that are missing."""
-    settings = {"accelerator": trainer.accelerator, "devices": trainer.devices}
-    try:
-        fabric = Fabric(**settings)
-        if fabric.world_size > 1:
-            # Processes wait for the slowest one at the end, for which half an hour may be little.
-            fabric = Fabric(**settings, strategy=DDPStrategy(timeout=timedelta(days=30)))
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise InputError(f"trainer: {error}") from error
-    return fabric
+def _write_table(records: dict[str, Record], labels: Labels, path: str) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "width", "height", "mean_confidence", "seconds", *labels.names])
+        for name, record in records.items():
+            row = [name, record["width"], record["height"], f"{record['confidence']:.6f}"]
+            shares = [f"{share:.6f}" for share in record["areas"]]
+            writer.writerow([*row, f"{record['seconds']:.3f}", *shares])
 
 
-def _segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
-    settings = _settings(cfg)
-    if cfg.checkpoint is not None:
-        return Segmenter.load(cfg.checkpoint, device, cfg.trust, **settings)
-    if _titles(cfg)[0] not in PRETRAINED:
-        raise InputError(
-            f"{cfg.model._target_} comes without weights that label pictures: give "
-            f"checkpoint=FILE, or use model={' or model='.join(PRETRAINED)}"
-        )
-    model = instantiate(cfg.model, num_classes=len(VOC_LABELS))
-    return Segmenter(Network(model), VOC_LABELS, device=device, **settings)
+def _write_coco(records: dict[str, Record], labels: Labels, output: Path, path: str) -> None:
+    """Write the annotations of all images, one after the other, from the files of each."""
+
+    def images() -> Iterator[tuple[str, int, int, list[Record]]]:
+        for name, record in records.items():
+            content = json.loads(_output_path(output, "coco", record["name"]).read_bytes())
+            yield name, record["width"], record["height"], content["annotations"]
+
+    write_coco(path, images(), labels)
 
 
-def _beside(cfg: DictConfig, device: torch.device) -> Segmenter | None:
-    """The second model, by its name or a checkpoint."""
-    if cfg.beside is None:
-        return None
-    if cfg.beside in PRETRAINED:
-        return Segmenter.pretrained(cfg.beside, device=device, **_settings(cfg))
-    return Segmenter.load(cfg.beside, device, cfg.trust, **_settings(cfg))
+def _write_summary(output: Path, name: str, write: Callable[[str], object]) -> None:
+    """Write a file of the output folder.
 
-
-def _titles(cfg: DictConfig) -> tuple[str, str]:
-    """What the two models are called."""
-    name = cfg.model._target_.split(".")[-1] if cfg.checkpoint is None else cfg.checkpoint
-    return str(name), str(cfg.beside)
-
-
-def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """`tile`, and `tta` as the Segmenter takes it."""
-    words = cfg.tta.split(",") if isinstance(cfg.tta, str) else list(cfg.tta or [])
-    try:
-        scales = [float(word) for word in words if word != "flip"] or [1.0]
-    except ValueError:
-        raise InputError(
-            f"tta={cfg.tta}: expected flip, factors, or both, such as tta=[flip,0.75,1.0,1.25]"
-        ) from None
-    return {"tile": cfg.tile, "scales": scales, "flip": "flip" in words}
-
-
-def _batch_size(wished: int | None, device: torch.device) -> int:
-    if wished is not None and (not isinstance(wished, int) or wished < 1):
-        raise InputError(f"batch_size={wished}: expected at least 1")
-    # A processor is as fast with one picture at a time, which leaves its caches less to hold.
-    return wished or (1 if device.type == "cpu" else 8)
+    It is first written among the journal's files: what a killed run leaves of it does not lie in a
+    folder that may hold files of others.
+    """
+    draft = output / JOURNAL / name
+    write(str(draft))
+    os.replace(draft, output / name)
 
 
 def _file_name(path: Path, source: Path) -> str:
     return path.name if path == source else path.relative_to(source).as_posix()
+
+
+# ---- Settings
+
+
+def _kinds(cfg: DictConfig) -> list[str]:
+    """Return the outputs that are saved for each image, after a look at the settings."""
+    unknown = [str(kind) for kind in cfg.save if kind not in {"legend", *SUFFIXES}]
+    if unknown:
+        raise InputError(
+            f"save: there is no {', '.join(unknown)}; choose of legend, {', '.join(SUFFIXES)}"
+        )
+    if cfg.batch_size is not None and (not isinstance(cfg.batch_size, int) or cfg.batch_size < 1):
+        raise InputError(f"batch_size={cfg.batch_size}: expected at least 1")
+    kinds = [kind for kind in cfg.save if kind != "legend"]
+    if cfg.beside is not None and "side_by_side" not in kinds:
+        kinds.append("side_by_side")
+    return kinds
+
+
+def _fabric(trainer: DictConfig, files: int) -> Fabric:
+    """Return Lightning's processes, one for each device; `launch` starts those that are missing.
+
+    With `devices=auto` Lightning starts no more processes than there are files.
+    """
+    accelerator = hardware.accelerator(trainer.accelerator)
+    settings: Any = {"accelerator": accelerator, "devices": trainer.devices}
+    try:
+        fabric = Fabric(**settings)
+        environment = getattr(fabric.strategy, "cluster_environment", None)
+        if trainer.devices == "auto" and isinstance(environment, LightningEnvironment):
+            settings["devices"] = min(fabric.world_size, files)
+        if fabric.world_size > 1 and settings["devices"] != 1:
+            # Processes wait for the slowest one at the end, for which half an hour may be little.
+            settings["strategy"] = DDPStrategy(timeout=timedelta(days=30))
+        return Fabric(**settings)
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        raise InputError(f"accelerator={accelerator} devices={trainer.devices}: {error}") from error
+
+
+def _on_first_rank(fabric: Fabric, function: Callable[[], Any]) -> Any:
+    """Return the result of a function that only the first process calls.
+
+    If it raises InputError, all processes end instead of waiting for the first one.
+    """
+    result: Any = None
+    if fabric.is_global_zero:
+        try:
+            result = function()
+        except InputError as error:
+            result = error
+    result = fabric.broadcast(result)
+    if isinstance(result, InputError):
+        raise result if fabric.is_global_zero else SystemExit(2)
+    return result
+
+
+def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
+    """Return the model and, where one is asked for, the second model."""
+    settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.precision)}
+    settings["scales"], settings["flip"] = parse_tta(cfg.tta)
+    settings["device"] = device
+    if cfg.checkpoint is not None:
+        first = Segmenter.load(cfg.checkpoint, trust=cfg.trust, **settings)
+    elif _titles(cfg)[0] in PRETRAINED:
+        network = Network(instantiate(cfg.model, num_classes=len(VOC_LABELS)))
+        first = Segmenter(network, VOC_LABELS, **settings)
+    else:
+        raise InputError(
+            f"{cfg.model._target_} comes without weights that segment images: give "
+            f"checkpoint=FILE, or use model={' or model='.join(PRETRAINED)}"
+        )
+    if cfg.beside is None:
+        return [first]
+    if cfg.beside in PRETRAINED:
+        return [first, Segmenter.pretrained(cfg.beside, **settings)]
+    return [first, Segmenter.load(cfg.beside, trust=cfg.trust, **settings)]
+
+
+def _titles(cfg: DictConfig) -> tuple[str, str]:
+    """Return what the two models are called."""
+    name = cfg.model._target_.split(".")[-1] if cfg.checkpoint is None else cfg.checkpoint
+    return str(name), str(cfg.beside)

@@ -32,7 +32,7 @@ def train(cfg: DictConfig) -> None:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
     trainer = build_trainer(cfg.trainer)
-    folder = run_folder(trainer, cfg.output_dir)
+    folder = run_folder(trainer, cfg)
     on_first_process(trainer, partial(claim, folder, cfg.trainer.max_epochs, resumed))
     data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
     on_first_process(trainer, data.check_files)  # and downloads them
