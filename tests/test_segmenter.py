@@ -11,7 +11,6 @@ from torch import nn
 
 from seg_torch.errors import InputError
 from seg_torch.images import read_image
-from seg_torch.inference import Inference
 from seg_torch.labels import Labels, encode_segmap
 from seg_torch.models.network import Network
 from seg_torch.segmenter import Segmentation, Segmenter
@@ -153,6 +152,55 @@ def test_a_notebook_shows_the_overlay(segmenter, scene):
     result = segmenter.predict(scene)
     with Image.open(io.BytesIO(result._repr_png_())) as shown:
         assert np.array_equal(np.array(shown), np.array(result.overlay()))
+
+
+class Strided(nn.Module):
+    """Three classes at half the size, as most networks give fewer logits than pixels."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": torch.nn.functional.avg_pool2d(3 * x, 2, 2, ceil_mode=True)}
+
+
+@pytest.mark.parametrize("resize", [None, (40, 50)])
+def test_results_of_a_batch_are_those_of_plain_pytorch(resize):
+    """Resize, network, upsample, softmax, argmax."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    images = [np.array(Image.fromarray(values).resize((99, 71))) for values in noise]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    seen = batch if resize is None else resize_image(batch, resize)
+    logits = torch.nn.functional.interpolate(Strided()(seen / 255)["out"], (71, 99), mode="bilinear")
+    network = Network(Strided(), mean=(0, 0, 0), std=(1, 1, 1))
+    segmenter = Segmenter(network, Labels(("a", "b", "c")), resize, "cpu", precision="32-true")
+    results = segmenter.predict_batch(images, probabilities=True)
+    for result, image, expected in zip(results, images, logits.softmax(1).numpy(), strict=True):
+        assert np.array_equal(result.image, image)
+        assert np.abs(result.probabilities() - expected).max() < 5e-4
+        assert (result.mask == expected.argmax(0)).mean() > 0.999
+        assert result.confidence == pytest.approx(expected.max(0).mean(), abs=1e-5)
+
+
+def test_settings_reach_the_inference(scene):
+    network = Network(Threshold(), mean=(0, 0, 0), std=(1, 1, 1))
+    settings = {"tile": 64, "scales": (0.5, 1), "flip": True, "precision": "bf16-mixed"}
+    segmenter = Segmenter(network, LABELS, device="cpu", **settings)
+    assert {name: getattr(segmenter.inference, name) for name in settings} == settings
+    with pytest.raises(InputError, match="use one of auto"):
+        Segmenter(network, LABELS, device="cpu", precision="bf17")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), (64, torch.float64)])
+def test_true_precisions_are_those_of_the_weights(scene, precision, dtype):
+    seen = []
+
+    class Watched(Threshold):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    network = Network(Watched(), mean=(0, 0, 0), std=(1, 1, 1))
+    result = Segmenter(network, LABELS, device="cpu", precision=precision).predict(scene)
+    assert seen == [dtype]
+    assert np.array_equal(result.mask, scene[..., 0] > 127)
 
 
 def test_a_pretrained_model_that_is_not_published_is_refused_by_name():
