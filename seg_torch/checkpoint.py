@@ -8,9 +8,8 @@ configuration may only name the packages that are listed here.
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ KNOWN_PACKAGES = (
     "torchvision.models.segmentation",
     "torchvision.transforms.v2",
 )
+# More than any configuration has. References to one list can make a small file endless.
+MAX_NODES = 100_000
 
 
 def describe(
@@ -72,14 +73,26 @@ def read(path: str | Path) -> dict[str, Any]:
         InputError: The file is missing, is no checkpoint, or none of seg_torch's.
     """
     if os.path.isdir(path):
-        path = Path(path, "checkpoints", "best.ckpt")
+        folder, path = path, Path(path, "checkpoints", "best.ckpt")
+        if not path.is_file():
+            raise InputError(
+                f"checkpoint={folder}: no run there, or one that was stopped before its first "
+                "validation (it would hold checkpoints/best.ckpt)"
+            )
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
-    if not zipfile.is_zipfile(path):  # what torch.save writes; anything else is not worth parsing
-        raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes
+            size = sum(member.file_size for member in archive.infolist())
+        # torch.save does not compress; PyTorch would unpack gigabytes from a file of a few MB.
+        if size > os.path.getsize(path):
+            raise ValueError(f"it would unpack to {size:,} bytes")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except zipfile.BadZipFile:
+        raise InputError(
+            f"checkpoint={path}: not a checkpoint, or cut off while it was copied"
+        ) from None
+    except Exception as error:  # there is no end to what broken files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {reason}") from None
     if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
@@ -132,32 +145,47 @@ def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: 
         InputError: A `_target_` outside the known and trusted packages, or an interpolation, which
             could read the environment.
     """
-    if "${" in str(config):
+    nodes = list(_nodes(config))
+    if any(isinstance(node, str) and "${" in node for node in nodes):
         raise InputError(
             "the checkpoint's configuration holds an interpolation (${...}), which seg_torch never "
             "writes; resolving it could read this machine's environment"
         )
-    packages = (*KNOWN_PACKAGES, *trust)
-    for target in _targets(config):
-        inside = any(target.startswith(f"{package}.") for package in packages)
-        # The name alone proves little: `seg_torch.models.weights.torch.hub.load` begins well, too.
-        try:
-            home = getattr(hydra.utils.get_object(target), "__module__", "") if inside else ""
-        except ImportError:
-            raise InputError(f"the checkpoint names {target}, which is not installed") from None
-        if not any(home == package or home.startswith(f"{package}.") for package in packages):
-            raise InputError(
-                f"the checkpoint wants to run {target}, which is outside the packages that "
-                f"checkpoints may use ({', '.join(packages)}); if you trust the file, pass "
-                f"trust=[{target.split('.')[0]}]"
-            )
+    for node in nodes:
+        if isinstance(node, dict) and "_target_" in node:
+            _check_target(str(node["_target_"]), (*KNOWN_PACKAGES, *trust))
     return hydra.utils.instantiate(config, **arguments)
 
 
-def _targets(node: Any) -> list[str]:
-    if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
-    if isinstance(node, (list, tuple)):
-        return [target for value in node for target in _targets(value)]
-    return []
+def _check_target(target: str, packages: Sequence[str]) -> None:
+    inside = any(target.startswith(f"{package}.") for package in packages)
+    # The name alone proves little: `seg_torch.models.weights.torch.hub.load` begins well, too.
+    try:
+        home = getattr(hydra.utils.get_object(target), "__module__", None) if inside else None
+    except (ImportError, ValueError):
+        raise InputError(f"the checkpoint names {target}, which is not installed") from None
+    if not any(f"{home}.".startswith(f"{package}.") for package in packages):
+        raise InputError(
+            f"the checkpoint wants to run {target}, which is outside the packages that "
+            f"checkpoints may use ({', '.join(packages)}); if you trust the file, pass "
+            f"trust=[{target.split('.')[0]}]"
+        )
+
+
+def _nodes(config: Any) -> Iterator[Any]:
+    """Yields a configuration and everything inside it.
+
+    Raises:
+        InputError: There is no end to it.
+    """
+    todo = [config]
+    for _ in range(MAX_NODES):
+        if not todo:
+            return
+        node = todo.pop()
+        yield node
+        if isinstance(node, dict):
+            todo += [*node.keys(), *node.values()]
+        elif isinstance(node, (list, tuple)):
+            todo += node
+    raise InputError(f"the checkpoint's configuration has more than {MAX_NODES:,} values")

@@ -11,6 +11,9 @@ import torch
 
 from seg_torch.errors import InputError
 
+# Lightning's names for precisions in which the weights themselves are kept.
+TRUE_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
 
 def available_cpus() -> int:
     """Returns how many CPU cores this process may use."""
@@ -103,7 +106,7 @@ def resolve_precision(precision: str | int, device_type: str) -> str:
     name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}.get(
         name, name
     )
-    known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+    known = ("32-true", "bf16-mixed", "16-mixed", *TRUE_PRECISIONS)
     if name not in known:
         raise InputError(f"trainer.precision={precision}: use one of auto, {', '.join(known)}")
     return name

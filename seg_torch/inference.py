@@ -214,7 +214,7 @@ class Inference:
         return int(hardware.total_memory(self.device) / 4 / (height * width * bytes_per_pixel))
 
 
-def parse_tta(tta: str | Sequence[str | float] | None) -> tuple[list[float], bool]:
+def parse_tta(tta: str | float | Sequence[str | float] | None) -> tuple[list[float], bool]:
     """Reads test-time augmentation as the user writes it.
 
     Args:
@@ -226,7 +226,9 @@ def parse_tta(tta: str | Sequence[str | float] | None) -> tuple[list[float], boo
     Raises:
         InputError: Something else.
     """
-    words = tta.split(",") if isinstance(tta, str) else list(tta or [])
+    if isinstance(tta, str | float | int):
+        tta = str(tta).replace(" ", "").split(",")
+    words = list(tta or [])
     try:
         scales = [float(word) for word in words if word != "flip"] or [1.0]
     except ValueError:

@@ -183,6 +183,7 @@ class Segmenter:
         self.labels = labels
         self.resize = resize
         self.inference = Inference(network, len(labels), resize, tile, scales, flip, precision)
+        network.to(hardware.TRUE_PRECISIONS.get(self.inference.precision))
 
     @classmethod
     def load(
