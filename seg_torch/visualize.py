@@ -210,7 +210,7 @@ def save_confusion_matrix(matrix: np.ndarray, labels: Labels, path: str | Path) 
     from matplotlib.figure import Figure
 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 3 + 0.3 * len(labels)
+    side = min(3 + 0.3 * len(labels), 20)  # 2,000 pixels: more takes seconds to draw
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -112,3 +113,20 @@ def test_d32_in_an_empty_environment_the_wheel_trains_evaluates_and_predicts(whe
     image = next((folder / "run").rglob("*.png"))
     seg_torch(f"predict checkpoint={checkpoint} input={image} output=predictions")
     assert list((folder / "predictions").rglob("*.png"))
+
+
+def test_d33_d36_the_texts_use_the_words_of_the_field_and_no_strangers_package():
+    """Images are not pictures, videos no films; `pip install seg_torch` is another project."""
+    invented = (
+        r"\b(pictures?|films?|processors?|labels (pictures|images|photos)|wait for company|"
+        r"a row a class|can mend)\b|pip install '?seg[_-]torch"
+    )
+    files = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    for folder, suffix in (("seg_torch", "py"), ("conf", "yaml"), ("benchmarks", "py")):
+        files += (ROOT / folder).rglob(f"*.{suffix}")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        for match in re.finditer(invented, path.read_text(encoding="utf-8"))
+    ]
+    assert not found

@@ -431,3 +431,35 @@ def test_evaluation_scores_the_masks_that_prediction_writes(small, compose, tmp_
         labelled = mask.numpy() != 255
         np.add.at(matrix, (mask.numpy()[labelled], predicted[labelled]), 1)
     assert found == [matrix.tolist()] * 2
+
+
+def test_d30_optimizers_take_one_pass_over_all_parameters_unless_gradients_are_clipped(
+    small, tmp_path
+):
+    for name, clip in (("fused", "null"), ("clipped", "1.0")):
+        options = ("trainer.max_epochs=1", f"trainer.gradient_clip_val={clip}")
+        train(small("train", f"output_dir={tmp_path / name}", *options))
+        state = checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["optimizer_states"]
+        assert bool(state[0]["param_groups"][0]["fused"]) == (clip == "null")
+
+
+def test_weights_of_another_architecture_are_no_start(small, tmp_path):
+    train(small("train", "trainer.max_epochs=1"))
+    other = ("model=lraspp", "model.weights=null", f"output_dir={tmp_path / 'other'}")
+    with pytest.raises(InputError, match="no weights that fit"):
+        train(small("train", f"init_from={tmp_path / 'run'}", *other))
+
+
+def test_a_run_with_max_steps_resumes_where_it_stopped(small, tmp_path):
+    """Lightning alone would skip an epoch."""
+    options = ("trainer.max_steps=7", "trainer.max_epochs=-1", "scheduler=none")
+    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
+    folder = tmp_path / "stopped"
+    train(small("train", f"output_dir={folder}", *options, "trainer.max_steps=3"))
+    config = OmegaConf.load(folder / "config.yaml")
+    config.trainer.max_steps = 7
+    OmegaConf.save(config, folder / "config.yaml")
+    (folder / "test_metrics.json").unlink()
+    resume(folder)
+    assert same(weights(folder), weights(tmp_path / "whole"))
+    assert history(folder)[0] == history(tmp_path / "whole")[0]

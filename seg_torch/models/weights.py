@@ -72,7 +72,8 @@ def load_matching_weights(
         new_layers: Prefixes of the names that may keep their random values; `None`: all may.
 
     Raises:
-        InputError: The module needs a tensor that `state_dict` lacks or has in another shape.
+        InputError: The module needs a tensor that `state_dict` lacks or has in another shape, or no
+            parameter fits.
     """
     own = module.state_dict()
     fitting = {k: v for k, v in state_dict.items() if k in own and v.shape == own[k].shape}
@@ -83,6 +84,8 @@ def load_matching_weights(
             f"{source} does not fit the model: {len(lacking)} of its {len(own)} tensors are absent "
             f"or of another shape, such as {', '.join(lacking[:3])}"
         )
+    if not fitting.keys() & dict(module.named_parameters()).keys():
+        raise InputError(f"{source}: it has no weights that fit this model (another architecture?)")
     log_loading(source, len(own), new, [k for k in state_dict if k not in fitting])
 
 
