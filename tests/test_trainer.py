@@ -156,12 +156,12 @@ def test_an_error_of_the_only_process_is_raised_as_it_is(error):
 
 # train.py, and what each process counts and is told, written beside the run.
 PROGRAM = """
-import json, os, sys
+import json, os
 from pathlib import Path
 from seg_torch.cli import main
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.losses import CrossEntropyLoss
-from seg_torch.trainer import on_first_process
+import seg_torch.trainer
 
 notes = Path(os.environ["NOTES"])
 def note(what, value):
@@ -176,6 +176,11 @@ def pixel_counts(self):
 def set_pixel_counts(self, counts):
     note("given", counts.tolist())
     take(self, counts)
+def run_folder(trainer, cfg):
+    own = cfg.output_dir
+    note("folder", [own, str(choose(trainer, cfg)), cfg.output_dir])
+    return Path(cfg.output_dir)
+choose, seg_torch.trainer.run_folder = seg_torch.trainer.run_folder, run_folder
 SegmentationDataModule.pixel_counts = pixel_counts
 CrossEntropyLoss.set_pixel_counts = set_pixel_counts
 if os.environ.get("FAIL"):
@@ -239,6 +244,9 @@ def run_of_two(tmp_path_factory) -> Path:
 
 def test_d20_two_processes_make_one_run_whose_name_differs_between_them(run_of_two):
     (run,) = (run_of_two / "runs").iterdir()
+    ((first, *chosen),), ((second, *told),) = noted(run_of_two, "folder")
+    assert first != second, "nothing to agree on"
+    assert chosen == told == [first, first] == [f"runs/{run.name}"] * 2
     assert list(run_of_two.rglob("config.yaml")) == [run / "config.yaml"]
     assert (run / "checkpoints/best.ckpt").is_file()
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
