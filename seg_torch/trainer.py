@@ -97,16 +97,20 @@ def on_first_process(trainer: Trainer, function: Callable[[], None]) -> None:
     Those that Lightning starts do not exist yet, or find it done.
 
     Raises:
-        InputError: In every process, where `function` raises it.
+        InputError: In every process, where `function` raises it. After any other error, which the
+            first process raises as it is, in the others.
     """
-    message = None
+    failure = None
     if trainer.is_global_zero:
         try:
             function()
-        except InputError as error:
-            message = str(error)
+        except Exception as error:
+            failure = error
+    message = None if failure is None else str(failure) or type(failure).__name__
     if connected_from_outside(trainer):
         message = trainer.strategy.broadcast(message)
+    if failure is not None:
+        raise failure
     if message is not None:
         raise InputError(message)
 

@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from seg_torch import hardware
+from seg_torch.errors import InputError
 
 # Pages that the system had to provide for tensors of 64 MB, after a few to settle.
 PROGRAM = """
@@ -29,3 +33,77 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     )
     assert usual > 0, "nothing to gain here"
     assert reused < usual / 10
+
+
+def device(monkeypatch, name: str) -> None:
+    """As on a machine with a CUDA GPU, with Apple's, or with none (`cpu`)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "expected"),
+    [
+        ("cuda", "auto", "cuda"),
+        ("cuda", "gpu", "cuda"),
+        ("cuda", "cpu", "cpu"),
+        ("mps", "auto", "mps"),
+        ("mps", "gpu", "mps"),
+        ("mps", "cpu", "cpu"),
+        ("cpu", "auto", "cpu"),
+        ("cpu", "tpu", "tpu"),  # Lightning knows more
+    ],
+)
+def test_d19_gpu_means_the_one_of_this_machine(monkeypatch, machine, asked, expected):
+    device(monkeypatch, machine)
+    assert hardware.accelerator(asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked"), [("cpu", "gpu"), ("cpu", "cuda"), ("cpu", "mps"), ("mps", "cuda")]
+)
+def test_d19_a_device_that_is_not_there_is_refused(monkeypatch, machine, asked):
+    device(monkeypatch, machine)
+    with pytest.raises(InputError, match=f"accelerator={asked}: PyTorch finds no such device"):
+        hardware.accelerator(asked)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "instructions", "expected"),
+    [
+        ("cuda", (9, 0), False, "bf16-mixed"),
+        ("cuda", (8, 0), False, "bf16-mixed"),
+        ("cuda", (7, 5), True, "16-mixed"),  # emulates bfloat16
+        ("mps", None, True, "32-true"),
+        ("cpu", None, True, "bf16-mixed"),
+        ("cpu", None, False, "32-true"),
+    ],
+)
+def test_auto_is_the_fastest_precision_of_the_device(
+    monkeypatch, machine, capability, instructions, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert hardware.resolve_precision("auto", machine) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(32, "32-true"), ("bf16", "bf16-mixed"), ("16-true", "16-true")]
+)
+def test_precisions_have_lightnings_names(asked, expected):
+    assert hardware.resolve_precision(asked, "cpu") == expected
+
+
+def test_an_unknown_precision_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"precision=8: use one of auto, 32-true, bf16-mixed"):
+        hardware.resolve_precision(8, "cpu")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_precision_holds_inside_any_other(precision):
+    expected = torch.float32 if precision == "32-true" else torch.bfloat16
+    matrix = torch.ones(4, 4)
+    for outer in ("32-true", "bf16-mixed"):
+        with hardware.autocast(outer, "cpu"), hardware.autocast(precision, "cpu"):
+            assert (matrix @ matrix).dtype == expected

@@ -168,7 +168,9 @@ def test_results_of_a_batch_are_those_of_plain_pytorch(resize):
     images = [np.array(Image.fromarray(values).resize((99, 71))) for values in noise]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     seen = batch if resize is None else resize_image(batch, resize)
-    logits = torch.nn.functional.interpolate(Strided()(seen / 255)["out"], (71, 99), mode="bilinear")
+    logits = torch.nn.functional.interpolate(
+        Strided()(seen / 255)["out"], (71, 99), mode="bilinear"
+    )
     network = Network(Strided(), mean=(0, 0, 0), std=(1, 1, 1))
     segmenter = Segmenter(network, Labels(("a", "b", "c")), resize, "cpu", precision="32-true")
     results = segmenter.predict_batch(images, probabilities=True)
@@ -188,7 +190,9 @@ def test_settings_reach_the_inference(scene):
         Segmenter(network, LABELS, device="cpu", precision="bf17")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), (64, torch.float64)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), (64, torch.float64)]
+)
 def test_true_precisions_are_those_of_the_weights(scene, precision, dtype):
     seen = []
 
