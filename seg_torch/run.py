@@ -96,12 +96,18 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def claim(folder: Path, max_epochs: int, resumed: dict[str, Any] | None) -> None:
+def is_complete(content: dict[str, Any], trainer: DictConfig) -> bool:
+    """Whether a checkpoint has all the epochs or steps of `trainer.max_epochs` and `max_steps`."""
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= trainer.max_epochs >= 0 or content["global_step"] >= trainer.max_steps > 0
+
+
+def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> None:
     """Refuses a folder that holds another run, and a run that is complete.
 
     Args:
         folder: Where the run is to write.
-        max_epochs: How many epochs it is to have in the end.
+        trainer: Settings of the trainer, which say how long the run is.
         resumed: The checkpoint that it goes on from, if any.
 
     Raises:
@@ -113,10 +119,11 @@ def claim(folder: Path, max_epochs: int, resumed: dict[str, Any] | None) -> None
                 f"output_dir={folder} holds a run already: choose another folder, or go on with it "
                 f"by resume={folder}"
             )
+        # Of a run that was killed before it could be resumed.
+        (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
         return
-    epochs = resumed["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    if epochs >= max_epochs and (folder / "test_metrics.json").exists():
+    if is_complete(resumed, trainer) and (folder / "test_metrics.json").exists():
         raise InputError(
-            f"resume={folder}: this run is complete ({epochs} of {max_epochs} epochs); to train "
+            f"resume={folder}: this run is complete ({resumed['global_step']} steps); to train "
             "further set trainer.max_epochs, to score it use evaluate"
         )

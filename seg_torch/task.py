@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class SegmentationTask(LightningModule):
         scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
         aux_weight: Weight of the loss of the auxiliary head, where there is one.
         description: What `seg_torch.checkpoint` needs to build the network again.
+        max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
     """
@@ -54,6 +56,7 @@ class SegmentationTask(LightningModule):
         scheduler: Callable[..., Any] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
+        max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
     ) -> None:
@@ -66,6 +69,7 @@ class SegmentationTask(LightningModule):
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.description = description
+        self.max_steps = max_steps
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
@@ -82,12 +86,6 @@ class SegmentationTask(LightningModule):
                 data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
                 counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
-
-    def on_train_start(self) -> None:
-        # Lightning does so unless there is max_steps: then it would end the epoch twice that a
-        # resumed run begins after.
-        epochs: Any = self.trainer.fit_loop.epoch_progress.current
-        epochs.completed = epochs.processed
 
     def on_train_epoch_start(self) -> None:
         self.validated = False
@@ -115,6 +113,8 @@ class SegmentationTask(LightningModule):
         last = batch_index + 1 == self.trainer.num_training_batches
         if last or (batch_index + 1) % LOOK_EVERY == 0:
             self.check_losses()
+        if 0 < self.max_steps <= self.global_step:
+            self.trainer.should_stop = True  # after a last validation
 
     def check_losses(self) -> None:
         """Ends the run where the loss is no longer a number, before anything of it is saved.
@@ -194,8 +194,11 @@ class SegmentationTask(LightningModule):
         optimizer = self.make_optimizer(parameters, **options)
         if self.make_scheduler is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        config = scheduler_config(self.make_scheduler, optimizer, steps)
+        steps = self.trainer.estimated_stepping_batches
+        steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
+        if steps == math.inf:
+            raise InputError("a schedule has a length: set trainer.max_epochs or trainer.max_steps")
+        config = scheduler_config(self.make_scheduler, optimizer, int(steps))
         if config["reduce_on_plateau"]:
             # Stepped in on_train_epoch_end: Lightning would do it after the epoch's checkpoint is
             # saved, and not at all in the first epoch of a resumed run.

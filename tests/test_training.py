@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
@@ -450,16 +451,36 @@ def test_weights_of_another_architecture_are_no_start(small, tmp_path):
         train(small("train", f"init_from={tmp_path / 'run'}", *other))
 
 
-def test_a_run_with_max_steps_resumes_where_it_stopped(small, tmp_path):
-    """Lightning alone would skip an epoch."""
-    options = ("trainer.max_steps=7", "trainer.max_epochs=-1", "scheduler=none")
+def test_a_run_with_max_steps_is_resumed_without_loss(small, tmp_path):
+    """Lightning's own max_steps would skip an epoch; the last steps are validated, too."""
+    options = ("trainer.max_steps=7", "trainer.max_epochs=-1")
     train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
-    folder = tmp_path / "stopped"
-    train(small("train", f"output_dir={folder}", *options, "trainer.max_steps=3"))
+    rows = history(tmp_path / "whole")
+    assert [row["step"] for row in rows] == ["3", "6", "7"]
+    assert all(row["val_loss"] for row in rows)
+    folder = tmp_path / "killed"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(
+            small(
+                "train",
+                f"output_dir={folder}",
+                *options,
+                "+callbacks.kill._target_=test_training.Kill",
+            )
+        )
+    assert len(history(folder)) == 1
     config = OmegaConf.load(folder / "config.yaml")
-    config.trainer.max_steps = 7
+    config.callbacks = {}
     OmegaConf.save(config, folder / "config.yaml")
-    (folder / "test_metrics.json").unlink()
     resume(folder)
-    assert same(weights(folder), weights(tmp_path / "whole"))
-    assert history(folder)[0] == history(tmp_path / "whole")[0]
+    assert_same_run(folder, tmp_path / "whole")
+    with pytest.raises(InputError, match="complete"):
+        resume(folder)
+
+
+class Kill(Callback):
+    """Ends the run in its second epoch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")

@@ -20,7 +20,7 @@ from seg_torch.files import write_atomically
 from seg_torch.inference import Inference
 from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
 from seg_torch.models.weights import load_matching_weights
-from seg_torch.run import claim, last_checkpoint
+from seg_torch.run import claim, is_complete, last_checkpoint
 from seg_torch.task import SegmentationTask
 from seg_torch.trainer import build_trainer, on_first_process, run_folder, score
 
@@ -33,34 +33,30 @@ def train(cfg: DictConfig) -> None:
     resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    on_first_process(trainer, partial(claim, folder, cfg.trainer.max_epochs, resumed))
+    on_first_process(trainer, partial(claim, folder, cfg.trainer, resumed))
     data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
     on_first_process(trainer, data.check_files)  # and downloads them
     task = _task(cfg, data, trainer, folder, resumed)
 
-    best = Checkpoints(folder, "best", monitor="val/mean_iou")
     trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     trainer.callbacks += [  # type: ignore[attr-defined]
         *([LearningRateMonitor("step")] if trainer.loggers else []),
         History(folder),
         SampleSheet(folder),
         *(instantiate(node) for node in cfg.callbacks.values()),
-        best,
+        Checkpoints(folder, "best", monitor="val/mean_iou"),
         Checkpoints(folder, "last"),  # after all that it has to contain
         StopOnSignal(folder),
     ]
     if trainer.is_global_zero:
         _announce(cfg, trainer, task, data, folder)
 
-    trainer.fit(
-        task,
-        datamodule=data,
-        ckpt_path=None if resumed is None else last_checkpoint(cfg.resume),
-        weights_only=True,
-    )
-    if best.best_model_path:
-        content = checkpoint.read(trainer.strategy.broadcast(best.best_model_path))
-        task.network.load_state_dict(checkpoint.network_state(content))
+    if resumed is None or not is_complete(resumed, cfg.trainer):  # else it was killed in the test
+        last = None if resumed is None else last_checkpoint(folder)
+        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+    if (folder / "checkpoints" / "best.ckpt").exists():
+        state = checkpoint.network_state(checkpoint.read(folder))
+        task.network.load_state_dict(state)
     # As evaluate.py will score it: in float32.
     task.inference = Inference(task.network, len(task.labels), data.resize, precision="32-true")
     score(trainer, task, data, folder, "test")
@@ -99,6 +95,7 @@ def _task(
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
         aux_weight=cfg.aux_weight,
+        max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
