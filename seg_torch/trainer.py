@@ -48,7 +48,7 @@ def build_trainer(settings: DictConfig) -> Trainer:
         InputError: A setting that Lightning does not take, or a device that is not there.
     """
     options: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    options.pop("max_steps")  # left to the task: Lightning's own skips an epoch on resuming
+    options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
