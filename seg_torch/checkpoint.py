@@ -47,7 +47,7 @@ def describe(
         network: For its mean and standard deviation.
         labels: The classes.
         model: Configuration of the model, plain data with `_target_`.
-        data: Configuration of the data module, likewise.
+        data: Configuration of the data module, plain data with `_target_`.
         resize: (height, width) at which the network sees images, or `None`.
     """
     return {

@@ -32,7 +32,7 @@ class Block(NamedTuple):
     Attributes:
         image: Its index in the batch.
         rows: Of the label that the block covers.
-        columns: Likewise.
+        columns: Of the label that the block covers.
         logits: [C, rows, columns]; float32 unless the network gave them at this size.
     """
 
@@ -59,7 +59,7 @@ class Inference:
             device's memory.
         scales: The network sees each image at these multiples of its size, and the probabilities
             are averaged.
-        flip: The network sees each image mirrored, too, likewise.
+        flip: The network sees each image mirrored, too, and the probabilities are averaged.
         precision: `"32-true"`, `"bf16-mixed"`, `"16-mixed"`, or `"auto"` for the fastest that the
             network's device is good at.
 

@@ -158,10 +158,10 @@ class Segmenter:
         labels: Its classes.
         resize: (height, width) at which the network sees images; `None` for their own size.
         device: Where to run; by default the best there is.
-        tile: See `seg_torch.inference.Inference`, as for the other settings.
-        scales: Likewise.
-        flip: Likewise.
-        precision: Likewise.
+        tile: See `seg_torch.inference.Inference`.
+        scales: See there.
+        flip: See there.
+        precision: See there.
 
     Raises:
         InputError: An impossible tile, scale or precision.
@@ -267,10 +267,10 @@ class Segmenter:
 
         Args:
             images: As for `predict`.
-            probabilities: Likewise.
+            probabilities: As for `predict`.
 
         Raises:
-            InputError: Likewise, or the images have several sizes.
+            InputError: As for `predict`, or the images have several sizes.
         """
         if not images:
             return []

@@ -170,7 +170,7 @@ def pair_files(
 
     Args:
         images: The folder of the images, searched with its subfolders.
-        masks: The folder of the masks, likewise.
+        masks: The folder of the masks.
         image_suffix: How the names of image files end.
         mask_suffix: How the names of mask files end.
         names: Which pairs, in this order; by default every mask, sorted by name.

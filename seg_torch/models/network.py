@@ -21,7 +21,7 @@ class Network(nn.Module):
         model: Float [N, C, H, W] -> {"out": logits [N, K, h, w], "aux": ...} or the logits alone.
         mean: Of the C channels of the model's input, for images scaled to [0, 1]; by default what
             the model says its weights were trained with (`model.mean`), else ImageNet's.
-        std: Standard deviations, likewise.
+        std: Standard deviations of the channels.
     """
 
     mean: Tensor
