@@ -1,14 +1,16 @@
 # Every target sets up what it needs from nothing: Python 3.10 or newer with pip, and make.
+# With another Python beside the usual one: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test test-wheel lint clean
+.PHONY: setup demo test test-lowest test-wheel lint clean
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
@@ -27,6 +29,13 @@ demo: setup  ## train on generated images, then segment others with the result
 test: setup
 	$(BIN)/python -m pytest
 
+test-lowest:  ## with the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest --resolution lowest-direct \
+	    --editable '.[dev]'
+	.venv-lowest/bin/python -m pytest
+
 test-wheel: setup  ## install the wheel into an empty environment and train, evaluate, predict there
 	$(BIN)/python -m pytest -m slow tests/test_package.py
 
@@ -36,4 +45,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache

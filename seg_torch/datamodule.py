@@ -315,7 +315,7 @@ class _TrainingSamples(Dataset):
             return sample
         with torch.random.fork_rng(devices=[]):
             entropy = np.random.SeedSequence([self.seed, epoch, index])
-            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
             return self.augment(*sample)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -116,3 +118,26 @@ def autocast(precision: str, device_type: str) -> torch.autocast:
     """The context in which a network runs at a precision; float32 also inside another autocast."""
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def named_nondeterminism() -> Iterator[None]:
+    """The context of training with `trainer.deterministic=true`.
+
+    PyTorch refuses an operation that has no deterministic implementation on the device when it is
+    first called, which is in the first step, before any weight has changed.
+
+    Raises:
+        InputError: Names that operation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        operation, refused, _ = str(error).partition(" does not have a deterministic impl")
+        if not refused:
+            raise
+        raise InputError(
+            f"trainer.deterministic=true: {operation}, which the model or the loss calls, has no "
+            "deterministic implementation on this device. Use another model or loss, or "
+            "trainer.deterministic=warn, with which repetitions may differ"
+        ) from error

@@ -85,6 +85,23 @@ class RandomScaleCrop(v2.Transform):
         return tv_tensors.Image(resize_image(window, self.size))
 
 
+class _ColourJitter(v2.ColorJitter):
+    """torchvision's on one thread, as in a worker process, so that both give the same bits.
+
+    Contrast is relative to the mean of the image, whose last bits depend on the number of threads.
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return super().forward(*inputs)
+        torch.set_num_threads(1)
+        try:
+            return super().forward(*inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+
 def augment(
     crop: Sequence[int] | None = None,
     scale: Sequence[float] | None = (0.5, 2.0),
@@ -115,7 +132,7 @@ def augment(
         steps.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
-        steps.append(v2.ColorJitter(*changes, hue))
+        steps.append(_ColourJitter(*changes, hue))
     return v2.Compose(steps or [v2.Identity()])
 
 

@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -21,11 +23,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import segmentation as tv
 
 from seg_torch import checkpoint
 from seg_torch.errors import InputError
+from seg_torch.inference import upsample
 from seg_torch.labels import Labels
+from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 from seg_torch.models import (
     UNet,
     deeplabv3,
@@ -178,6 +183,84 @@ def test_gradient_reaches_every_trainable_parameter(model):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert [name for name, p in trainable.items() if p.grad is None or not p.grad.any()] == []
+
+
+# trainer.deterministic on a GPU. Training on `meta` shows what it would call there: `meta` computes
+# shapes alone, but takes the ways of a GPU wherever a library asks whether it is on a CPU.
+
+# What raises an error on CUDA by the documentation of torch.use_deterministic_algorithms, as far as
+# a network for images can call it at all, under the dispatcher's names.
+REFUSED_ON_CUDA = {
+    "aten.avg_pool3d_backward",
+    "aten._adaptive_avg_pool2d_backward",
+    "aten._adaptive_avg_pool3d_backward",
+    "aten.adaptive_max_pool2d_backward",
+    "aten.fractional_max_pool2d_backward",
+    "aten.max_unpool2d",
+    "aten.upsample_linear1d_backward",
+    "aten.upsample_bilinear2d_backward",
+    "aten.upsample_bicubic2d_backward",
+    "aten.upsample_trilinear3d_backward",
+    "aten.reflection_pad1d_backward",
+    "aten.reflection_pad2d_backward",
+    "aten.grid_sampler_2d_backward",
+    "aten.put_",
+    "aten.histc",
+    "aten.median.dim",
+    "aten.nll_loss2d_forward of a reduced loss",
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removesuffix(".default")
+        if name == "aten.nll_loss2d_forward" and args[3] != 0:  # reduction
+            name += " of a reduced loss"
+        self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def refused(monkeypatch) -> Iterator[Callable[[nn.Module, Callable], set[str]]]:
+    """refused(model, loss): what a training step calls that no GPU does deterministically."""
+
+    def refused(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> set[str]:
+        network = Network(copy.deepcopy(model)).to("meta").train()
+        images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta")
+        masks = torch.zeros(2, 64, 64, dtype=torch.uint8, device="meta")
+        with Calls() as calls:
+            logits = network(images).values()
+            sum(loss(upsample(each, masks.shape[-2:]), masks) for each in logits).backward()
+        return REFUSED_ON_CUDA & calls.counts.keys()
+
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown to meta
+    torch.use_deterministic_algorithms(True)
+    yield refused
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.promise(25)
+def test_training_calls_nothing_that_a_gpu_has_in_no_deterministic_version(model, refused):
+    losses = [CrossEntropyLoss("image"), DiceLoss(), DiceLoss(weights="image")]
+    assert refused(model, WeightedSum(losses, [1, 1, 1])) == set()
+
+
+def test_what_a_gpu_has_in_no_deterministic_version_is_seen(refused):
+    pytest.importorskip(EXTRAS["smp"])
+    model = smp(NUM_CLASSES, "PSPNet", "resnet18", weights=None)
+    assert refused(model, CrossEntropyLoss()) == {"aten._adaptive_avg_pool2d_backward"}
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target.long())
+
+    found = refused(nn.Conv2d(3, NUM_CLASSES, 1), loss)
+    assert found == {"aten.nll_loss2d_forward of a reduced loss"}
 
 
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
@@ -1001,7 +1084,7 @@ PARTLY_UNUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {  # and a layer
             NUM_CLASSES,
             TINY_VIT | {"model_type": "beit", "num_hidden_layers": 5, "out_indices": [1, 2, 3, 4]},
         ),
-        "layers.4.attention",
+        ".4.attention",
     ),
     "data2vec": (
         lambda: transformers(

@@ -65,14 +65,6 @@ def test_a_run_leaves_what_the_design_promises(small, tmp_path):
     assert matrix.sum() == labelled
 
 
-def test_a_seed_gives_the_same_run_twice_and_another_seed_another(small, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(small("train", f"output_dir={tmp_path / name}", f"seed={seed}"))
-    assert history(tmp_path / "a") == history(tmp_path / "b")
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-
-
 def test_a_run_is_not_overwritten_by_another(small, tmp_path):
     train(small("train"))
     before = (tmp_path / "run/metrics.csv").read_bytes()

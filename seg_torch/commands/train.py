@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
-from seg_torch import checkpoint
+from seg_torch import checkpoint, hardware
 from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.files import write_atomically
@@ -53,7 +53,8 @@ def train(cfg: DictConfig) -> None:
 
     if resumed is None or not is_complete(resumed, cfg.trainer):  # else it was killed in the test
         last = None if resumed is None else last_checkpoint(folder)
-        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+        with hardware.named_nondeterminism():
+            trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     if (folder / "checkpoints" / "best.ckpt").exists():
         state = checkpoint.network_state(checkpoint.read(folder))
         task.network.load_state_dict(state)
