@@ -7,9 +7,12 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # Imported by others for us: Lightning's TensorBoardLogger.
@@ -42,12 +45,14 @@ def normal(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
+def pyproject() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def declared() -> tuple[set[str], set[str]]:
     """Of pyproject.toml: what is always installed, and the extras'."""
-    from packaging.requirements import Requirement
-
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = pyproject()["project"]
     extras = project["optional-dependencies"]
     optional = [r for name in extras if name not in ("dev", "bench") for r in extras[name]]
     both = project["dependencies"], optional
@@ -87,6 +92,22 @@ def test_d32_the_wheel_holds_every_configuration_and_works_without_the_sources(w
     assert wheel.name.split("-")[1] == version
     entry = next((tmp_path / "site").glob("*.dist-info")) / "entry_points.txt"
     assert "seg-torch = seg_torch.cli:main" in entry.read_text()
+
+
+@pytest.mark.promise(24)
+def test_every_requirement_is_a_published_package_with_a_lower_bound_and_no_upper_one():
+    """`make test-lowest` runs with the lower bounds; an upper one keeps others from upgrading."""
+    content = pyproject()
+    project = content["project"]
+    extras = project["optional-dependencies"]
+    always = [*content["build-system"]["requires"], *project["dependencies"]]
+    for text in chain(always, *extras.values()):
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:  # extras of its own
+            assert requirement.extras <= extras.keys()
+        else:
+            assert requirement.url is None, text
+            assert [part.operator for part in requirement.specifier] == [">="], text
 
 
 @pytest.mark.slow
