@@ -1,0 +1,62 @@
+"""seg-torch inspect: what is in a dataset, and whether it can be trained on."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from seg_torch.inspection import inspect_dataset
+
+log = logging.getLogger(__name__)
+
+
+def inspect(cfg: DictConfig) -> bool:
+    """Prints and writes a report on all splits; returns whether training would be refused."""
+    data = instantiate(cfg.data, _convert_="all")
+    place = {"download": True} if data.download else {}
+    report = inspect_dataset(partial(data.make_dataset, **place), data.root, cfg.output_dir)
+    console = Console()
+    if report["splits"]:
+        console.print(_class_table(report))
+    if report["mean"]:
+        mean, std = ([round(v, 4) for v in report[key]] for key in ("mean", "std"))
+        log.info("training images: mean %s, standard deviation %s", mean, std)
+    for note in report["notes"]:
+        log.info("%s", note)
+    problems = report["problems"]
+    if problems:
+        table = Table(title=f"{len(problems)} problems: training would be refused", show_lines=True)
+        table.add_column("problem", overflow="fold")
+        table.add_column("value: pixels", justify="right")
+        for p in problems[:5]:
+            counts = [f"{value}: {count:,}" for value, count in p["pixels"].items()]
+            table.add_row(escape(p["problem"]), "\n".join(counts))
+        console.print(table)
+        if len(problems) > 5:
+            log.info("... and %d more, all of them in the files", len(problems) - 5)
+    for name in ("inspect.html", "inspect.json"):
+        log.info("%s", Path(cfg.output_dir, name))
+    return report["refused"]
+
+
+def _class_table(report: dict[str, Any]) -> Table:
+    splits = report["splits"]
+    table = Table(title=", ".join(f"{s}: {c['images']:,} images" for s, c in splits.items()))
+    table.add_column("class")
+    for split in splits:
+        table.add_column(f"pixels in {split}", justify="right")
+        table.add_column("images", justify="right")
+    table.add_column("weight", justify="right")
+    for name, row in report["classes"].items():
+        counts = [f"{row[what][s]:,}" for s in splits for what in ("pixels", "images")]
+        weight = "" if row["weight"] is None else f"{row['weight']:.4g}"
+        table.add_row(escape(name), *counts, weight)
+    return table
