@@ -195,11 +195,11 @@ def _notes(report: dict[str, Any]) -> list[str]:
     if "train" in splits:
         never = [name for name, row in classes.items() if not row["pixels"]["train"]]
         if never:
-            notes.append(f"Never seen in train, so it cannot be learnt: {', '.join(never)}.")
+            notes.append(f"Never seen in train, so never learnt: {', '.join(never)}.")
         for split in [split for split in splits if split != "train"]:
             absent = [n for n, r in classes.items() if n not in never and not r["pixels"][split]]
             if absent:
-                notes.append(f"Never seen in {split}, so it has no score: {', '.join(absent)}.")
+                notes.append(f"Never seen in {split}, so without a score there: {', '.join(absent)}.")
     for first, second in combinations(splits, 2):
         pairs = [d for d in report["duplicates"] if {first, second} <= d.keys()]
         if pairs:
@@ -234,6 +234,12 @@ def _page(
         ]
         parts += ["<h2>Problems</h2>", table(("problem", "value: pixels"), rows)]
     parts += [f"<p>{escape(note)}</p>" for note in report["notes"]]
+    if found_twice:
+        most = sorted(found_twice, key=lambda d: -d.similarity)[:TWICE_SHOWN]
+        parts += ["<h2>Duplicates</h2>", f"<p>The nearest {len(most)} of {len(found_twice)}.</p>"]
+        parts.append(_grid(_double_figure(data, double) for double in most))
+    for split in splits:
+        parts += [f"<h2>Samples of {split}</h2>", _samples(data.originals(split), checks[split])]
     if splits:
         parts += ["<h2>Classes</h2>", _class_table(report, data.labels)]
     if report["mean"]:
@@ -251,33 +257,24 @@ def _page(
             "models without published weights; others bring their own. The weights are those "
             f"that loss=weighted_ce takes by itself.</p><pre>{settings}</pre>"
         )
-    if found_twice:
-        most = sorted(found_twice, key=lambda d: -d.similarity)[:TWICE_SHOWN]
-        parts += ["<h2>Duplicates</h2>", f"<p>The nearest {len(most)} of {len(found_twice)}.</p>"]
-        parts.append(_grid(_double_figure(data, double) for double in most))
-    for split in splits:
-        parts += [f"<h2>Samples of {split}</h2>", _samples(data.originals(split), checks[split])]
     return page(f"Dataset {report['dataset'] or ''}", parts)
 
 
 def _class_table(report: dict[str, Any], labels: Labels) -> str:
-    splits = report["splits"]
-    rows = []
-    for i, row in enumerate(report["classes"].values()):
-        cells = [
-            f"{_percent(row['pixels'][s] / max(counts['pixels'], 1))}\n{row['images'][s]:,}"
-            if row["pixels"][s]
-            else "never"
-            for s, counts in splits.items()
-        ]
-        weight = "" if row["weight"] is None else f"{row['weight']:.4g}"
-        rows.append([_key(labels, i), *cells, weight])
-    counts = [f"{c['images']:,} images\n{c['pixels'] / 1e6:.3g} M pixels" for c in splits.values()]
-    rows.append(["all", *counts, ""])
-    header = ["class", *splits, "weight"]
-    return "<p>Share of the pixels, and number of the images with the class.</p>" + table(
-        header, rows
-    )
+    """Return share of the pixels and number of images of each class."""
+    header = [f"{split}: {c['images']:,} images" for split, c in report["splits"].items()]
+    rows = enumerate(report["classes"].values())
+    cells = [[_key(labels, i), *class_cells(report, row)] for i, row in rows]
+    return table(["share of the pixels, images with the class", *header, "weight"], cells)
+
+
+def class_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """Return share of the pixels and number of images of a class by split, and its weight."""
+    cells = []
+    for split, pixels in row["pixels"].items():
+        share = _percent(pixels / max(report["splits"][split]["pixels"], 1))
+        cells.append(f"{share}\n{row['images'][split]:,}" if pixels else "never")
+    return [*cells, "" if row["weight"] is None else f"{row['weight']:.4g}"]
 
 
 def _key(labels: Labels, i: int) -> str:

@@ -25,11 +25,11 @@ h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 .bad {{ border-color: var(--bad); }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; }}
+th, td {{ text-align: left; vertical-align: top; padding: .3rem .5rem .3rem 0; }}
 tr {{ border-bottom: 1px solid var(--line); }}
 td {{ white-space: pre-line; }}
 td + td, th + th {{ text-align: right; overflow-wrap: normal; font-variant-numeric: tabular-nums; }}
-.key {{ display: inline-flex; gap: .4em; margin-right: 1em; font-size: .9rem; }}
+.key {{ display: inline-flex; gap: .4em; margin-right: .6em; overflow-wrap: break-word; }}
 .key i {{ flex: none; width: .9em; height: .9em; margin-top: .25em; border: 1px solid #888; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: start; }}

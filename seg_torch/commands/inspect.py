@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.inspection import inspect_dataset
+from seg_torch.inspection import class_cells, inspect_dataset
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +41,19 @@ def inspect(cfg: DictConfig) -> bool:
             table.add_row(escape(p["problem"]), "\n".join(counts))
         console.print(table)
         if len(problems) > 5:
-            log.info("... and %d more, all of them in the files", len(problems) - 5)
+            log.info("... and %d more; the files below list all", len(problems) - 5)
     for name in ("inspect.html", "inspect.json"):
         log.info("%s", Path(cfg.output_dir, name))
     return report["refused"]
 
 
 def _class_table(report: dict[str, Any]) -> Table:
-    splits = report["splits"]
-    table = Table(title=", ".join(f"{s}: {c['images']:,} images" for s, c in splits.items()))
+    table = Table(title="share of the pixels, in so many images")
     table.add_column("class")
-    for split in splits:
-        table.add_column(f"pixels in {split}", justify="right")
-        table.add_column("images", justify="right")
+    for split, counts in report["splits"].items():
+        table.add_column(f"{split}: {counts['images']:,} images", justify="right")
     table.add_column("weight", justify="right")
     for name, row in report["classes"].items():
-        counts = [f"{row[what][s]:,}" for s in splits for what in ("pixels", "images")]
-        weight = "" if row["weight"] is None else f"{row['weight']:.4g}"
-        table.add_row(escape(name), *counts, weight)
+        cells = [cell.replace("\n", " in ") for cell in class_cells(report, row)]
+        table.add_row(escape(name), *cells)
     return table

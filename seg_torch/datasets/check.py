@@ -104,7 +104,7 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     samples = in_threads(partial(_examine, dataset), range(count))
     title = f"Checking {name}"
     for index, found in enumerate(track(samples, title, count, transient=True, disable=not bar)):
-        if count >= MANY and not bar and index % (count // 10) == count // 10 - 1:
+        if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
             log.info("checked %d of %d", index + 1, count)
         if isinstance(found, list):
             result.problems += found
