@@ -159,7 +159,7 @@ def doubles(checks: dict[str, Check]) -> list[Double]:
             nearest = similarity.argmax(axis=0).tolist()
             for column, i in enumerate(nearest):
                 j, value = start + column, float(similarity[i, column])
-                digest = str(checks[second].digests[j])
+                digest = bytes(checks[second].digests[j])
                 if digest in same:
                     found.append(Double(first, same[digest], second, j, True, 1.0))
                 elif value > NEAR:
@@ -199,7 +199,9 @@ def _notes(report: dict[str, Any]) -> list[str]:
         for split in [split for split in splits if split != "train"]:
             absent = [n for n, r in classes.items() if n not in never and not r["pixels"][split]]
             if absent:
-                notes.append(f"Never seen in {split}, so without a score there: {', '.join(absent)}.")
+                notes.append(
+                    f"Never seen in {split}, so without a score there: {', '.join(absent)}."
+                )
     for first, second in combinations(splits, 2):
         pairs = [d for d in report["duplicates"] if {first, second} <= d.keys()]
         if pairs:
@@ -298,7 +300,7 @@ def _double_figure(data: SegmentationDataModule, double: Double) -> str:
 
 def _samples(dataset: Any, found: Check) -> str:
     """Return a few samples, evenly spaced, beside their overlays, with a legend."""
-    usable = np.flatnonzero(found.digests != "").tolist()
+    usable = np.flatnonzero(found.digests != b"").tolist()
     figures, shown = [], set()
     for index in usable[:: -(-len(usable) // SHOWN) or 1]:
         image, mask = checked_sample(dataset, index)

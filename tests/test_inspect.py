@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -405,6 +406,29 @@ def test_many_files_show_progress_and_how_to_skip_the_check(own, monkeypatch, ca
     assert "of val" not in caplog.text
     (own / "images/photo_0.jpg").write_bytes(b"no image")
     SegmentationDataModule(datasets.folder, str(own), check=False).check_files()
+
+
+def test_ctrl_c_ends_the_check_at_once(monkeypatch):
+    read = []
+
+    class Slow(Written):
+        def __len__(self):
+            return 300
+
+        def __getitem__(self, index):
+            read.append(index)
+            time.sleep(0.01)
+            return super().__getitem__(0)
+
+    def interrupted(samples, *_, **__):
+        yield next(samples)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "track", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:  # whose traceback keeps the generators alive
+        check.check(Slow("train"))
+    assert len(read) < 100
+    assert stop.value.__traceback__
 
 
 # The page

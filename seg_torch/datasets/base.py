@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -391,7 +391,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     return image, mask
 
 
-def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Generator[Any, None, None]:
     """Yield `function(item)` in order, from threads: decoding images releases Python's lock."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         yield from pool.map(function, items)

@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Check:
         pixels: Number of pixels of each mask value, int64 [256].
         images: Number of masks that hold each value, int64 [256].
         channels: Number of pixels of each value of red, green and blue, int64 [3, 256].
-        digests: SHA-256 of each image's size and pixels, str [N]; "" for an unusable sample.
+        digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
         thumbnails: Each image in grey, uint8 [N, 16, 16].
         problems: All of them.
     """
@@ -98,21 +98,21 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
         channels=np.zeros((3, 256), np.int64),
-        digests=np.zeros(count, "U64"),
+        digests=np.zeros(count, "S64"),
         thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
     )
-    samples = in_threads(partial(_examine, dataset), range(count))
-    title = f"Checking {name}"
-    for index, found in enumerate(track(samples, title, count, transient=True, disable=not bar)):
-        if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
-            log.info("checked %d of %d", index + 1, count)
-        if isinstance(found, list):
-            result.problems += found
-            continue
-        pixels, channels, result.digests[index], result.thumbnails[index] = found
-        result.pixels += pixels
-        result.images += pixels > 0
-        result.channels += channels
+    with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
+        progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
+        for index, found in enumerate(progress):
+            if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
+                log.info("checked %d of %d", index + 1, count)
+            if isinstance(found, list):
+                result.problems += found
+                continue
+            pixels, channels, result.digests[index], result.thumbnails[index] = found
+            result.pixels += pixels
+            result.images += pixels > 0
+            result.channels += channels
     if remembered is not None and not result.problems:
         arrays = {key: value for key, value in vars(result).items() if key != "problems"}
         with suppress(OSError):  # the home folder may be read-only
