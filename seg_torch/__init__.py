@@ -9,18 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seg_torch.inspection import inspect_dataset
     from seg_torch.labels import Labels, decode_segmap, encode_segmap
     from seg_torch.segmenter import Segmentation, Segmenter
 
-__all__ = [
-    "Labels",
-    "Segmentation",
-    "Segmenter",
-    "decode_segmap",
-    "encode_segmap",
-    "inspect_dataset",
-]
+__all__ = ["Labels", "Segmentation", "Segmenter", "decode_segmap", "encode_segmap"]
 __version__ = "0.2.0"
 
 
@@ -28,7 +20,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "segmenter" if name.startswith("Seg") else "labels"
-    module = "inspection" if name == "inspect_dataset" else module
     value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value

@@ -140,7 +140,7 @@ class SegmentationDataModule(LightningDataModule):
         values = np.flatnonzero(found.pixels).tolist()
         if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
             background, *objects = dataset.labels.names
-            file = base.mask_name(dataset, 0)
+            file = base.sample_name(dataset, 0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
                 f"no class but the first would be learnt. If white stands for {objects[0]}, say "

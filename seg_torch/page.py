@@ -17,25 +17,23 @@ PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c33; --good: #283; }}
+:root {{ color-scheme: light dark; --soft: #8881; }}
 body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; }}
 body {{ overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
-.verdict {{ border-left: .4rem solid var(--good); background: var(--soft); padding: .6rem 1rem; }}
-.bad {{ border-color: var(--bad); }}
-.wide {{ overflow-x: auto; }}
+pre, .verdict {{ background: var(--soft); padding: .6rem 1rem; white-space: pre-wrap; }}
+.verdict {{ border-left: .4rem solid #283; }} .bad {{ border-color: #c33; }}
 table {{ border-collapse: collapse; font-size: .9rem; width: 100%; }}
+tr {{ border-bottom: 1px solid #8884; }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .5rem .3rem 0; }}
-tr {{ border-bottom: 1px solid var(--line); }}
-td {{ white-space: pre-line; }}
-td + td, th + th {{ text-align: right; overflow-wrap: normal; font-variant-numeric: tabular-nums; }}
+th, td {{ white-space: pre-line; }}
+td + td, th + th {{ text-align: right; overflow-wrap: normal; }}
 .key {{ display: inline-flex; gap: .4em; margin-right: .6em; overflow-wrap: break-word; }}
 .key i {{ flex: none; width: .9em; height: .9em; margin-top: .25em; border: 1px solid #888; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: start; }}
-figure img {{ width: 100%; display: block; }}
-figcaption {{ grid-column: 1 / 3; font-size: .8rem; opacity: .8; }}
-pre {{ background: var(--soft); padding: .6rem; white-space: pre-wrap; }}
+figure img {{ width: 100%; }}
+figcaption {{ grid-column: 1 / 3; font-size: .8rem; }}
 </style>
 </head>
 <body>
@@ -54,16 +52,17 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table of cells that are HTML; all columns but the first are right-aligned."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>'
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<div style="overflow-x: auto"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def figure(images: Iterable[Image.Image], caption: str) -> str:
-    """Return images side by side, as JPEG in the page itself, over a caption, which is escaped."""
-    sources = []
+    """Return images side by side, at most 360 pixels wide, over a caption, which is escaped."""
+    shown = ""
     for image in images:
+        image.thumbnail((360, 360))
         content = io.BytesIO()
         image.save(content, "JPEG", quality=85, subsampling=0)  # class colours stay sharp
-        sources.append(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
-    shown = "".join(f'<img src="{source}" alt="{escape(caption)}">' for source in sources)
+        source = base64.b64encode(content.getvalue()).decode()
+        shown += f'<img src="data:image/jpeg;base64,{source}" alt="{escape(caption)}">'
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"

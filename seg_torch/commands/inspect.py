@@ -38,7 +38,7 @@ def inspect(cfg: DictConfig) -> bool:
         table.add_column("value: pixels", justify="right")
         for p in problems[:5]:
             counts = [f"{value}: {count:,}" for value, count in p["pixels"].items()]
-            table.add_row(escape(p["problem"]), "\n".join(counts))
+            table.add_row(escape(p["message"]), "\n".join(counts))
         console.print(table)
         if len(problems) > 5:
             log.info("... and %d more; the files below list all", len(problems) - 5)

@@ -350,10 +350,11 @@ def check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
         )
 
 
-def mask_name(dataset: Any, index: int) -> str:
-    """Return what messages call a sample: the file of its mask, where there is one."""
+def sample_name(dataset: Any, index: int, kind: str = "mask") -> str:
+    """Return what messages call a sample: the file of its "mask" or "image", if it has one."""
     files = isinstance(dataset, SegmentationDataset)
-    return str(dataset.pairs[index].mask) if files else f"{type(dataset).__name__}[{index}]"
+    name = getattr(dataset.pairs[index], kind) if files else f"{type(dataset).__name__}[{index}]"
+    return str(name)
 
 
 def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -369,7 +370,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     Raises:
         InputError: The item is anything else.
     """
-    name = mask_name(dataset, index)
+    name = sample_name(dataset, index)
     sample = dataset[index]
     image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
     if not (

@@ -24,7 +24,7 @@ from seg_torch.datasets.base import (
     check_sizes,
     checked_sample,
     in_threads,
-    mask_name,
+    sample_name,
 )
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -143,7 +143,7 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
         if not problems:
             attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
     else:
-        sample = attempt(mask_name(dataset, index), lambda: checked_sample(dataset, index))
+        sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
         if sample is not None:
             image, mask = rgb(sample[0]), sample[1].numpy()
     return problems or _measure(image, mask)
