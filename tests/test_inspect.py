@@ -106,7 +106,8 @@ def test_every_defect_is_reported_with_file_value_and_count_and_train_refuses_th
     found = {Path(p["file"]).relative_to(own).as_posix(): p for p in report["problems"]}
     assert {name: problem["pixels"] for name, problem in found.items()} == expected
     assert report["refused"]
-    assert "6 problems: training would be refused" in printed
+    assert "training would be refused, 6 problems:" in printed
+    assert "(not labelled); 20 pixels of 7; 7 pixels of 200\n" in printed
     for name, reason in (
         ("images/photo_0.jpg", "cannot be read as an image: Truncated"),
         ("masks/photo_1.png", "the file is empty"),
@@ -240,6 +241,7 @@ def test_a_dataset_that_is_not_in_files_is_inspected_by_its_samples(tmp_path):
 
 
 def test_a_clean_dataset_is_reported_as_numpy_counts_it(own):
+    make_data.save(make_data.blocks(3, [0, 1]), own / "masks/photo_3.png")
     command = [sys.executable, "-m", "seg_torch", "inspect", f"data.root={own}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(

@@ -23,9 +23,8 @@ def inspect(cfg: DictConfig) -> bool:
     data = instantiate(cfg.data, _convert_="all")
     place = {"download": True} if data.download else {}
     report = inspect_dataset(partial(data.make_dataset, **place), data.root, cfg.output_dir)
-    console = Console()
     if report["splits"]:
-        console.print(_class_table(report))
+        Console().print(_class_table(report))
     if report["mean"]:
         mean, std = ([round(v, 4) for v in report[key]] for key in ("mean", "std"))
         log.info("training images: mean %s, standard deviation %s", mean, std)
@@ -33,15 +32,12 @@ def inspect(cfg: DictConfig) -> bool:
         log.info("%s", note)
     problems = report["problems"]
     if problems:
-        table = Table(title=f"{len(problems)} problems: training would be refused", show_lines=True)
-        table.add_column("problem", overflow="fold")
-        table.add_column("value: pixels", justify="right")
-        for p in problems[:5]:
-            counts = [f"{value}: {count:,}" for value, count in p["pixels"].items()]
-            table.add_row(escape(p["message"]), "\n".join(counts))
-        console.print(table)
-        if len(problems) > 5:
-            log.info("... and %d more; the files below list all", len(problems) - 5)
+        log.info("training would be refused, %d problems:", len(problems))
+    for problem in problems[:5]:
+        pixels = [f"{count:,} pixels of {value}" for value, count in problem["pixels"].items()]
+        log.info("  %s", "; ".join([problem["message"], *pixels]))
+    if len(problems) > 5:
+        log.info("  ... and %d more; the files below list all", len(problems) - 5)
     for name in ("inspect.html", "inspect.json"):
         log.info("%s", Path(cfg.output_dir, name))
     return report["refused"]
