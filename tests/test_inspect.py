@@ -415,7 +415,7 @@ def test_many_files_show_progress_and_how_to_skip_the_check(own, monkeypatch, ca
     data = SegmentationDataModule(datasets.folder, str(own))
     with caplog.at_level(logging.INFO, "seg_torch"):
         data.check_files()
-    assert "checking the 6 samples of train; data.check=false skips this" in caplog.text
+    assert "checking the 6 samples of train; with data.check=false train does not" in caplog.text
     assert "checked 3 of 6" in caplog.text
     assert "of val" not in caplog.text
     (own / "images/photo_0.jpg").write_bytes(b"no image")

@@ -89,11 +89,12 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     """
     remembered, count = _remembered(dataset), len(dataset)
     if remembered is not None:
-        with suppress(Exception):  # there is none, or a power failure left it empty
-            return Check(**np.load(remembered))
+        # There is none, or a power failure left it empty.
+        with suppress(Exception), np.load(remembered) as arrays:
+            return Check(**arrays)
     bar = count >= MANY and sys.stdout.isatty()
     if count >= MANY:
-        log.info("checking the %d samples of %s; data.check=false skips this", count, name)
+        log.info("checking the %d samples of %s; with data.check=false train does not", count, name)
     result = Check(
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
@@ -114,9 +115,9 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
             result.images += pixels > 0
             result.channels += channels
     if remembered is not None and not result.problems:
-        arrays = {key: value for key, value in vars(result).items() if key != "problems"}
+        content = {key: value for key, value in vars(result).items() if key != "problems"}
         with suppress(OSError):  # the home folder may be read-only
-            write_atomically(remembered, lambda path: np.savez(path, **arrays))
+            write_atomically(remembered, lambda path: np.savez(path, **content))
     return result
 
 
