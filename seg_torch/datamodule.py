@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from seg_torch.datasets import base
+from seg_torch.datasets.check import Check, Problem, check
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
@@ -115,34 +116,69 @@ class SegmentationDataModule(LightningDataModule):
         """The classes, from whichever split was read first."""
         return self.dataset(next(iter(self._datasets), "train")).labels
 
+    def originals(self, split: str) -> Any:
+        """Return the samples of a split, or those that they were made from (`EightFold`)."""
+        dataset = self.dataset(split)
+        inner = getattr(dataset, "dataset", None)
+        # A wrapper with fewer samples is a selection, such as one of its splits.
+        whole = isinstance(inner, base.SegmentationDataset) and len(inner) <= len(dataset)
+        return inner if whole else dataset
+
+    @property
+    def test_is_val(self) -> bool:
+        """Whether val stands in for test: both are the same files."""
+        val, test = self.originals("val"), self.originals("test")
+        return getattr(test, "pairs", None) == getattr(val, "pairs", ())
+
+    def checked(self, split: str) -> Check:
+        """Return what a pass over all samples of a split finds.
+
+        For train, masks of nothing but 0 and 255 are a problem, too.
+        """
+        dataset = self.originals(split)
+        found = check(dataset, split)
+        values = np.flatnonzero(found.pixels).tolist()
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
+            background, *objects = dataset.labels.names
+            file = base.sample_name(dataset, 0)
+            text = (
+                f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
+                f"no class but the first would be learnt. If white stands for {objects[0]}, say "
+                f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+            )
+            found.problems.append(Problem(file, text, {"255": int(found.pixels[255])}))
+        return found
+
     def check_files(self) -> None:
-        """Check every file of train and val unless `check` is off; generated samples are skipped.
+        """Check every file of all splits unless `check` is off; generated samples are skipped.
 
         Raises:
             InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
         """
-        for split in ("train", "val"):
-            dataset = self.dataset(split)  # which fetches it, if it can
-            dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
-            if not self.check or not isinstance(dataset, base.SegmentationDataset):
-                continue
-            values = np.flatnonzero(base.checked_pixels(dataset, split)).tolist()
-            if split == "train" and values == [0, 255] and len(self.labels) > 1:
-                background, *objects = self.labels.names
-                raise InputError(
-                    f"{dataset.pairs[0].mask} and the other masks hold only 0 and 255, and 255 "
-                    "means not labelled: no class but the first would be learnt. If white stands "
-                    f"for {objects[0]}, say so in classes.txt:\n{background} 0 0 0\n{objects[0]} "
-                    "255 255 255"
-                )
+        problems: list[Problem] = []
+        for split in base.SPLITS:
+            dataset = self.originals(split)  # which fetches it, if it can
+            in_files = isinstance(dataset, base.SegmentationDataset)
+            if self.check and in_files and not (split == "test" and self.test_is_val):
+                problems += self.checked(split).problems
+        base.refuse([p.message for p in problems], "problems in the files of the dataset")
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
 
-        Ignored pixels do not count. The counts of a dataset in files are remembered, see
-        `seg_torch.datasets.base.checked_pixels`.
+        Ignored pixels do not count.
+
+        Raises:
+            InputError: Files of the dataset cannot be used.
         """
-        counts = base.checked_pixels(self.dataset("train"), "train")
+        dataset = self.dataset("train")
+        if isinstance(dataset, base.SegmentationDataset):
+            found = self.checked("train")
+            base.refuse([p.message for p in found.problems], "problems in the training files")
+            counts = found.pixels
+        else:
+            masks = base.in_threads(dataset.mask, range(len(dataset)))
+            counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
         return torch.from_numpy(counts[: len(self.labels)])
 
     def state_dict(self) -> dict[str, int]:

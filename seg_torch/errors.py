@@ -1,6 +1,7 @@
 """The errors that are no bugs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -8,7 +9,22 @@ class InputError(ValueError):
 
     The message names the file or value, what was found and what to do about it. The command line
     prints it without a traceback.
+
+    Args:
+        message: What is printed.
+        problems: All that is wrong, where the message shows only the first.
+        pixels: Of a mask: values or colours that no class has, with the number of their pixels.
     """
+
+    def __init__(
+        self,
+        message: str = "",
+        problems: Sequence[str] = (),
+        pixels: Mapping[Any, int] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+        self.pixels = {str(value): count for value, count in (pixels or {}).items()}
 
 
 class StoppedError(Exception):

@@ -210,9 +210,20 @@ def encode_segmap(
         others = len(np.unique(codes[unknown])) - 1
         raise InputError(
             f"colour {colour} at position {place} is not in the palette of {num_classes} classes "
-            f"({int((codes == codes[place]).sum())} pixels; {others} other unknown colours)"
+            f"({int((codes == codes[place]).sum())} pixels; {others} other unknown colours)",
+            pixels={
+                (code >> 16, code >> 8 & 255, code & 255): count
+                for code, count in most_frequent(codes[unknown]).items()
+            },
         )
     return ids[position]
+
+
+def most_frequent(values: np.ndarray) -> dict[int, int]:
+    """Return how often each value of an integer array occurs, of the 20 most frequent ones."""
+    found, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:20]
+    return {int(found[i]): int(counts[i]) for i in order}
 
 
 def _codes(rgb: np.ndarray) -> np.ndarray:

@@ -77,17 +77,10 @@ class CrossEntropyLoss(nn.Module):
         Args:
             counts: Integer [C], pixels per class in the training set, ignored pixels left out.
         """
-        present = counts > 0
-        present_counts = counts[present].double()
-        if self.balance == "inverse":
-            present_weights = present_counts.mean() / present_counts
-        else:
-            present_weights = present_counts.quantile(0.5) / present_counts
-        class_weights = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
-        class_weights[present] = present_weights
-        self.class_weights = class_weights.to(self.class_weights)
+        weights = class_weights(counts, self.balance)
+        self.class_weights = weights.to(self.class_weights)
         self.needs_pixel_counts = False
-        rounded = [round(weight, 4) for weight in class_weights.tolist()]
+        rounded = [round(weight, 4) for weight in weights.tolist()]
         log.info("class weights (%s): %s", self.balance, rounded)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -133,6 +126,24 @@ class CrossEntropyLoss(nn.Module):
                 pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum() / torch.where(divisor > 0, divisor, 1)
+
+
+def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
+    """Weigh classes by how rare they are, with the formulas of `CrossEntropyLoss`.
+
+    Args:
+        counts: Integer [C], pixels per class, ignored pixels left out.
+        balance: "inverse" or "median_frequency".
+
+    Returns:
+        float64 [C]; 0 for a class without a pixel.
+    """
+    present = counts > 0
+    present_counts = counts[present].double()
+    usual = present_counts.mean() if balance == "inverse" else present_counts.quantile(0.5)
+    weights = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+    weights[present] = usual / present_counts
+    return weights
 
 
 class DiceLoss(nn.Module):

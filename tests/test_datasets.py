@@ -21,9 +21,10 @@ from torchvision import tv_tensors
 from seg_torch import datasets
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.ade20k import ADE20K_LABELS
-from seg_torch.datasets.base import checked_pixels, checked_sample, read_classes
+from seg_torch.datasets.base import checked_sample, read_classes
 from seg_torch.datasets.camvid import CAMVID_LABELS
 from seg_torch.datasets.camvid32 import CAMVID32_LABELS, standard_split
+from seg_torch.datasets.check import check
 from seg_torch.datasets.cityscapes import CITYSCAPES_LABELS, to_label_ids, to_train_ids
 from seg_torch.datasets.clothing import CLOTHING_LABELS
 from seg_torch.datasets.coco_stuff import COCO_STUFF_LABELS
@@ -275,8 +276,7 @@ def test_a_16_bit_mask_of_class_ids_is_read_as_they_are(own):
 
 
 def check_folder(root):
-    for split in ("train", "val"):
-        checked_pixels(datasets.folder(root, split), split)
+    SegmentationDataModule(datasets.folder, str(root)).check_files()
 
 
 def test_a_value_that_is_no_class_is_refused_with_those_found_and_those_allowed(own):
@@ -365,7 +365,7 @@ def test_only_the_first_five_problems_are_listed(own):
 
 def test_pairs_of_different_sizes_are_listed_before_training(own):
     make_data.save(make_data.blocks(0, [0], height=64, width=48), own / "masks" / "photo_4.png")
-    with pytest.raises(InputError, match=r"1 of \d samples(.|\n)*photo_4\.png.*48 x 64.*64 x 48"):
+    with pytest.raises(InputError, match=r"1 problems(.|\n)*photo_4\.png.*48 x 64.*64 x 48"):
         check_folder(own)
 
 
@@ -524,19 +524,21 @@ def test_d12_the_one_bad_mask_of_sixty_is_found(tmp_path):
 def test_d12_every_dataset_passes_and_its_pixels_are_counted(build, name):
     train = build(name, "train")
     expected = sum(np.bincount(train.mask(i).ravel(), minlength=256) for i in range(len(train)))
-    assert (checked_pixels(train) == expected).all()
-    assert (checked_pixels(train) == expected).all(), "as remembered"
+    assert (check(train).pixels == expected).all()
+    assert (check(train).pixels == expected).all(), "as remembered"
 
 
-def test_d12_all_problems_of_a_split_are_counted(own):
-    pairs = datasets.folder(own, "train").pairs
-    for pair in pairs[:6]:
+def test_d12_all_problems_of_all_splits_are_counted(own):
+    train, val = (datasets.folder(own, split).pairs for split in ("train", "val"))
+    for pair in train[:6]:
         pair.mask.write_bytes(b"cut")
-    pairs[6].image.write_bytes(b"cut")
+    train[5].image.write_bytes(b"cut")
+    val[0].image.write_bytes(b"cut")
     with pytest.raises(InputError) as error:
-        checked_pixels(datasets.folder(own, "train"), "train")
-    assert str(error.value).startswith("7 of 8 samples in train cannot be used:")
+        check_folder(own)
+    assert str(error.value).startswith("8 problems in the files of the dataset:")
     assert str(error.value).count("cannot be read as a mask") == 5
+    assert len(error.value.problems) == 8
 
 
 def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
@@ -552,10 +554,10 @@ def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
 
 def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(own, cache_folder, monkeypatch):
     check_folder(own)
-    assert len(list(cache_folder.rglob("*.npy"))) == 2
+    assert len(list(cache_folder.rglob("*.npz"))) == 2
     read = []
     monkeypatch.setattr(
-        "seg_torch.datasets.base._count_pixels", lambda dataset, i: read.append(i) or 0
+        "seg_torch.datasets.check._examine", lambda dataset, i: read.append(i) or []
     )
     check_folder(own)
     assert not read

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
-import inspect
 import logging
-import os
-import pickle
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
 from seg_torch.hardware import available_cpus
-from seg_torch.images import image_size, opened, read_image
-from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap
+from seg_torch.images import opened, read_image
+from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +84,9 @@ def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) ->
 def refuse(problems: Sequence[str], what: str) -> None:
     """Raise InputError with the number of problems and the first five, if there are any."""
     if problems:
-        listing = "\n  ".join([*problems[:5], *["..."][: len(problems) > 5]])
-        raise InputError(f"{len(problems)} {what}:\n  {listing}")
+        more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
+        listing = "\n  ".join([*problems[:5], *more])
+        raise InputError(f"{len(problems)} {what}:\n  {listing}", problems)
 
 
 def read_list(path: Path) -> list[str]:
@@ -213,7 +205,8 @@ def read_index_mask(path: str | Path) -> np.ndarray:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
                 f"{path}: mask values {ids.min()} to {ids.max()}; class ids are 0 to 254, and 255 "
-                "means not labelled"
+                "means not labelled",
+                pixels=most_frequent(ids[(ids < 0) | (ids > 255)]),
             )
         ids = ids.astype(np.uint8)
     return ids
@@ -237,7 +230,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     try:
         return encode_segmap(rgb, palette)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}", pixels=error.pixels) from None
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
@@ -278,11 +271,13 @@ def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
     """
     values = read_index_mask(path)
     ids = table.take(values)
-    if (ids == NOT_ALLOWED).any():
+    wrong = ids == NOT_ALLOWED
+    if wrong.any():
         allowed = np.flatnonzero(table != NOT_ALLOWED).tolist()
         raise InputError(
             f"{path}: mask values {np.unique(values).tolist()}; in this dataset's files they are "
-            f"{allowed}"
+            f"{allowed}",
+            pixels=most_frequent(values[wrong]),
         )
     return ids
 
@@ -326,7 +321,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = read_image(pair.image), self.mask(index)
-        _check_sizes(pair, image.shape[:2], mask)
+        check_sizes(pair, image.shape[:2], mask)
         return as_sample(image, mask)
 
 
@@ -341,16 +336,25 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
     if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
         raise InputError(
             f"{name}: mask values {np.unique(mask).tolist()}; allowed are 0 to {len(labels) - 1} "
-            f"(the {len(labels)} classes) and {IGNORE_INDEX} (not labelled)"
+            f"(the {len(labels)} classes) and {IGNORE_INDEX} (not labelled)",
+            pixels=most_frequent(mask[(mask >= len(labels)) & (mask != IGNORE_INDEX)]),
         )
 
 
-def _check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
+def check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
+    """Raise InputError unless the mask [H, W] has the (height, width) of its image."""
     if size != mask.shape:
         raise InputError(
             f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
             f"{pair.image} has {size[1]} x {size[0]}"
         )
+
+
+def sample_name(dataset: Any, index: int, kind: str = "mask") -> str:
+    """Return what messages call a sample: the file of its "mask" or "image", if it has one."""
+    files = isinstance(dataset, SegmentationDataset)
+    name = getattr(dataset.pairs[index], kind) if files else f"{type(dataset).__name__}[{index}]"
+    return str(name)
 
 
 def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -366,8 +370,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     Raises:
         InputError: The item is anything else.
     """
-    files = isinstance(dataset, SegmentationDataset)
-    name = dataset.pairs[index].mask if files else f"{type(dataset).__name__}[{index}]"
+    name = sample_name(dataset, index)
     sample = dataset[index]
     image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
     if not (
@@ -389,76 +392,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     return image, mask
 
 
-def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+def in_threads(function: Callable[[int], Any], items: Sequence[int]) -> Generator[Any, None, None]:
     """Yield `function(item)` in order, from threads: decoding images releases Python's lock."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         yield from pool.map(function, items)
-
-
-def checked_pixels(dataset: Any, name: str = "the dataset") -> np.ndarray:
-    """Check all files of a dataset and count the pixels of its masks.
-
-    Every mask of a `SegmentationDataset` is read, and its size compared with the one in the header
-    of its image. The result is remembered in `~/.cache/seg_torch/checked` (or below
-    `XDG_CACHE_HOME`) for as long as the names, sizes and times of all files stay the same. Of
-    other datasets, the masks are counted.
-
-    Args:
-        dataset: Has `labels` and `mask(index)`.
-        name: What the progress bar calls it.
-
-    Returns:
-        The number of pixels of each mask value, int64 [256].
-
-    Raises:
-        InputError: Files cannot be used; the message lists the first five.
-    """
-    remembered = _remembered(dataset)
-    if remembered is not None and remembered.exists():
-        return np.load(remembered)
-    counts, problems = np.zeros(256, np.int64), []
-    for found in track(
-        in_threads(partial(_count_pixels, dataset), range(len(dataset))),
-        f"Checking {name}",
-        len(dataset),
-        transient=True,
-        disable=len(dataset) < 500 or not sys.stdout.isatty(),
-    ):
-        if isinstance(found, str):
-            problems.append(found)
-        else:
-            counts += found
-    refuse(problems, f"of {len(dataset)} samples in {name} cannot be used")
-    if remembered is not None:
-        with suppress(OSError):  # the home folder may be read-only
-            write_atomically(remembered, lambda path: np.save(path, counts))
-    return counts
-
-
-def _count_pixels(dataset: Any, index: int) -> np.ndarray | str:
-    """Return the counts of one mask, or what is wrong with it or its image."""
-    try:
-        mask = np.asarray(dataset.mask(index))
-        if isinstance(dataset, SegmentationDataset):
-            pair = dataset.pairs[index]
-            if image_size(pair.image) != mask.shape:
-                _check_sizes(pair, read_image(pair.image).shape[:2], mask)
-    except InputError as error:
-        return str(error)
-    return np.bincount(mask.ravel(), minlength=256)
-
-
-def _remembered(dataset: Any) -> Path | None:
-    """Return where the result for exactly these files, read in this way, is remembered."""
-    try:
-        paths = [path.absolute() for pair in dataset.pairs for path in (pair.image, pair.mask)]
-        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
-        reader = dataset.read_mask
-        source = inspect.getsource(getattr(reader, "func", reader))
-        options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
-    except Exception:  # no files, or a function whose source or arguments are not to be had
-        return None
-    key = repr((stats, dataset.labels.to_dict(), source, options))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return cache / "seg_torch" / "checked" / f"{digest}.npy"

@@ -1,0 +1,177 @@
+"""One pass over all samples of a dataset: what is wrong with them, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    check_sizes,
+    checked_sample,
+    in_threads,
+    sample_name,
+)
+from seg_torch.errors import InputError
+from seg_torch.files import write_atomically
+from seg_torch.images import read_image
+
+log = logging.getLogger(__name__)
+
+MANY = 500  # samples from which on the check shows how far it is
+THUMBNAIL = 16  # height and width
+
+
+class Problem(NamedTuple):
+    """What makes a sample unusable: the file, a sentence that names it, and the wrong values."""
+
+    file: str
+    message: str
+    pixels: dict[str, int]
+
+
+@dataclass
+class Check:
+    """What the pass found; pixels are those of the usable samples.
+
+    Attributes:
+        pixels: Number of pixels of each mask value, int64 [256].
+        images: Number of masks that hold each value, int64 [256].
+        channels: Number of pixels of each value of red, green and blue, int64 [3, 256].
+        digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
+        thumbnails: Each image in grey, uint8 [N, 16, 16].
+        problems: All of them.
+    """
+
+    pixels: np.ndarray
+    images: np.ndarray
+    channels: np.ndarray
+    digests: np.ndarray
+    thumbnails: np.ndarray
+    problems: list[Problem] = field(default_factory=list)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each channel over all pixels, scaled to 0..1."""
+        values, total = np.arange(256) / 255, self.channels.sum(1)
+        mean = self.channels @ values / total
+        variance = (self.channels * (values - mean[:, None]) ** 2).sum(1) / total
+        return mean.tolist(), np.sqrt(variance).tolist()
+
+
+def check(dataset: Any, name: str = "the dataset") -> Check:
+    """Read every sample of a dataset once, image and mask, in threads.
+
+    The result for a `SegmentationDataset` without problems is remembered in
+    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the names, sizes and
+    times of all files, the classes and the function that reads masks stay the same.
+
+    Args:
+        dataset: Has `labels` and items (image, mask). Of images that are not RGB, three channels
+            are looked at.
+        name: What messages call it.
+
+    Returns:
+        The result, with all problems.
+    """
+    remembered, count = _remembered(dataset), len(dataset)
+    if remembered is not None:
+        # There is none, or a power failure left it empty.
+        with suppress(Exception), np.load(remembered) as arrays:
+            return Check(**arrays)
+    bar = count >= MANY and sys.stdout.isatty()
+    if count >= MANY:
+        log.info("checking the %d samples of %s; with data.check=false train does not", count, name)
+    result = Check(
+        pixels=np.zeros(256, np.int64),
+        images=np.zeros(256, np.int64),
+        channels=np.zeros((3, 256), np.int64),
+        digests=np.zeros(count, "S64"),
+        thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
+    )
+    with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
+        progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
+        for index, found in enumerate(progress):
+            if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
+                log.info("checked %d of %d", index + 1, count)
+            if isinstance(found, list):
+                result.problems += found
+                continue
+            pixels, channels, result.digests[index], result.thumbnails[index] = found
+            result.pixels += pixels
+            result.images += pixels > 0
+            result.channels += channels
+    if remembered is not None and not result.problems:
+        content = {key: value for key, value in vars(result).items() if key != "problems"}
+        with suppress(OSError):  # the home folder may be read-only
+            write_atomically(remembered, lambda path: np.savez(path, **content))
+    return result
+
+
+def rgb(image: Any) -> np.ndarray:
+    """Return the image uint8 [C, H, W] of a sample as [H, W, 3], from one or three channels."""
+    channels = image if len(image) == 3 else image[[0, 1, 2] if len(image) > 3 else [0, 0, 0]]
+    return channels.permute(1, 2, 0).contiguous().numpy()
+
+
+def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
+    """Return the measures of one sample, or all that is wrong with it."""
+    problems: list[Problem] = []
+
+    def attempt(file: object, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (InputError, OSError) as error:  # OSError: from a dataset that somebody wrote
+            problems.append(Problem(str(file), str(error), getattr(error, "pixels", {})))
+
+    if isinstance(dataset, SegmentationDataset):
+        pair = dataset.pairs[index]
+        image = attempt(pair.image, lambda: read_image(pair.image))
+        mask = attempt(pair.mask, lambda: dataset.mask(index))
+        if not problems:
+            attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
+    else:
+        sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
+        if sample is not None:
+            image, mask = rgb(sample[0]), sample[1].numpy()
+    return problems or _measure(image, mask)
+
+
+def _measure(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """Return pixels by mask value and by channel, the digest and the thumbnail of a sample."""
+    pixels = np.bincount(mask.ravel(), minlength=256)
+    picture = Image.fromarray(image)
+    channels = np.array(picture.histogram()).reshape(3, 256)
+    digest = hashlib.sha256(str(image.shape).encode())
+    digest.update(image.tobytes())
+    small = picture.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return pixels, channels, digest.hexdigest(), np.asarray(small)
+
+
+def _remembered(dataset: Any) -> Path | None:
+    """Return where the result for exactly these files, read in this way, is remembered."""
+    try:
+        paths = [path.absolute() for pair in dataset.pairs for path in (pair.image, pair.mask)]
+        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
+        reader = dataset.read_mask
+        sources = [inspect.getsource(f) for f in (getattr(reader, "func", reader), _measure)]
+        options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+    except Exception:  # no files, or a function whose source or arguments are not to be had
+        return None
+    key = repr((stats, dataset.labels.to_dict(), sources, options))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache / "seg_torch" / "checked" / f"{digest}.npz"
