@@ -115,14 +115,25 @@ class SegmentationDataModule(LightningDataModule):
         """The classes, from whichever split was read first."""
         return self.dataset(next(iter(self._datasets), "train")).labels
 
+    def fetch(self) -> None:
+        """Download what is missing of a dataset that can be downloaded.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if self.download:
+            for split in base.SPLITS:
+                self.dataset(split)
+
     def check_files(self) -> None:
         """Check every file of train and val unless `check` is off; generated samples are skipped.
 
         Raises:
             InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
         """
+        self.fetch()
         for split in ("train", "val"):
-            dataset = self.dataset(split)  # which fetches it, if it can
+            dataset = self.dataset(split)
             dataset = getattr(dataset, "dataset", dataset)  # the originals of a wrapped dataset
             if not self.check or not isinstance(dataset, base.SegmentationDataset):
                 continue

@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
@@ -86,6 +87,11 @@ class SegmentationTask(LightningModule):
                 data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
                 counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+            self.network.to(memory_format=torch.contiguous_format)  # which FSDP insists on
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def on_train_epoch_start(self) -> None:
         self.validated = False
