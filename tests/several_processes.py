@@ -154,12 +154,23 @@ def let_pytorch_synchronise_on_the_cpu() -> None:
 
 
 class FreezeBatchNorm(Callback):
-    """Leaves the running statistics as they are, and normalises by them."""
+    """Leaves the running statistics as they are in training, and normalises by them.
+
+    At its end they differ between the processes, as they do where they are not synchronised.
+    """
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_index) -> None:  # type: ignore[no-untyped-def]
-        for module in pl_module.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+        for module in batchnorms(pl_module):
+            module.eval()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_index) -> None:  # type: ignore[no-untyped-def]
+        if batch_index + 1 == trainer.num_training_batches:
+            for module in batchnorms(pl_module):
+                module.running_mean += trainer.global_rank
+
+
+def batchnorms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
 def note(what: str) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import several_processes
 import torch
+from omegaconf import OmegaConf
 from several_processes import SPLITS, Numbers, batchnorm_step, scored
 
 from seg_torch import Segmenter, checkpoint
 from seg_torch.commands.evaluate import evaluate
-from seg_torch.commands.train import train
 from seg_torch.errors import InputError
 from seg_torch.trainer import build_trainer
 
@@ -110,3 +109,149 @@ def test_synchronised_batchnorm_of_three_processes_is_that_of_the_whole_batch(of
     for step in steps:
         assert step.keys() == expected.keys()
         torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-9)
+
+
+# Training
+
+# Ten steps of eight images, of which 5 to 30 % of the pixels are ignored, differently in each.
+STEPS = SPLITS["train"] // 8
+RUN = (
+    "data=pet",  # whose settings include `download`
+    "data.dataset._target_=several_processes.downloaded",
+    "data.root=data",
+    "data.download=true",
+    "data.augment.crop=[32,32]",
+    "model=unet_random",
+    "model.decoder_channels=[8,8,8,8,8]",
+    "loss=weighted_ce",
+    "optimizer=sgd",  # Adam would turn rounding errors of tiny gradients into whole steps
+    "optimizer.lr=0.01",
+    "logger=none",
+    "+callbacks.freeze._target_=several_processes.FreezeBatchNorm",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32",
+    "trainer.max_epochs=1",
+)
+# A time, which differs between the processes.
+FOLDER = "output_dir=runs/${now:%H-%M-%S-%f}"
+
+
+def agents(folder: Path, *command: str | Path) -> list[subprocess.Popen]:
+    """Starts torchrun as on two machines, with a process on each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1"]
+    run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meet]
+    return [start(folder, *run, *command) for _ in range(2)]
+
+
+def run_in(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def last(folder: Path) -> dict:
+    return checkpoint.read(run_in(folder) / "checkpoints/last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Where one process has trained with batches of eight."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(start(folder, ROOT / "train.py", *RUN, FOLDER, "data.batch_size=8"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["1 x 2", "2 x 1", "fsdp"])
+def of_two(request, tmp_path_factory) -> tuple[Path, str]:
+    """Where two processes have trained with batches of four, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    command = (ROOT / "train.py", *RUN, "data.batch_size=4")
+    if request.param == "2 x 1":
+        return folder, finish(*agents(folder, *command, FOLDER))
+    strategy = {"1 x 2": "auto", "fsdp": "fsdp"}[request.param]
+    strategy = f"trainer.strategy={strategy}"
+    return folder, finish(start(folder, *torchrun(2), *command, strategy, FOLDER))
+
+
+def test_two_batches_of_four_train_as_one_of_eight(of_two, alone):
+    """Class weights, ignored pixels and the optimizer included, and without its BatchNorm."""
+    two, one = (last(folder)["step_losses"].mean(0) for folder in (of_two[0], alone))
+    assert len(two) == len(one) == STEPS
+    assert (two - one).abs().max() < 1e-5
+    assert one.std() > 0.01, "nothing was learnt"
+
+
+def test_processes_make_one_folder_fetch_once_and_count_once(of_two):
+    folder, output = of_two
+    run = run_in(folder)
+    assert list(folder.rglob("config.yaml")) == [run / "config.yaml"]
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2
+    assert (run / "samples/epoch_000.png").is_file()
+    counted = [f"counted {i:04d}" for i in range(SPLITS["train"] + SPLITS["val"])]
+    assert sorted((folder / "notes.txt").read_text().splitlines()) == [*counted, "downloaded"]
+    assert output.count("effective batch 8") == 1
+    assert output.count("2 processes") == 1
+
+
+def test_what_two_processes_saved_scores_alike_in_one(of_two, compose, monkeypatch, tmp_path):
+    """Also where their BatchNorm statistics have gone apart: those of the checkpoint are scored."""
+    folder, _ = of_two
+    run = run_in(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes.txt"))
+    for split in ("val", "test"):
+        options = (f"checkpoint={run}", f"split={split}", f"output_dir={tmp_path}")
+        trust = ("trust=[several_processes]", "trainer.accelerator=cpu")
+        evaluate(compose("evaluate", *options, *trust))
+    test = json.loads((run / "test_metrics.json").read_text())
+    assert test == json.loads((tmp_path / "test_metrics.json").read_text())
+    names, row = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    validation = json.loads((tmp_path / "val_metrics.json").read_text())
+    for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+        assert float(row[names.index(f"val_{name}")]) == pytest.approx(validation[name]), name
+    image = np.zeros((40, 50, 3), np.uint8)
+    assert Segmenter.load(run, trust=["several_processes"]).predict(image).mask.shape == (40, 50)
+
+
+def test_two_processes_of_evaluate_write_the_bytes_of_one(alone, compose, monkeypatch, tmp_path):
+    command = (f"checkpoint={run_in(alone)}", "trainer.accelerator=cpu", "average_precision=true")
+    command = (*command, "trust=[several_processes]")
+    two = ("trainer.devices=2", f"output_dir={tmp_path / 'two'}")
+    finish(start(alone, ROOT / "evaluate.py", *command, *two))
+    monkeypatch.chdir(alone)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes.txt"))
+    evaluate(compose("evaluate", *command, f"output_dir={tmp_path / 'one'}"))
+    one, two = (tmp_path / n / "test_metrics.json" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_fsdp_with_clipped_gradients_goes_on_after_its_first_epoch(tmp_path):
+    program = [*torchrun(2), ROOT / "train.py"]
+    fsdp = ("trainer.strategy=fsdp", "trainer.gradient_clip_val=1", "optimizer=adamw")
+    finish(start(tmp_path, *program, *RUN, *fsdp, "output_dir=runs/a"))
+    finish(start(tmp_path, *program, "resume=runs/a", "trainer.max_epochs=2"))
+    content = last(tmp_path)
+    assert content["global_step"] == 2 * (SPLITS["train"] // 16)
+    assert content["optimizer_states"][0]["state"][0]["step"] == content["global_step"]
+    assert len((tmp_path / "runs/a/metrics.csv").read_text().splitlines()) == 3
+    Segmenter.load(tmp_path / "runs/a", trust=["several_processes"])
+
+
+@pytest.mark.slow
+def test_machines_with_disks_of_their_own_fetch_once_each_and_count_once(tmp_path):
+    finish(*agents(tmp_path, ROOT / "train.py", *RUN, FOLDER, "data.root=data-MACHINE"))
+    notes = (tmp_path / "notes.txt").read_text().splitlines()
+    assert notes.count("downloaded") == 2
+    assert len(notes) == 2 + SPLITS["train"] + SPLITS["val"]
+
+
+def test_a_process_too_many_is_refused(tmp_path, monkeypatch):
+    """Lightning would let each train alone, in the folder of the other."""
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "RANK": "0"}
+    for name, value in {**two, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"devices=1.*does not match the world size \(2\)"):
+        build_trainer(OmegaConf.create({"accelerator": "cpu", "devices": 1, "precision": 32}))
