@@ -44,10 +44,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class FullySharded(ModelParallelStrategy):
     """`trainer.strategy=fsdp`: PyTorch's FSDP2, whose checkpoints are those of any other run.
 
-    Each process keeps a share of the weights, gradients and optimizer state of the network, which
-    `SegmentationTask.configure_model` splits up. (Lightning's strategy of that name is the first
-    FSDP: it cannot clip gradients by their norm, runs on no CPU, keeps BatchNorm's statistics in
-    half precision, and waits forever where the processes validate different numbers of images.)
+    Each process keeps a share of the weights and of the optimizer's state, which
+    `SegmentationTask.configure_model` deals out, and holds the whole network during a step.
+    (Lightning's strategy of that name is the first FSDP: it cannot clip gradients by their norm,
+    runs on no CPU, keeps BatchNorm's statistics in half precision, and waits forever where the
+    processes validate different numbers of images.)
     """
 
     def __init__(self) -> None:

@@ -7,15 +7,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import several_processes
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from several_processes import SPLITS, Numbers, batchnorm_step, scored
+from torch.nn import SyncBatchNorm
 
 from seg_torch import Segmenter, checkpoint
 from seg_torch.commands.evaluate import evaluate
+from seg_torch.commands.train import _announce, _task
 from seg_torch.errors import InputError
 from seg_torch.trainer import build_trainer
 
@@ -97,6 +103,27 @@ def test_three_processes_score_uneven_and_empty_shards_as_one_does(of_three, cas
     iou = (correct / (labelled + predicted - correct)).mean()
     assert first["validation"]["val/mean_iou"] == pytest.approx(iou)
     assert others == [first, first], "the processes disagree"
+
+
+@pytest.mark.promise(16)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_several_gpus_synchronise_batchnorm_and_say_so(small, device, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cfg = small("train", "trainer.accumulate_grad_batches=3")
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        precision="32-true",
+        accumulate_grad_batches=3,
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+    )
+    data = instantiate(cfg.data, _convert_="all")
+    task = _task(cfg, data, trainer, tmp_path, None)
+    _announce(cfg, trainer, task, data, tmp_path)
+    layers = several_processes.batchnorms(task)
+    assert layers
+    assert all(isinstance(layer, SyncBatchNorm) == (device == "cuda") for layer in layers)
+    assert ("2 processes, synchronised BatchNorm" in caplog.text) == (device == "cuda")
+    assert "effective batch 24" in caplog.text  # 4 images, 2 processes, 3 batches for one step
 
 
 @pytest.mark.promise(16)

@@ -56,8 +56,10 @@ def train(cfg: DictConfig) -> None:
     if resumed is None or not is_complete(resumed, cfg.trainer):  # else it was killed in the test
         last = None if resumed is None else last_checkpoint(folder)
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-    if (folder / "checkpoints" / "best.ckpt").exists():
-        state = checkpoint.network_state(checkpoint.read(folder))
+    best = (folder / "checkpoints" / "best.ckpt").exists()
+    state = checkpoint.network_state(checkpoint.read(folder)) if best else None
+    state = trainer.strategy.broadcast(state)  # other machines may not see the folder
+    if state is not None:
         whole = StateDictOptions(full_state_dict=True)  # of which FSDP takes each process's share
         set_model_state_dict(task.network, state, options=whole)
     # As evaluate.py will score it: in float32.
