@@ -65,12 +65,16 @@ class FullySharded(ModelParallelStrategy):
     # they cannot fetch each other's shares while they do.
 
     def on_validation_start(self) -> None:
-        self.lightning_module.network.unshard()
+        self._network.unshard()
 
     def on_validation_end(self) -> None:
-        self.lightning_module.network.reshard()
+        self._network.reshard()
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    @property
+    def _network(self) -> Any:
+        return self.lightning_module.network  # type: ignore[union-attr]
 
 
 def build_trainer(settings: DictConfig) -> Trainer:

@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> None:
         last = None if resumed is None else last_checkpoint(folder)
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     best = (folder / "checkpoints" / "best.ckpt").exists()
-    state = checkpoint.network_state(checkpoint.read(folder)) if best else None
+    state: Any = checkpoint.network_state(checkpoint.read(folder)) if best else None
     state = trainer.strategy.broadcast(state)  # other machines may not see the folder
     if state is not None:
         whole = StateDictOptions(full_state_dict=True)  # of which FSDP takes each process's share
