@@ -119,6 +119,8 @@ def build_trainer(settings: DictConfig) -> Trainer:
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"trainer: {error}") from error
+    if not trainer.is_global_zero:
+        logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
     if connected_from_outside(trainer):
         trainer.strategy.setup_environment()
     return trainer

@@ -210,7 +210,7 @@ def test_two_batches_of_four_train_as_one_of_eight(of_two, alone):
     assert one.std() > 0.01, "nothing was learnt"
 
 
-def test_processes_make_one_folder_fetch_once_and_count_once(of_two):
+def test_processes_make_one_folder_fetch_once_count_once_and_speak_once(of_two):
     folder, output = of_two
     run = run_in(folder)
     assert list(folder.rglob("config.yaml")) == [run / "config.yaml"]
@@ -218,8 +218,8 @@ def test_processes_make_one_folder_fetch_once_and_count_once(of_two):
     assert (run / "samples/epoch_000.png").is_file()
     counted = [f"counted {i:04d}" for i in range(SPLITS["train"] + SPLITS["val"])]
     assert sorted((folder / "notes.txt").read_text().splitlines()) == [*counted, "downloaded"]
-    assert output.count("effective batch 8") == 1
-    assert output.count("2 processes") == 1
+    for text in ("effective batch 8", "2 processes", "class weights", "epoch 1 of 1"):
+        assert output.count(text) == 1, text
 
 
 def test_what_two_processes_saved_scores_alike_in_one(of_two, compose, monkeypatch, tmp_path):
