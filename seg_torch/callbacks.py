@@ -88,6 +88,17 @@ class SampleSheet(Callback):
         self.folder = folder / "samples"
         self.count = count
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        # It moves the network to its device, at which FSDP gives up the weights of the other
+        # processes; they are fetched after this, see `seg_torch.trainer.FullySharded`.
+        self.segmenter = Segmenter(
+            pl_module.network,
+            pl_module.labels,
+            trainer.datamodule.resize,
+            pl_module.device,
+            precision=pl_module.inference.precision,
+        )
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -96,11 +107,8 @@ class SampleSheet(Callback):
         step = max(1, len(samples) // self.count)
         chosen = [samples[i] for i in range(0, len(samples), step)][: self.count]
         images = [image.permute(1, 2, 0).numpy() for image, _ in chosen]
-        labels, precision = pl_module.labels, pl_module.inference.precision
-        segmenter = Segmenter(
-            pl_module.network, labels, data.resize, pl_module.device, precision=precision
-        )
-        predictions = [segmenter.predict(image).mask for image in images]
+        predictions = [self.segmenter.predict(image).mask for image in images]
+        labels = pl_module.labels
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
 

@@ -116,6 +116,16 @@ class SegmentationDataModule(LightningDataModule):
         """The classes, from whichever split was read first."""
         return self.dataset(next(iter(self._datasets), "train")).labels
 
+    def fetch(self) -> None:
+        """Download what is missing of a dataset that can be downloaded.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if self.download:
+            for split in base.SPLITS:
+                self.dataset(split)
+
     def originals(self, split: str) -> Any:
         """Return the samples of a split, or those that they were made from (`EightFold`)."""
         dataset = self.dataset(split)

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 class CrossEntropyLoss(nn.Module):
     """Cross-entropy per pixel, with optional class weights.
 
+    When several processes train, each divides by the mean of their divisors. Their gradients are
+    averaged, which makes them those of the mean over the pixels of all processes together, however
+    many of them are ignored in each. So all processes have to call it equally often in training.
+
     Args:
         weights: How much each class counts.
 
@@ -125,6 +129,8 @@ class CrossEntropyLoss(nn.Module):
             if self.per_image:
                 pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
+            if self.training:
+                divisor = _mean_over_processes(divisor)
             return pixel_loss.sum() / torch.where(divisor > 0, divisor, 1)
 
 
@@ -268,6 +274,15 @@ def check_labels(target: Tensor, num_classes: int) -> None:
             f"the labels hold the values {target.unique().tolist()}; allowed are "
             f"0..{num_classes - 1} and {IGNORE_INDEX} (ignored)"
         )
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """Average a scalar over the processes that train together, if there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    total = value.float()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
@@ -87,6 +88,11 @@ class SegmentationTask(LightningModule):
                 counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+            self.network.to(memory_format=torch.contiguous_format)  # which FSDP insists on
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
     def on_train_epoch_start(self) -> None:
         self.validated = False
 
@@ -142,6 +148,13 @@ class SegmentationTask(LightningModule):
         if isinstance(plateau, torch.optim.lr_scheduler.ReduceLROnPlateau) and self.validated:
             plateau.step(self.trainer.callback_metrics["val/loss"])
 
+    def on_validation_start(self) -> None:
+        if self.trainer.world_size > 1:
+            # Where BatchNorm is not synchronised, each process has running statistics of its own.
+            # A checkpoint holds those of the first, and they are what is scored.
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
         for images, masks in groups:
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
@@ -186,10 +199,12 @@ class SegmentationTask(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
         parameters = [p for p in self.parameters() if p.requires_grad]
-        # One pass over all parameters, several times as fast. It cannot be combined with clipping.
+        # One pass over all parameters, several times as fast. It cannot be combined with clipping,
+        # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
         can_fuse = "fused" in inspect.signature(function).parameters
-        options = {"fused": True} if can_fuse and not self.trainer.gradient_clip_val else {}
+        whole = self.device_mesh is None and not self.trainer.gradient_clip_val
+        options = {"fused": True} if can_fuse and whole else {}
         options |= getattr(self.make_optimizer, "keywords", {})
         optimizer = self.make_optimizer(parameters, **options)
         if self.make_scheduler is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -39,18 +41,61 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(path, partial(torch.save, checkpoint))
 
 
+class FullySharded(ModelParallelStrategy):
+    """`trainer.strategy=fsdp`: PyTorch's FSDP2, whose checkpoints are those of any other run.
+
+    Each process keeps a share of the weights and of the optimizer's state, which
+    `SegmentationTask.configure_model` deals out, and holds the whole network during a step.
+    (Lightning's strategy of that name is the first FSDP: it cannot clip gradients by their norm,
+    runs on no CPU, keeps BatchNorm's statistics in half precision, and waits forever where the
+    processes validate different numbers of images.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
+        if self.lightning_module is None:  # connected early, see build_trainer
+            self._setup_distributed()
+        else:
+            super().setup_environment()
+
+    # Scored with whole weights: the processes have different numbers of images, and of tiles, so
+    # they cannot fetch each other's shares while they do.
+
+    def on_validation_start(self) -> None:
+        self._network.unshard()
+
+    def on_validation_end(self) -> None:
+        self._network.reshard()
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    @property
+    def _network(self) -> Any:
+        return self.lightning_module.network  # type: ignore[union-attr]
+
+
 def build_trainer(settings: DictConfig) -> Trainer:
     """Builds Lightning's Trainer with the settings that suit the hardware.
 
     The processes that torchrun or Slurm started are connected, so that they can agree on a folder.
 
     Raises:
-        InputError: A setting that Lightning does not take, or a device that is not there.
+        InputError: A setting that Lightning does not take, a device that is not there, or another
+            number of processes than torchrun or Slurm started.
     """
     options: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
+    if options.get("strategy") == "fsdp":
+        options["strategy"] = FullySharded()
+    if TorchElasticEnvironment.detect():  # torchrun knows how many there are
+        if options["devices"] == "auto":
+            options["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
+        options["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")
     if options["accelerator"] == "cpu":
@@ -68,8 +113,14 @@ def build_trainer(settings: DictConfig) -> Trainer:
             enable_checkpointing=False,  # the train command adds its own
             inference_mode=False,  # under which autocast would cast the weights for every batch
         )
+        # Else each of too many processes would take itself for the only one.
+        trainer._accelerator_connector.cluster_environment.validate_settings(
+            trainer.num_devices, trainer.num_nodes
+        )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"trainer: {error}") from error
+    if not trainer.is_global_zero:
+        logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
     if connected_from_outside(trainer):
         trainer.strategy.setup_environment()
     return trainer
@@ -92,7 +143,7 @@ def run_folder(trainer: Trainer, cfg: DictConfig) -> Path:
     return Path(output_dir)
 
 
-def on_first_process(trainer: Trainer, function: Callable[[], None]) -> None:
+def on_first_process(trainer: Trainer, function: Callable[[], object]) -> None:
     """Calls a function in the first process while the others wait.
 
     Those that Lightning starts do not exist yet, or find it done.
@@ -101,15 +152,35 @@ def on_first_process(trainer: Trainer, function: Callable[[], None]) -> None:
         InputError: In every process, where `function` raises it. After any other error, which the
             first process raises as it is, in the others.
     """
+    _on_some_processes(trainer, function, [0])
+
+
+def on_other_machines(trainer: Trainer, function: Callable[[], object]) -> None:
+    """Calls a function in one process of every machine but the first, while the others wait.
+
+    For what has to be on each machine's own disk, after the first process has seen to it: on a disk
+    that the machines share there is nothing left to do.
+
+    Raises:
+        InputError: As `on_first_process` does.
+    """
+    ranks = range(trainer.num_devices, trainer.world_size, trainer.num_devices)
+    _on_some_processes(trainer, function, ranks)
+
+
+def _on_some_processes(
+    trainer: Trainer, function: Callable[[], object], ranks: Sequence[int]
+) -> None:
     failure = None
-    if trainer.is_global_zero:
+    if trainer.global_rank in ranks:
         try:
             function()
         except Exception as error:
             failure = error
     message = None if failure is None else str(failure) or type(failure).__name__
     if connected_from_outside(trainer):
-        message = trainer.strategy.broadcast(message)
+        messages = [trainer.strategy.broadcast(message, rank) for rank in ranks]
+        message = next((text for text in messages if text is not None), None)
     if failure is not None:
         raise failure
     if message is not None:

@@ -11,7 +11,7 @@ from seg_torch.errors import InputError
 from seg_torch.inference import Inference, parse_tta
 from seg_torch.labels import Labels
 from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer, on_first_process, run_folder, score
+from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -26,6 +26,7 @@ def evaluate(cfg: DictConfig) -> None:
     data = checkpoint.instantiate(settings, cfg.trust, _convert_="all")
     data.test_split = cfg.split
     on_first_process(trainer, lambda: data.dataset(cfg.split))
+    on_other_machines(trainer, lambda: data.dataset(cfg.split))
     found = data.dataset(cfg.split).labels
     if found != labels:
         raise InputError(

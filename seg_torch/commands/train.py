@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch import checkpoint, hardware
 from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
@@ -22,7 +23,7 @@ from seg_torch.models.network import Network, freeze_unused_parameters, synchron
 from seg_torch.models.weights import load_matching_weights
 from seg_torch.run import claim, is_complete, last_checkpoint
 from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer, on_first_process, run_folder, score
+from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def train(cfg: DictConfig) -> None:
     on_first_process(trainer, partial(claim, folder, cfg.trainer, resumed))
     data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
     on_first_process(trainer, data.check_files)  # and downloads them
+    on_other_machines(trainer, data.fetch)
     task = _task(cfg, data, trainer, folder, resumed)
 
     trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
@@ -55,9 +57,12 @@ def train(cfg: DictConfig) -> None:
         last = None if resumed is None else last_checkpoint(folder)
         with hardware.named_nondeterminism():
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-    if (folder / "checkpoints" / "best.ckpt").exists():
-        state = checkpoint.network_state(checkpoint.read(folder))
-        task.network.load_state_dict(state)
+    best = (folder / "checkpoints" / "best.ckpt").exists()
+    state: Any = checkpoint.network_state(checkpoint.read(folder)) if best else None
+    state = trainer.strategy.broadcast(state)  # other machines may not see the folder
+    if state is not None:
+        whole = StateDictOptions(full_state_dict=True)  # of which FSDP takes each process's share
+        set_model_state_dict(task.network, state, options=whole)
     # As evaluate.py will score it: in float32.
     task.inference = Inference(task.network, len(task.labels), data.resize, precision="32-true")
     score(trainer, task, data, folder, "test")
