@@ -11,8 +11,8 @@ class InputError(ValueError):
     """
 
 
-class StoppedError(Exception):
-    """A signal stopped the run, which has saved where it was.
+class StoppedError(BaseException):
+    """A signal stopped the run: like KeyboardInterrupt, past every `except Exception`.
 
     Args:
         message: How to go on.

@@ -36,7 +36,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write_atomically(path, partial(torch.save, checkpoint))
+        write_atomically(path, partial(save, checkpoint))
+
+
+def save(content: dict[str, Any], path: str) -> None:
+    """Saves with `torch.save`, but tells a full disk as such.
+
+    Raises:
+        OSError: The file cannot be written. PyTorch raises errors about its own positions instead,
+            some of them while it handles the OSError of a Python file.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def build_trainer(settings: DictConfig) -> Trainer:
