@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -265,13 +266,22 @@ class SegmentationDataModule(LightningDataModule):
 def _leave_signals_to_the_run(worker: int) -> None:
     """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
 
-    So does Slurm with SIGUSR1. The run finishes its step before it stops. SIGTERM ends a worker
-    when the run ends; dying of it would be reported as an error.
+    So does Slurm with SIGUSR1 and SIGTERM. The run finishes its step before it stops. When it ends,
+    its own SIGTERM ends a worker; dying of it would be reported as an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass  # it came from elsewhere
+    os._exit(0)
 
 
 class _ResumableLoader(DataLoader):

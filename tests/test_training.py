@@ -4,18 +4,23 @@ import csv
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_DATA, SMALL_TRAINER
+from hydra.core.global_hydra import GlobalHydra
 from lightning import Callback
 from make_data import make_camvid
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from seg_torch import checkpoint
@@ -26,6 +31,7 @@ from seg_torch.commands.train import train
 from seg_torch.datasets import shapes, write_folder
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.run import resumed_config
+from seg_torch.task import SegmentationTask
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -116,23 +122,33 @@ DEFAULTS = (
 )
 
 
-def start(*overrides: str) -> subprocess.Popen:
+def start(*overrides: str, **environment: str) -> subprocess.Popen:
     """Starts train.py as a user does."""
     return subprocess.Popen(
         [sys.executable, ROOT / "train.py", *overrides],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, to which signals can be sent
     )
 
 
-def start_second_epoch(*overrides: str) -> subprocess.Popen:
-    """Starts train.py and returns at a random moment after its first epoch."""
-    process = start(*overrides)
+def wait_for(process: subprocess.Popen, beginning: str) -> None:
+    """Reads what a process prints up to a line with this beginning."""
     assert process.stdout is not None
+    read = []
     for line in process.stdout:
-        if line.startswith("epoch 1"):
-            break
+        read.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError("".join(read))
+
+
+def start_second_epoch(*overrides: str, **environment: str) -> subprocess.Popen:
+    """Starts train.py and returns at a random moment after its first epoch."""
+    process = start(*overrides, **environment)
+    wait_for(process, "epoch 1")
     time.sleep(random.uniform(0, 1))
     return process
 
@@ -143,9 +159,15 @@ def resume(folder: Path, max_epochs: int | None = None) -> None:
     train(resumed_config(cfg, [f"trainer.max_epochs={max_epochs}"] if max_epochs else []))
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Waits for the end of a process and returns what it printed that was not read yet."""
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == code, output
+    assert "Traceback" not in output
     return output
 
 
@@ -194,16 +216,24 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.promise(7)
+@pytest.mark.promise(22)
 def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tmp_path):
-    """Killed by kill -9 at a random moment of the second epoch."""
+    """Stopped before there is anything to save, started again, and then killed by kill -9."""
     folder = tmp_path / "killed"
+    process = start(f"output_dir={folder}", *DEFAULTS)
+    wait_for(process, "output_dir=")
+    process.terminate()
+    output = finish(process, 128 + signal.SIGTERM)
+    assert output.splitlines()[-1] == "stopped; start it again: nothing is saved yet"
     process = start_second_epoch(f"output_dir={folder}", *DEFAULTS)
     process.kill()
     process.communicate()
-    # "epoch 1" is printed a moment before the epoch's checkpoint is complete.
-    resumable = (folder / "checkpoints/last.ckpt").exists()
-    finish(start(f"resume={folder}") if resumable else start(f"output_dir={folder}", *DEFAULTS))
+    partial = folder / "checkpoints" / f".partial-{'0' * 32}.ckpt"
+    partial.write_bytes(b"of a checkpoint that was being written")
+    finish(start(f"resume={folder}"))
     assert_same_run(folder, undisturbed)
+    assert not partial.exists()
 
 
 @pytest.mark.slow
@@ -226,41 +256,131 @@ def test_d02_ten_random_kills(tmp_path):
         assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_d16_a_signal_saves_the_very_step_from_which_the_run_goes_on(undisturbed, tmp_path, signum):
-    """In the second epoch; during validation: see the next test."""
+@pytest.mark.promise(22)
+def test_d16_after_ctrl_c_a_run_goes_on_as_if_undisturbed(undisturbed, tmp_path):
+    """The terminal sends it to the workers, too. At other moments: see the test after the next."""
     folder = tmp_path / "stopped"
     process = start_second_epoch(f"output_dir={folder}", *DEFAULTS)
-    process.send_signal(signum)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + signum, output
-    assert f"go on with resume={folder}" in output
-    assert "Traceback" not in output
+    os.killpg(process.pid, signal.SIGINT)
+    assert f"go on with resume={folder}" in finish(process, 128 + signal.SIGINT)
     finish(start(f"resume={folder}"))
     assert_same_run(folder, undisturbed)
 
 
-def test_d16_a_signal_during_validation_loses_no_step(small, tmp_path, monkeypatch):
-    from seg_torch.task import SegmentationTask
+def test_a_job_that_slurm_stops_goes_on_by_the_same_command(undisturbed, tmp_path):
+    """Slurm queues it again after it was preempted; at the time limit the run asks for that.
 
-    plain = SegmentationTask.validation_step
+    Lightning would do so, too, but save an `hpc_ckpt` in the middle of a step.
+    """
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
+    scontrol.chmod(0o755)
+    names = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    job = {f"SLURM_{name}": value for name, value in names.items()}
+    job |= {"SLURM_JOB_ID": "123", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    folder = tmp_path / "run"
+    command = (f"output_dir={folder}", *DEFAULTS)
 
-    def validate(task, groups, index):
-        if task.current_epoch == 1 and not task.trainer.sanity_checking and index == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        plain(task, groups, index)
+    process = start_second_epoch(*command, **job)
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+    assert not Path(f"{scontrol}.log").exists()
 
+    process = start(*command, **job, SLURM_RESTART_COUNT="1")
+    wait_for(process, "epoch 2")
+    os.killpg(process.pid, signal.SIGUSR1)
+    output = finish(process, 128 + signal.SIGUSR1)
+    assert "job 123 waits in the queue of Slurm to go on" in output
+    assert Path(f"{scontrol}.log").read_text() == "requeue 123\n"
+
+    finish(start(*command, **job, SLURM_RESTART_COUNT="2"))
+    assert_same_run(folder, undisturbed)
+    assert not list(folder.rglob("hpc_ckpt*"))
+    output = finish(start(*command, **job), 2)
+    assert "holds a run already" in output  # started by the user, not by Slurm
+
+
+# Where a signal comes in epoch 2 of 3 or after the last, and the steps that are saved by then.
+MOMENTS = {
+    "validation_step": 6,
+    "on_train_epoch_end": 6,
+    "on_train_end": 9,
+    "test_step": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run without a signal, with a schedule that looks at the validation loss."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(compose_small(folder))
+    return folder
+
+
+def compose_small(folder: Path) -> DictConfig:
+    GlobalHydra.instance().clear()
     options = ("trainer.max_epochs=3", "scheduler=plateau", "scheduler.patience=0")
-    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        overrides = (f"output_dir={folder}", *SMALL_DATA, *SMALL_TRAINER, *options)
+        return hydra.compose("train", complete_overrides("train", overrides))
+
+
+@pytest.mark.parametrize(("moment", "steps"), MOMENTS.items())
+def test_d16_a_signal_at_any_other_moment_loses_no_step(
+    whole, tmp_path, monkeypatch, moment, steps
+):
+    def send_and_go_on(task, *arguments):
+        if task.current_epoch >= 1 and not task.trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(task, *arguments)
+
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(SegmentationTask, "validation_step", validate)
-        with pytest.raises(StoppedError, match="epoch 2"):
-            train(small("train", f"output_dir={folder}", *options))
-    steps = checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"]
-    assert steps == 6  # both epochs of three
+        plain = getattr(SegmentationTask, moment)
+        patch.setattr(SegmentationTask, moment, send_and_go_on)
+        with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
+            train(compose_small(folder))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"] == steps
+    assert not (folder / "test_metrics.json").exists()
     resume(folder)
-    assert_same_run(folder, tmp_path / "whole")
+    assert_same_run(folder, whole)
+
+
+def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path):
+    """On a small disk of its own where the user may mount one, else with a limit for its files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        folder = disk / "run"
+        process = start(f"output_dir={folder}", *DEFAULTS)
+        wait_for(process, "epoch 1")
+        before = {
+            name: (folder / f"checkpoints/{name}.ckpt").read_bytes() for name in ("best", "last")
+        }
+        if mounted:
+            subprocess.run(
+                ["dd", "if=/dev/zero", f"of={disk / 'other'}", "bs=1M"], capture_output=True
+            )
+            os.truncate(disk / "other", (disk / "other").stat().st_size - (100 << 10))
+        else:
+            resource.prlimit(
+                process.pid, resource.RLIMIT_FSIZE, (100 << 10, resource.RLIM_INFINITY)
+            )
+        output = finish(process, 2)
+        assert re.search(r"(best|last).ckpt: (No space left on device|File too large)", output)
+        assert "epoch_001.png'; the run goes on without this picture" in output
+        assert f"go on with resume={folder}" in output
+        files = {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+        assert files == {f"{name}.ckpt": content for name, content in before.items()}
+        (disk / "other").unlink(missing_ok=True)
+        finish(start(f"resume={folder}"))
+        assert_same_run(folder, undisturbed)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left(small, tmp_path):
