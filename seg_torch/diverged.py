@@ -53,8 +53,7 @@ def save_batch(
             "epoch": trainer.current_epoch + 1,
             "batch": batch + 1,
             "process": rank,
-            "step": trainer.global_step,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate_now": trainer.optimizers[0].param_groups[0]["lr"],
             "precision": str(trainer.precision),
             "last_losses": [f"{loss:g}" for loss in losses[-100:]],
             "images": [
