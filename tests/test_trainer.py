@@ -187,8 +187,11 @@ SegmentationDataModule.pixel_counts = pixel_counts
 CrossEntropyLoss.set_pixel_counts = set_pixel_counts
 def training_step(self, batch, index):
     note("seen", int(batch[0].sum()))
-    spoilt = [int(os.environ["RANK"]), index] == [1, 1]
-    return step(self, batch, index) * (float("nan") if spoilt else 1)
+    factor = float("nan") if (os.environ["RANK"], index) == ("1", 1) else 1
+    spoil = self.loss.register_forward_hook(lambda module, inputs, loss: loss * factor)
+    loss = step(self, batch, index)
+    spoil.remove()
+    return loss
 step = SegmentationTask.training_step
 def validation_step(self, groups, index):
     if os.environ["RANK"] == "1" and not self.trainer.sanity_checking and index == 0:
