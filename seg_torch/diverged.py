@@ -27,8 +27,8 @@ def save_batch(
     rank: int,
     found: str,
     losses: Sequence[float],
-) -> None:
-    """Writes `batch.pt` and `report.json`; where that is impossible, it says so and returns.
+) -> str:
+    """Writes `batch.pt` (uint8 `images` and `masks`) and `report.json`.
 
     Nothing of a batch is kept while training. What it was follows from seed, epoch and place.
 
@@ -40,10 +40,13 @@ def save_batch(
         rank: The process that was given it.
         found: What is wrong.
         losses: The process's training losses of the epoch so far.
+
+    Returns:
+        A sentence on where that is, for the user; empty if it could not be written.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, SegmentationDataModule):
-        return
+        return ""
     try:
         indices, samples = data.rebuild_batch(split, trainer.current_epoch, batch, rank)
         pairs = getattr(data.dataset(split), "pairs", None)
@@ -70,6 +73,8 @@ def save_batch(
         write_atomically(folder / "report.json", lambda name: Path(name).write_text(text, "utf-8"))
     except Exception as error:  # such as a full disk, which is not what has to be told
         log.warning("the batch could not be written to %s: %s", folder, error)
+        return ""
+    return f"{folder} holds that batch and names its files. "
 
 
 def _plain(part: torch.Tensor) -> torch.Tensor:

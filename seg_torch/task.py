@@ -254,12 +254,12 @@ class SegmentationTask(LightningModule):
         losses = self._losses_by_rank()[rank].tolist()
         if split == "train":
             losses = losses[: batch + 1]
+        saved = ""
         if self.trainer.is_global_zero:
-            save_batch(folder / "diverged", self.trainer, split, batch, rank, found, losses)
+            saved = save_batch(folder / "diverged", self.trainer, split, batch, rank, found, losses)
         self.trainer.strategy.barrier()
         raise InputError(
-            f"{found}: the training has diverged. {folder / 'diverged'} holds that batch and names "
-            f"its files; {folder / 'checkpoints'} holds what was before. Start a new run with a "
-            "lower optimizer.lr or trainer.gradient_clip_val=1; or, if a file is at fault, mend it "
-            f"and {next_step(folder)}"
+            f"{found}: the training has diverged. {saved}{folder / 'checkpoints'} holds what was "
+            "before. Start a new run with a lower optimizer.lr or trainer.gradient_clip_val=1; or, "
+            f"if a file is at fault, mend it and {next_step(folder)}"
         )

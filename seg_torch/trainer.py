@@ -102,7 +102,7 @@ def run_folder(trainer: Trainer, cfg: DictConfig) -> Path:
     output_dir = str(cfg.output_dir)
     if connected_from_outside(trainer):
         output_dir = trainer.strategy.broadcast(output_dir)
-    # Else Slurm's checkpoints of a requeued job would lie in the current folder.
+    # In a job of Slurm, Lightning goes on with an `hpc_ckpt` that it finds there.
     trainer._default_root_dir = output_dir  # type: ignore[attr-defined]
     cfg.output_dir = output_dir  # also for the loggers
     return Path(output_dir)
