@@ -6,16 +6,22 @@ import csv
 import logging
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning import Callback
+import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
+from seg_torch.run import next_step
 from seg_torch.segmenter import Segmenter
 from seg_torch.visualize import sample_sheet, save_curves
 
@@ -24,19 +30,32 @@ log = logging.getLogger(__name__)
 SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
 COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
 COLUMNS |= {f"val_{name}": float for name in SCORES}
+# Batches between two agreements of several processes on whether to stop.
+AGREE_EVERY = 10
+
+
+@contextmanager
+def only_a_picture() -> Iterator[None]:
+    """Lets the run go on, with a warning, where a picture of it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s; the run goes on without this picture", error)
 
 
 class History(Callback):
     """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it.
 
     Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay. There
-    are no times in it, so that a resumed run leaves the same file as an undisturbed one.
+    are no times in it, so that a resumed run leaves the same file as an undisturbed one. The line
+    about an epoch is printed when its checkpoint is complete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.table = folder / "metrics.csv"
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
+        self.line = ""  # about the epoch that has just ended
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
@@ -46,7 +65,16 @@ class History(Callback):
                     self.rows.append({k: COLUMNS[k](value) for k, value in row.items() if value})
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._tell()
         self.started = time.perf_counter()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.line:
+            log.info("%s (%.1f s)", self.line, time.perf_counter() - self.started)
+        self.line = ""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         train_loss = pl_module.training_loss()  # of all processes
@@ -64,15 +92,12 @@ class History(Callback):
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
         write_atomically(self.table, self._write)
-        save_curves(self.rows, self.figure)
+        with only_a_picture():
+            save_curves(self.rows, self.figure)
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
-        log.info(
-            "epoch %d of %s: %s (%.1f s)",
-            trainer.current_epoch + 1,
-            trainer.max_epochs,
-            ", ".join(f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None),
-            time.perf_counter() - self.started,
-        )
+        values = [f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None]
+        epoch = trainer.current_epoch + 1
+        self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
 
     def _write(self, path: str) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -110,7 +135,8 @@ class SampleSheet(Callback):
         predictions = [self.segmenter.predict(image).mask for image in images]
         labels = pl_module.labels
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
-        write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
+        with only_a_picture():
+            write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -138,48 +164,107 @@ class Checkpoints(ModelCheckpoint):
 
 
 class StopOnSignal(Callback):
-    """Ends the run on Ctrl-C or SIGTERM after the step that is under way, saved in `last.ckpt`.
+    """Ends the run on Ctrl-C, on SIGTERM and, in a job of Slurm, on SIGUSR1.
 
-    A second Ctrl-C ends it at once. Several processes agree on the step every ten batches.
+    Used as a context around all of the run. While the run trains, it finishes the step under way
+    and saves it in `last.ckpt`; a second Ctrl-C ends it at once. Several processes agree on the
+    step, every ten batches of training and validation and after each epoch. At any other time
+    there is nothing to save, and the run ends at once.
+
+    Slurm sends SIGUSR1 before the time limit, if asked to (`sbatch --signal=USR1@300`). The job
+    then goes back to the queue. Lightning's own handler would save in the middle of a step.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.training = False
         self.signum = 0
         self.process = os.getpid()
+        self.signals = [signal.SIGINT, signal.SIGTERM]
+        if "SLURM_JOB_ID" in os.environ:
+            self.signals.append(signal.SIGUSR1)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        # After Lightning has set its own handlers; it restores those from before when it ends.
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
+    def __enter__(self) -> StopOnSignal:
+        self.before = [signal.signal(signum, self._note) for signum in self.signals]
+        return self
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in zip(self.signals, self.before, strict=True):
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.training = True
+        signal.signal(signal.SIGTERM, self._note)  # Lightning has put its own handler around it
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch > 0 and (signum := self._agreed(trainer)):
+            # last.ckpt is that of the epoch before.
+            raise self._stopped(signum, f" after epoch {trainer.current_epoch}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         done = trainer.fit_loop.epoch_loop.batch_idx + 1
         if done == trainer.num_training_batches or done % trainer.accumulate_grad_batches:
             return  # the epoch's end follows, or the optimizer has not stepped
-        stop = bool(self.signum)
-        if trainer.world_size > 1:
-            agree = trainer.strategy.reduce_boolean_decision
-            stop = done % 10 == 0 and agree(stop, all=False)
-        if stop:
-            self._stop(trainer, pl_module)
+        self._stop_between(trainer, pl_module, done)
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if self.signum and trainer.world_size == 1 and not trainer.sanity_checking:
-            self._stop(trainer, pl_module)
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # Some processes may have one batch more, before which they cannot ask the others.
+        batches = torch.tensor(trainer.num_val_batches[0], device=trainer.strategy.root_device)
+        self.shared_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_index: int, *_: Any
+    ) -> None:
+        if self.training and batch_index < self.shared_batches:
+            self._stop_between(trainer, pl_module, batch_index)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.training = False
+        if signum := self._agreed(trainer):
+            raise self._stopped(signum, " after the last epoch")
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             return  # a worker process that was forked from this one
+        if not self.training:
+            raise self._stopped(signum)
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
         log.info("stopping after this step; once more to stop at once")
 
-    def _stop(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.check_losses()
-        trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
-        raise StoppedError(
-            f"stopped in epoch {trainer.current_epoch + 1}; go on with resume={self.folder}",
-            self.signum or signal.SIGTERM,
-        )
+    def _agreed(self, trainer: Trainer) -> int:
+        """Returns the signal that any process was sent, or 0; all of them have to ask at once."""
+        if trainer.world_size == 1:
+            return self.signum
+        signum = torch.tensor(self.signum, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(signum, reduce_op="max"))
+
+    def _stop_between(self, trainer: Trainer, pl_module: Any, batch: int) -> None:
+        """Saves and ends the run before this batch, if a signal came."""
+        if trainer.world_size > 1 and batch % AGREE_EVERY:
+            return
+        if signum := self._agreed(trainer):
+            pl_module.check_training()
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+            raise self._stopped(signum, f" in epoch {trainer.current_epoch + 1}")
+
+    def _stopped(self, signum: int, place: str = "") -> StoppedError:
+        """Returns what ends the run; for SIGUSR1 Slurm is told first."""
+        step = next_step(self.folder)
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if first and signum not in (signal.SIGINT, signal.SIGTERM):
+            step = requeue() or step
+        return StoppedError(f"stopped{place}; {step}", signum)
+
+
+def requeue() -> str:
+    """Puts this job of Slurm back into the queue; returns what becomes of the run, if it can."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("job %s could not be put back into the queue: %s", job, error)
+        return ""
+    return f"job {job} waits in the queue of Slurm to go on"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -213,8 +214,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
-        samples = self._samples("train", resize_labels=True)
-        dataset = _TrainingSamples(samples, self.augment, self.seed)
+        dataset = self._augmented(self._samples("train", resize_labels=True))
         sampler = EpochSampler(
             len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position
         )
@@ -228,11 +228,41 @@ class SegmentationDataModule(LightningDataModule):
         """Return a loader of lists of (images, masks), one pair per size."""
         return self._evaluation_loader(self.test_split)
 
+    def rebuild_batch(
+        self, split: str, epoch: int, batch: int, rank: int
+    ) -> tuple[list[int], list[Sample]]:
+        """Return the samples of a batch once more, bit for bit as a process was given them.
+
+        Args:
+            split: `train` or `val`.
+            epoch: Counted from 0, like the two that follow.
+            batch: Its place in the epoch.
+            rank: The process.
+
+        Returns:
+            The numbers of the samples in the dataset, and the samples.
+        """
+        world = self._rank_and_world()[1]
+        samples = _Samples(self.dataset(split), self.resize, resize_labels=split == "train")
+        if split != "train":
+            indices = self._evaluation_batches(len(samples), rank, world)[batch]
+            return indices, [samples[index] for index in indices]
+        dataset = self._augmented(samples)
+        sampler = EpochSampler(len(samples), self.batch_size, self.seed, rank, world, epoch)
+        keys = list(sampler)[batch]
+        return [index for _, index in keys], [dataset[key] for key in keys]
+
+    def _augmented(self, samples: _Samples | _Cached) -> _TrainingSamples:
+        return _TrainingSamples(samples, self.augment, self.seed)
+
     def _evaluation_loader(self, split: str) -> DataLoader:
         dataset = self._samples(split, resize_labels=False)
-        size = self.eval_batch_size or (4 if self._device == "cuda" else 1)
-        batches = evaluation_batches(len(dataset), size, *self._rank_and_world())
+        batches = self._evaluation_batches(len(dataset), *self._rank_and_world())
         return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
+
+    def _evaluation_batches(self, length: int, rank: int, world: int) -> list[list[int]]:
+        size = self.eval_batch_size or (4 if self._device == "cuda" else 1)
+        return evaluation_batches(length, size, rank, world)
 
     def _samples(self, split: str, resize_labels: bool) -> _Samples | _Cached:
         samples = _Samples(self.dataset(split), self.resize, resize_labels)
@@ -282,11 +312,22 @@ class SegmentationDataModule(LightningDataModule):
 def _leave_signals_to_the_run(worker: int) -> None:
     """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
 
-    The run finishes its step before it stops. SIGTERM ends a worker when the run ends; dying of it
-    would be reported as an error.
+    So does Slurm with SIGUSR1 and SIGTERM. The run finishes its step before it stops. When it ends,
+    its own SIGTERM ends a worker; dying of it would be reported as an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass  # it came from elsewhere
+    os._exit(0)
 
 
 class _ResumableLoader(DataLoader):

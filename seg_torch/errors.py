@@ -27,8 +27,8 @@ class InputError(ValueError):
         self.pixels = {str(value): count for value, count in (pixels or {}).items()}
 
 
-class StoppedError(Exception):
-    """A signal stopped the run, which has saved where it was.
+class StoppedError(BaseException):
+    """A signal stopped the run: like KeyboardInterrupt, past every `except Exception`.
 
     Args:
         message: How to go on.

@@ -23,6 +23,9 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     Args:
         path: The file to write; its folder is created if need be.
         write: Writes a file of the name that it is given.
+
+    Raises:
+        OSError: With `path` as its `filename`: the disk is full, or it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +33,8 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     try:
         write(str(temporary))
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # none for a full disk, else the temporary one
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
+from seg_torch.files import PARTIAL
+
+log = logging.getLogger(__name__)
 
 # What a resumed run may set anew: where it runs and where the data lie, and how long it goes on.
 RESUMABLE = (
@@ -43,6 +48,13 @@ def last_checkpoint(folder: str | Path) -> Path:
             "and start it again"
         )
     return last
+
+
+def next_step(folder: Path) -> str:
+    """What to do after a run has ended early."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        return f"go on with resume={folder}"
+    return "start it again: nothing is saved yet"
 
 
 def check_resumable(folder: str, overrides: Sequence[str]) -> None:
@@ -91,6 +103,24 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
 
 
+def requeued_config(cfg: DictConfig) -> DictConfig:
+    """Returns the configuration with which a job that Slurm runs again goes on with its run.
+
+    The command is the same each time. It begins the run if there is nothing to go on from.
+    """
+    if cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
+        return cfg
+    if not Path(cfg.output_dir, "checkpoints", "last.ckpt").exists():
+        log.warning(
+            "Slurm runs this job again, but %s holds no checkpoint: training begins anew. To go "
+            "on, the job has to set output_dir to the same folder each time",
+            cfg.output_dir,
+        )
+        return cfg
+    log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
+    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+
+
 def key_of(override: str) -> str:
     """Returns the key of `key=value`, `+key=value` or `~key`."""
     return override.lstrip("+~").split("=")[0]
@@ -105,6 +135,8 @@ def is_complete(content: dict[str, Any], trainer: DictConfig) -> bool:
 def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> None:
     """Refuses a folder that holds another run, and a run that is complete.
 
+    Also removes what a killed process has left half-written there.
+
     Args:
         folder: Where the run is to write.
         trainer: Settings of the trainer, which say how long the run is.
@@ -113,6 +145,8 @@ def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> 
     Raises:
         InputError: There is a run already, or nothing left to do.
     """
+    for leftover in (folder / "checkpoints").glob(f"{PARTIAL}*"):
+        leftover.unlink()
     if resumed is None:
         if (folder / "checkpoints" / "last.ckpt").exists():
             raise InputError(

@@ -6,7 +6,8 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,15 +19,17 @@ from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
 from seg_torch.datamodule import Sample
+from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide, upsample
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
 from seg_torch.models.network import Network
+from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
 
-# Batches between two looks at the training loss, each of which makes the CPU wait for a GPU.
+# Batches between two looks at the training losses, each of which makes the CPU wait for a GPU.
 LOOK_EVERY = 50
 
 
@@ -75,6 +78,7 @@ class SegmentationTask(LightningModule):
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
         self.validation_loss = MeanMetric(nan_strategy="disable")
+        self.finite_batches = torch.tensor(0)  # of the validation, before the first that is not
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
         self.validated = False  # in this epoch
         self.test_report: dict[str, Any] | None = None
@@ -117,22 +121,26 @@ class SegmentationTask(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Sample, batch_index: int) -> None:
         last = batch_index + 1 == self.trainer.num_training_batches
-        if last or (batch_index + 1) % LOOK_EVERY == 0:
-            self.check_losses()
         if 0 < self.max_steps <= self.global_step:
-            self.trainer.should_stop = True  # after a last validation
+            self.trainer.should_stop = last = True  # after a last validation
+        if last or (batch_index + 1) % LOOK_EVERY == 0:
+            self.check_training()
 
-    def check_losses(self) -> None:
-        """Ends the run where the loss is no longer a number, before anything of it is saved.
+    def check_training(self) -> None:
+        """Ends the run where a loss or weight is no longer a number, before it is saved.
 
         Raises:
-            InputError: In all processes, if a loss of this epoch in any of them is not finite.
+            InputError: In all processes, if a loss of this epoch in any of them is not finite, or
+                a weight.
         """
-        losses = self._losses_by_rank().mean(0)
-        wrong = (~losses.isfinite()).nonzero()
+        losses = self._losses_by_rank()
+        wrong = (~losses.isfinite()).T.nonzero()
         if len(wrong):
-            batch = int(wrong[0])
-            self._refuse(f"the training loss is {losses[batch]:g} at batch {batch + 1}")
+            batch, rank = wrong[0].tolist()
+            self._refuse("train", batch, rank, f"the training loss is {losses[rank, batch]:g}")
+        norm: Any = self.all_gather(nn.utils.get_total_norm(self.parameters()))
+        if not norm.isfinite().all():  # a gradient was not: the next loss would not be, either
+            self._refuse("train", losses.shape[1] - 1, 0, "the weights are no longer numbers")
 
     def training_loss(self) -> float:
         """Returns the mean over the epoch's batches so far, of all processes."""
@@ -163,9 +171,14 @@ class SegmentationTask(LightningModule):
                 if self.loss is not None:
                     share = mask.numel() / masks[index].numel()
                     self.validation_loss.update(self.loss(logits[None], mask[None]), share)
+        total = self.validation_loss.mean_value
+        self.finite_batches = self.finite_batches.to(total.device) + total.isfinite()
 
     def on_validation_epoch_end(self) -> None:
-        results = scores(self.confusion.compute())
+        counts = self.confusion.compute()
+        if not counts.any() and not self.trainer.sanity_checking:
+            raise InputError("no pixel of the validation images is labelled: nothing can be scored")
+        results = scores(counts)
         self.confusion.reset()
         # Every process holds the same numbers here: the confusion matrix has been added up.
         self.log("val/mean_iou", results["mean_iou"].float(), prog_bar=True)
@@ -175,8 +188,9 @@ class SegmentationTask(LightningModule):
             loss = self.validation_loss.compute()
             self.log("val/loss", loss, prog_bar=True)
             if not self.trainer.sanity_checking and not loss.isfinite():
-                self._refuse(f"the validation loss is {loss:g}")
+                self._refuse_validation(f"the validation loss is {loss:g}")
         self.validation_loss.reset()
+        self.finite_batches.zero_()
         self.validated = True
 
     def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
@@ -239,8 +253,28 @@ class SegmentationTask(LightningModule):
             for key in ("total_steps", "_schedule_phases"):
                 scheduler.pop(key, None)
 
-    def _refuse(self, found: str) -> None:
+    def _refuse_validation(self, found: str) -> None:
+        batch = int(self.finite_batches)
+        own = batch if batch < self.trainer.num_val_batches[0] else -1
+        by_rank: Any = self.all_gather(torch.tensor([own]))
+        batch, rank = (int(value) for value in by_rank.view(-1).max(0))
+        self._refuse("val", batch, rank, found)
+
+    def _refuse(self, split: str, batch: int, rank: int, found: str) -> NoReturn:
+        """Ends the run in all processes, with the batch and what is in it in the run's folder."""
+        folder = Path(self.trainer.default_root_dir)
+        found += f" at batch {batch + 1} of epoch {self.current_epoch + 1}"
+        if self.trainer.world_size > 1:
+            found += f" in process {rank}"
+        losses = self._losses_by_rank()[rank].tolist()
+        if split == "train":
+            losses = losses[: batch + 1]
+        saved = ""
+        if self.trainer.is_global_zero:
+            saved = save_batch(folder / "diverged", self.trainer, split, batch, rank, found, losses)
+        self.trainer.strategy.barrier()
         raise InputError(
-            f"{found} of epoch {self.current_epoch + 1}: the training has diverged. Try a lower "
-            "optimizer.lr or trainer.gradient_clip_val=1; checkpoints/ holds the epochs before it"
+            f"{found}: the training has diverged. {saved}{folder / 'checkpoints'} holds what was "
+            "before. Start a new run with a lower optimizer.lr or trainer.gradient_clip_val=1; or, "
+            f"if a file is at fault, mend it and {next_step(folder)}"
         )

@@ -38,7 +38,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write_atomically(path, partial(torch.save, checkpoint))
+        write_atomically(path, partial(save, checkpoint))
+
+
+def save(content: dict[str, Any], path: str) -> None:
+    """Saves with `torch.save`, but tells a full disk as such.
+
+    Raises:
+        OSError: The file cannot be written. PyTorch raises errors about its own positions instead,
+            some of them while it handles the OSError of a Python file.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class FullySharded(ModelParallelStrategy):
@@ -137,7 +153,7 @@ def run_folder(trainer: Trainer, cfg: DictConfig) -> Path:
     output_dir = str(cfg.output_dir)
     if connected_from_outside(trainer):
         output_dir = trainer.strategy.broadcast(output_dir)
-    # Else Slurm's checkpoints of a requeued job would lie in the current folder.
+    # In a job of Slurm, Lightning goes on with an `hpc_ckpt` that it finds there.
     trainer._default_root_dir = output_dir  # type: ignore[attr-defined]
     cfg.output_dir = output_dir  # also for the loggers
     return Path(output_dir)

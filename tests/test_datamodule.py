@@ -32,9 +32,13 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def epoch(module: SegmentationDataModule, number: int) -> list[torch.Tensor]:
+    return [tensor for batch in loader_at(module, number) for tensor in batch]
+
+
+def loader_at(module: SegmentationDataModule, epoch: int):
     loader = module.train_dataloader()
-    loader.batch_sampler.set_epoch(number)
-    return [tensor for batch in loader for tensor in batch]
+    loader.batch_sampler.set_epoch(epoch)
+    return loader
 
 
 def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -186,6 +190,29 @@ def trainer_stub(device="cpu", num_devices=1, local_rank=0, barrier=lambda: None
             root_device=torch.device(device), barrier=barrier, broadcast=lambda name: "a-name"
         ),
     )
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
+    module = SegmentationDataModule(
+        small_shapes,
+        batch_size=2,
+        eval_batch_size=2,
+        augment=augment(crop=(24, 24)),
+        cache=cache,
+        num_workers=0,
+        resize=(40, 40),
+    )
+    for rank in (0, 1):
+        module.trainer = trainer_stub(num_devices=2, local_rank=rank)
+        module.trainer.num_devices = 1  # of each of two machines
+        train = [[*batch] for batch in loader_at(module, epoch=3)]
+        val = [[*group] for groups in module.val_dataloader() for group in groups]
+        for split, batches in (("train", train), ("val", val)):
+            for index, (images, masks) in enumerate(batches):
+                _, samples = module.rebuild_batch(split, 3, index, rank)
+                assert torch.equal(torch.stack([image for image, _ in samples]), images)
+                assert torch.equal(torch.stack([mask for _, mask in samples]), masks)
 
 
 # Cached samples

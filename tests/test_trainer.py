@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -112,14 +113,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         file_size_limit(1 << 20)
         try:
-            with pytest.raises((OSError, RuntimeError)):
+            with pytest.raises(OSError, match=r"File too large: '.*last\.ckpt'"):
                 writer.save_checkpoint(large, path)
         finally:
             file_size_limit(limit)
     else:
 
-        def half(content: dict, name: str) -> None:
-            Path(name).write_bytes(b"half of it")
+        def half(content: dict, file: BinaryIO) -> None:
+            file.write(b"half of it")
             raise KeyboardInterrupt
 
         monkeypatch.setattr(torch, "save", half)
@@ -156,11 +157,12 @@ def test_an_error_of_the_only_process_is_raised_as_it_is(error):
 
 # train.py, and what each process counts and is told, written beside the run.
 PROGRAM = """
-import json, os
+import json, os, signal
 from pathlib import Path
 from seg_torch.cli import main
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.losses import CrossEntropyLoss
+from seg_torch.task import SegmentationTask
 import seg_torch.trainer
 
 notes = Path(os.environ["NOTES"])
@@ -183,6 +185,23 @@ def run_folder(trainer, cfg):
 choose, seg_torch.trainer.run_folder = seg_torch.trainer.run_folder, run_folder
 SegmentationDataModule.pixel_counts = pixel_counts
 CrossEntropyLoss.set_pixel_counts = set_pixel_counts
+def training_step(self, batch, index):
+    note("seen", int(batch[0].sum()))
+    factor = float("nan") if (os.environ["RANK"], index) == ("1", 1) else 1
+    spoil = self.loss.register_forward_hook(lambda module, inputs, loss: loss * factor)
+    loss = step(self, batch, index)
+    spoil.remove()
+    return loss
+step = SegmentationTask.training_step
+def validation_step(self, groups, index):
+    if os.environ["RANK"] == "1" and not self.trainer.sanity_checking and index == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    validate(self, groups, index)
+validate = SegmentationTask.validation_step
+if os.environ.get("SPOIL"):
+    SegmentationTask.training_step = training_step
+if os.environ.get("STOP"):
+    SegmentationTask.validation_step = validation_step
 if os.environ.get("FAIL"):
     def check_files(self):
         raise OSError(os.environ["FAIL"])
@@ -287,3 +306,22 @@ def test_d20_whatever_fails_in_the_first_process_ends_the_others(tmp_path):
     assert code != 0
     assert "the disk is on fire" in output
     assert noted(tmp_path, "exit") == [[1], [2]]
+
+
+@pytest.mark.promise(28)
+def test_two_processes_name_the_batch_and_the_process_whose_loss_is_no_number(tmp_path):
+    code, output = on_two_processes(tmp_path, "output_dir=a", "data.batch_size=2", SPOIL="1")
+    assert code != 0
+    assert "the training loss is nan at batch 2 of epoch 1 in process 1" in output
+    batch = torch.load(tmp_path / "a/diverged/batch.pt", weights_only=True)
+    assert int(torch.stack(batch["images"]).sum()) == noted(tmp_path, "seen")[1][1]
+    report = json.loads((tmp_path / "a/diverged/report.json").read_text())
+    assert (report["batch"], report["process"]) == (2, 1)
+
+
+def test_two_processes_stop_together_during_a_validation_of_unequal_shares(tmp_path):
+    code, output = on_two_processes(tmp_path, "output_dir=a", "data.dataset.val=23", STOP="1")
+    assert code != 0
+    assert "stopped in epoch 1; go on with resume=a" in output
+    assert {code for codes in noted(tmp_path, "exit") for code in codes} == {128 + signal.SIGTERM}
+    assert checkpoint.read(tmp_path / "a/checkpoints/last.ckpt")["global_step"] == 1

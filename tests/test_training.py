@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,8 @@ from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
+from torch.nn import functional
 
 from seg_torch import checkpoint
 from seg_torch.cli import CONFIG_FOLDER, complete_overrides
@@ -25,7 +30,10 @@ from seg_torch.commands.predict import predict
 from seg_torch.commands.train import train
 from seg_torch.datasets import shapes, write_folder
 from seg_torch.errors import InputError, StoppedError
+from seg_torch.inference import upsample
 from seg_torch.run import resumed_config
+from seg_torch.segmenter import Segmenter
+from seg_torch.task import SegmentationTask
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -104,27 +112,39 @@ DEFAULTS = (
     "data.dataset.test=4",
     "data.batch_size=4",
     "data.cache=false",  # as for datasets in files; the demo's needs no workers
+    "model.encoder=mobilenetv3_small_050",
+    "model.decoder_channels=[8,8,8,8,8]",
     "trainer.max_epochs=3",
 )
 
 
-def start(*overrides: str) -> subprocess.Popen:
+def start(*overrides: str, **environment: str) -> subprocess.Popen:
     """Starts train.py as a user does."""
     return subprocess.Popen(
         [sys.executable, ROOT / "train.py", *overrides],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, to which signals can be sent
     )
 
 
-def start_second_epoch(*overrides: str) -> subprocess.Popen:
-    """Starts train.py and returns at a random moment after its first epoch."""
-    process = start(*overrides)
+def wait_for(process: subprocess.Popen, beginning: str) -> None:
+    """Reads what a process prints up to a line with this beginning."""
     assert process.stdout is not None
+    read = []
     for line in process.stdout:
-        if line.startswith("epoch 1"):
-            break
+        read.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError("".join(read))
+
+
+def start_second_epoch(*overrides: str, **environment: str) -> subprocess.Popen:
+    """Starts train.py and returns at a random moment after its first epoch."""
+    process = start(*overrides, **environment)
+    wait_for(process, "epoch 1")
     time.sleep(random.uniform(0, 1))
     return process
 
@@ -135,9 +155,15 @@ def resume(folder: Path, max_epochs: int | None = None) -> None:
     train(resumed_config(cfg, [f"trainer.max_epochs={max_epochs}"] if max_epochs else []))
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Waits for the end of a process and returns what it printed that was not read yet."""
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == code, output
+    assert "Traceback" not in output
     return output
 
 
@@ -186,16 +212,24 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.promise(7)
+@pytest.mark.promise(22)
 def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tmp_path):
-    """Killed by kill -9 at a random moment of the second epoch."""
+    """Stopped before there is anything to save, started again, and then killed by kill -9."""
     folder = tmp_path / "killed"
+    process = start(f"output_dir={folder}", *DEFAULTS)
+    wait_for(process, "output_dir=")
+    process.terminate()
+    output = finish(process, 128 + signal.SIGTERM)
+    assert output.splitlines()[-1] == "stopped; start it again: nothing is saved yet"
     process = start_second_epoch(f"output_dir={folder}", *DEFAULTS)
     process.kill()
     process.communicate()
-    # "epoch 1" is printed a moment before the epoch's checkpoint is complete.
-    resumable = (folder / "checkpoints/last.ckpt").exists()
-    finish(start(f"resume={folder}") if resumable else start(f"output_dir={folder}", *DEFAULTS))
+    partial = folder / "checkpoints" / f".partial-{'0' * 32}.ckpt"
+    partial.write_bytes(b"of a checkpoint that was being written")
+    finish(start(f"resume={folder}"))
     assert_same_run(folder, undisturbed)
+    assert not partial.exists()
 
 
 @pytest.mark.slow
@@ -218,41 +252,113 @@ def test_d02_ten_random_kills(tmp_path):
         assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_d16_a_signal_saves_the_very_step_from_which_the_run_goes_on(undisturbed, tmp_path, signum):
-    """In the second epoch; during validation: see the next test."""
+@pytest.mark.promise(22)
+def test_d16_after_ctrl_c_a_run_goes_on_as_if_undisturbed(undisturbed, tmp_path):
+    """The terminal sends it to the workers, too. At other moments: see the test after the next."""
     folder = tmp_path / "stopped"
     process = start_second_epoch(f"output_dir={folder}", *DEFAULTS)
-    process.send_signal(signum)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + signum, output
-    assert f"go on with resume={folder}" in output
-    assert "Traceback" not in output
+    os.killpg(process.pid, signal.SIGINT)
+    assert f"go on with resume={folder}" in finish(process, 128 + signal.SIGINT)
     finish(start(f"resume={folder}"))
     assert_same_run(folder, undisturbed)
 
 
-def test_d16_a_signal_during_validation_loses_no_step(small, tmp_path, monkeypatch):
-    from seg_torch.task import SegmentationTask
+def test_a_job_that_slurm_stops_goes_on_by_the_same_command(undisturbed, tmp_path):
+    """Slurm queues it again after it was preempted; at the time limit the run asks for that.
 
-    plain = SegmentationTask.validation_step
+    Lightning would do so, too, but save an `hpc_ckpt` in the middle of a step.
+    """
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
+    scontrol.chmod(0o755)
+    names = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    job = {f"SLURM_{name}": value for name, value in names.items()}
+    job |= {"SLURM_JOB_ID": "123", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    folder = tmp_path / "run"
+    command = (f"output_dir={folder}", *DEFAULTS)
 
-    def validate(task, groups, index):
-        if task.current_epoch == 1 and not task.trainer.sanity_checking and index == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        plain(task, groups, index)
+    process = start_second_epoch(*command, **job)
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+    assert not Path(f"{scontrol}.log").exists()
 
+    process = start(*command, **job, SLURM_RESTART_COUNT="1")
+    wait_for(process, "epoch 2")
+    os.killpg(process.pid, signal.SIGUSR1)
+    output = finish(process, 128 + signal.SIGUSR1)
+    assert "job 123 waits in the queue of Slurm to go on" in output
+    assert Path(f"{scontrol}.log").read_text() == "requeue 123\n"
+
+    finish(start(*command, **job, SLURM_RESTART_COUNT="2"))
+    assert_same_run(folder, undisturbed)
+    assert not list(folder.rglob("hpc_ckpt*"))
+    output = finish(start(*command, **job), 2)
+    assert "holds a run already" in output  # started by the user, not by Slurm
+
+
+# Where a signal comes, from which epoch on (counted from 0), and the steps that are saved by then.
+MOMENTS = (
+    ("validation_step", 1, 6),
+    ("on_train_epoch_end", 1, 6),
+    ("on_train_epoch_end", 2, 9),
+    ("test_step", 0, 9),
+)
+
+
+@pytest.mark.promise(22)
+def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeypatch):
     options = ("trainer.max_epochs=3", "scheduler=plateau", "scheduler.patience=0")
     train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
-    folder = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(SegmentationTask, "validation_step", validate)
-        with pytest.raises(StoppedError, match="epoch 2"):
-            train(small("train", f"output_dir={folder}", *options))
-    steps = checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"]
-    assert steps == 6  # both epochs of three
-    resume(folder)
-    assert_same_run(folder, tmp_path / "whole")
+    for moment, epoch, steps in MOMENTS:
+        plain = getattr(SegmentationTask, moment)
+
+        def signalled(task, *arguments, plain=plain, epoch=epoch):
+            if task.current_epoch >= epoch and not task.trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(task, *arguments)
+
+        folder = tmp_path / f"{moment}_{epoch}"
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentationTask, moment, signalled)
+            with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
+                train(small("train", f"output_dir={folder}", *options))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"] == steps
+        assert not (folder / "test_metrics.json").exists()
+        resume(folder)
+        assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path):
+    """On a small disk of its own where the user may mount one, else with a limit for its files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        folder = disk / "run"
+        process = start(f"output_dir={folder}", *DEFAULTS)
+        wait_for(process, "epoch 1")
+        before = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+        room = 100 << 10
+        if mounted:
+            other = disk / "other"
+            subprocess.run(["dd", "if=/dev/zero", f"of={other}", "bs=64k"], capture_output=True)
+            os.truncate(other, other.stat().st_size - room)
+        else:
+            limits = (room, resource.RLIM_INFINITY)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+        output = finish(process, 2)
+        assert re.search(r"(best|last).ckpt: (No space left on device|File too large)", output)
+        assert "epoch_001.png'; the run goes on without this picture" in output
+        assert f"go on with resume={folder}" in output
+        assert {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()} == before
+        (disk / "other").unlink(missing_ok=True)
+        finish(start(f"resume={folder}"))
+        assert_same_run(folder, undisturbed)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left(small, tmp_path):
@@ -292,22 +398,160 @@ def test_d25_resuming_fetches_no_weights(small, tmp_path, monkeypatch):
     assert len(history(folder)) == 3
 
 
-def test_d03_a_loss_that_is_no_number_ends_the_run_and_is_never_best(small, tmp_path):
+# Numbers that go wrong
+
+
+class NotANumber(nn.Module):
+    """Cross-entropy, but no number at one training step."""
+
+    def __init__(self, step: int, **_: object) -> None:
+        super().__init__()
+        self.step, self.steps = step, 0
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = functional.cross_entropy(logits.float(), target.long(), ignore_index=255)
+        if not self.training:
+            return loss
+        self.steps += 1
+        self.true = loss.detach()
+        return loss * float("nan") if self.steps == self.step else loss
+
+
+class Spy(Callback):
+    """Keeps what the network is given, and the loss without what spoils it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_index):
+        name = f"{trainer.current_epoch}-{batch_index}.pt"
+        torch.save([*batch, pl_module.loss.true], Path(self.folder, name))
+
+
+def write_numbered(root: Path) -> None:
+    """Twelve images for training, in each of which every pixel's label is the image's number."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(15):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"images/{i:02}.png")
+        Image.fromarray(np.full((40, 40), i % 12, np.uint8)).save(root / f"masks/{i:02}.png")
+    names = [f"{i:02}\n" for i in range(15)]
+    (root / "train.txt").write_text("".join(names[:12]))
+    (root / "val.txt").write_text("".join(names[12:]))
+    (root / "classes.txt").write_text("".join(f"class_{i}\n" for i in range(12)))
+
+
+@pytest.mark.promise(28)
+def test_a_loss_that_is_no_number_leaves_its_batch_and_the_last_good_checkpoint(tmp_path):
+    """The images that it names, and what a replay needs; with workers, in the default precision."""
+    root, run = tmp_path / "data", tmp_path / "run"
+    write_numbered(root)
+    process = start(
+        f"output_dir={run}",
+        "data=folder",
+        f"data.root={root}",
+        "data.augment.crop=[32,32]",
+        "data.batch_size=4",
+        "model=unet_random",
+        "model.encoder=mobilenetv3_small_050",
+        "trainer.max_epochs=2",
+        "loss._target_=test_training.NotANumber",
+        "+loss.step=4",
+        "+callbacks.spy._target_=test_training.Spy",
+        f"+callbacks.spy.folder={tmp_path}",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+    )
+    output = finish(process, 2)
+    assert "the training loss is nan at batch 1 of epoch 2" in output
+    assert f"go on with resume={run}" in output
+
+    images, masks, true_loss = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    batch = torch.load(run / "diverged/batch.pt", weights_only=True)
+    assert torch.equal(torch.stack(batch["images"]), images)
+    assert torch.equal(torch.stack(batch["masks"]), masks)
+    report = json.loads((run / "diverged/report.json").read_text())
+    assert (report["epoch"], report["batch"]) == (2, 1)
+    for entry, image, mask in zip(report["images"], images, masks, strict=True):
+        number = int(mask[mask != 255][0])
+        assert entry["image"] == str(root / f"images/{number:02}.png")
+        assert entry["mask"] == str(root / f"masks/{number:02}.png")
+        assert (entry["minimum"], entry["maximum"]) == (image.min(), image.max())
+        assert entry["mean"] == pytest.approx(image.numpy().mean())
+        assert entry["mask_pixels"][str(number)] == (mask == number).sum()
+
+    for name in ("best", "last"):
+        assert checkpoint.read(run / f"checkpoints/{name}.ckpt")["global_step"] == 3
+        assert all(value.isfinite().all() for value in weights(run, name).values())
+    assert len(history(run)) == 1
+    assert not (run / "test_metrics.json").exists()
+
+    network = Segmenter.load(run / "checkpoints/last.ckpt", device="cpu").network.train()
+    logits = upsample(network(torch.stack(batch["images"]))["out"], masks.shape[-2:])
+    loss = NotANumber(step=0)(logits, torch.stack(batch["masks"]))
+    assert loss.item() == pytest.approx(true_loss.item(), rel=0.02)  # without bfloat16
+
+    resume(run)  # in which the loss is a number
+    assert (run / "test_metrics.json").exists()
+    assert len(history(run)) == 2
+
+
+def weights_without_numbers(task, outputs, batch, index):
+    """After the last step of epoch 4."""
+    if (task.current_epoch, index) == (3, 2):
+        next(task.network.parameters()).data.fill_(float("nan"))
+    ON_TRAIN_BATCH_END(task, outputs, batch, index)
+
+
+def logits_without_numbers(task, groups, index):
+    """Of the third image, with weights in which there is nothing wrong."""
+    if (task.current_epoch, index) != (3, 2):
+        return VALIDATION_STEP(task, groups, index)
+    spoil = task.network.register_forward_hook(lambda m, i, out: {"out": out["out"] * torch.nan})
+    VALIDATION_STEP(task, groups, index)
+    spoil.remove()
+
+
+def nothing_labelled(task, groups, index):
+    for _, masks in groups:
+        masks.fill_(255)
+    VALIDATION_STEP(task, groups, index)
+
+
+ON_TRAIN_BATCH_END = SegmentationTask.on_train_batch_end
+VALIDATION_STEP = SegmentationTask.validation_step
+
+
+@pytest.mark.promise(28)
+def test_d03_an_epoch_without_numbers_ends_the_run_and_is_never_best(small, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    options = ("scheduler=none", "optimizer=sgd", "trainer.max_epochs=3")
-    train(small("train", *options))
-    good = weights(folder, "best")
+    train(small("train", "scheduler=none", "optimizer=sgd", "trainer.max_epochs=3"))
+    (folder / "test_metrics.json").unlink()
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     state["optimizer_states"][0]["param_groups"][0]["lr"] = 1e30
-    torch.save(state, folder / "checkpoints/last.ckpt")
-    (folder / "test_metrics.json").unlink()
-    with pytest.raises(InputError, match="epoch 4: the training has diverged"):
-        resume(folder, max_epochs=6)
-    assert len(history(folder)) == 3
-    assert same(weights(folder, "best"), good)
-    for name in ("best", "last"):
-        assert all(value.isfinite().all() for value in weights(folder, name).values())
-    assert not (folder / "test_metrics.json").exists()
+    cases = (
+        ("", None, r"the training loss is (nan|inf) at batch [23] of epoch 4"),
+        ("on_train_batch_end", weights_without_numbers, "no longer numbers at batch 3 of epoch 4"),
+        ("validation_step", logits_without_numbers, "validation loss is nan at batch 3 of epoch 4"),
+        ("validation_step", nothing_labelled, "no pixel of the validation images is labelled"),
+    )
+    for hook, spoil, message in cases:
+        copy = tmp_path / (spoil.__name__ if spoil else "diverged")
+        shutil.copytree(folder, copy)
+        with monkeypatch.context() as patch:
+            if spoil:
+                patch.setattr(SegmentationTask, hook, spoil)
+            else:
+                torch.save(state, copy / "checkpoints/last.ckpt")
+            with pytest.raises(InputError, match=message):
+                resume(copy, max_epochs=6)
+        assert len(history(copy)) == 3
+        for name in ("best", "last"):
+            assert same(weights(copy, name), weights(folder, name))
+            assert all(value.isfinite().all() for value in weights(copy, name).values())
+        assert not (copy / "test_metrics.json").exists()
+    report = json.loads((tmp_path / "logits_without_numbers/diverged/report.json").read_text())
+    assert [entry["index"] for entry in report["images"]] == [2]
 
 
 def test_d08_epochs_without_validation_have_no_scores(small, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from seg_torch import checkpoint, hardware
 from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
 from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.inference import Inference
 from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
 from seg_torch.models.weights import load_matching_weights
-from seg_torch.run import claim, is_complete, last_checkpoint
+from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
 from seg_torch.task import SegmentationTask
 from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
 
@@ -29,11 +31,30 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> None:
-    """Trains, keeps the best epoch, and scores it on the test set."""
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
+    """Trains, keeps the best epoch, and scores it on the test set.
+
+    Raises:
+        InputError: Something is wrong with the settings, the data, the disk or the numbers.
+        StoppedError: A signal came, see `seg_torch.callbacks.StopOnSignal`.
+    """
+    cfg = requeued_config(cfg)
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
+    try:
+        with StopOnSignal(folder) as stop:
+            _train(cfg, trainer, folder, stop)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror}. What was saved before is complete; "
+            f"when this is mended, {next_step(folder)}"
+        ) from error
+
+
+def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) -> None:
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
     on_first_process(trainer, partial(claim, folder, cfg.trainer, resumed))
     data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
     on_first_process(trainer, data.check_files)  # and downloads them
@@ -48,7 +69,7 @@ def train(cfg: DictConfig) -> None:
         *(instantiate(node) for node in cfg.callbacks.values()),
         Checkpoints(folder, "best", monitor="val/mean_iou"),
         Checkpoints(folder, "last"),  # after all that it has to contain
-        StopOnSignal(folder),
+        stop,
     ]
     if trainer.is_global_zero:
         _announce(cfg, trainer, task, data, folder)

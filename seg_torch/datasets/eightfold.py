@@ -87,6 +87,11 @@ class EightFold(Dataset):
         image = resize_image(change_place(image, VARIANTS[variant]), self.size)
         return tv_tensors.Image(image), tv_tensors.Mask(self._mask(mask, VARIANTS[variant]))
 
+    @property
+    def pairs(self) -> list[Any]:
+        """The files of each sample, where the original samples are files."""
+        return self.dataset.pairs * len(VARIANTS)
+
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [side, side]."""
         variant, original = divmod(index, len(self.dataset))
