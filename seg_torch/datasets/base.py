@@ -130,7 +130,7 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if not line:
             continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
+        match = re.fullmatch(r"(.+?)[\s,;:]+(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})", line)
         names.append(match[1] if match else line)
         if match:
             colours.append([int(value) for value in match.groups()[1:]])
