@@ -1,37 +1,63 @@
 """Checkpoints that describe themselves: a Lightning checkpoint plus, as plain data, the labels, the
 preprocessing and the configurations of model and data.
 
-Reading one runs nothing that comes from the file: it is loaded with `weights_only=True`, and a
-configuration may only name the packages that are listed here.
+They may come from anybody. Reading one runs nothing that comes from the file, and what it asks for
+is compared with what it holds before there is memory for it.
 """
 
 from __future__ import annotations
 
 import os
+import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from torch import Tensor
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
+from seg_torch.models import weights
 from seg_torch.models.network import Network
 
 KEY = "seg_torch"
-KNOWN_PACKAGES = (
-    "seg_torch.models",
-    "seg_torch.datasets",
-    "seg_torch.datamodule",
-    "seg_torch.transforms",
-    "torchvision.models.segmentation",
-    "torchvision.transforms.v2",
-)
+# What a checkpoint may call. A package as a whole would be too much: among its functions are some
+# that write files and some that download them.
+MODELS = {
+    f"seg_torch.models.{name}"
+    for name in (
+        *("deeplabv3", "fcn", "hrnet", "lraspp", "smp", "transformers", "unet"),
+        "unet_transposed",
+    )
+}
+DATA = {
+    "seg_torch.datamodule.SegmentationDataModule",
+    *(
+        f"seg_torch.datasets.{name}"
+        for name in (
+            *("ade20k", "camvid", "camvid32", "cityscapes", "clothing", "coco_stuff"),
+            *("eightfold", "folder", "pet", "shapes", "voc", "voc_sbd"),
+        )
+    ),
+}
 # More than any configuration has. References to one list can make a small file endless.
 MAX_NODES = 100_000
+# More than the numbers in a model's configuration, such as its channels, ever add up to.
+MAX_SUM = 1_000_000
+# Values of layers that are made and thrown away, such as the classifier of a VGG.
+SPARE_VALUES = 1 << 27
+MAX_SIDE = 8192  # of the images that a network is given
 
 
 def describe(
@@ -81,21 +107,18 @@ def read(path: str | Path) -> dict[str, Any]:
             )
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes
-            size = sum(member.file_size for member in archive.infolist())
-        # torch.save does not compress; PyTorch would unpack gigabytes from a file of a few MB.
-        if size > os.path.getsize(path):
-            raise ValueError(f"it would unpack to {size:,} bytes")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except zipfile.BadZipFile:
-        raise InputError(
-            f"checkpoint={path}: not a checkpoint, or cut off while it was copied"
-        ) from None
+        content = weights.load(path)
+        ours = isinstance(content, dict) and KEY in content and "state_dict" in content
+        if ours:
+            _check(content, os.path.getsize(path))
     except Exception as error:  # there is no end to what broken files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
         raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {reason}") from None
-    if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
+    if not ours:
         raise InputError(
             f"checkpoint={path}: not a checkpoint of seg_torch; expected one that train.py wrote, "
             "such as runs/.../checkpoints/best.ckpt"
@@ -103,29 +126,108 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _check(content: dict[str, Any], size: int) -> None:
+    """Refuses what `describe` and PyTorch would not have written into a file of so many bytes.
+
+    Raises:
+        Exception: Of any type.
+    """
+    state, description = content["state_dict"], content[KEY]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError("its weights are not tensors by name")
+    if weights.stored_bytes(state) > size:
+        raise InputError("it describes larger weights than it holds")
+    plain = (dict, list, tuple, str, int, float, type(None))
+    if not all(isinstance(node, plain) for node in nodes(description)):
+        raise InputError("its description is not plain data")
+    Labels.from_dict(description["labels"])
+    if not isinstance(description["model"], dict) or not isinstance(description["data"], dict):
+        raise InputError("its configurations are no mappings")
+    mean, std, resize = (description["preprocessing"][key] for key in ("mean", "std", "resize"))
+    if len(mean) != len(std) or not all(
+        isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
+    ):
+        raise InputError("its mean and std are not two lists of numbers of one length")
+    sides = (1, 1) if resize is None else resize
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+        raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
+
+
 def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[Network, Labels]:
     """Builds the network that a checkpoint describes, with its weights, and its labels.
 
     Args:
         content: From `read`.
-        trust: Further packages from which the model may come.
+        trust: Packages from which the model may come.
 
     Raises:
-        InputError: The model is from a package that is not known, or the weights do not fit it.
+        InputError: The model is none of seg_torch's and not trusted, is larger than the weights in
+            the file, or these do not fit it.
     """
     description = content[KEY]
     labels = Labels.from_dict(description["labels"])
     config = dict(description["model"])
-    if "weights" in config:
+    known = str(config.get("_target_")) in MODELS
+    if known or "weights" in config:
         config["weights"] = None  # they are in the checkpoint
+    make = partial(instantiate, config, trust, MODELS, num_classes=len(labels))
+    state = network_state(content)
+    if known:
+        numbers = [node for node in nodes(config) if isinstance(node, int | float)]
+        if not all(abs(n) <= MAX_SUM for n in numbers) or sum(map(abs, numbers)) > MAX_SUM:
+            raise InputError("the checkpoint's model has numbers that no network has")
+        # Weights in half precision have two bytes.
+        model = _made_within(make, weights.stored_bytes(state) // 2 + SPARE_VALUES)
+    else:
+        model = make()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
     preprocessing = description["preprocessing"]
-    model = instantiate(config, trust, num_classes=len(labels), _convert_="all")
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
-        network.load_state_dict(network_state(content))
+        network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"the checkpoint's weights do not fit its own model: {error}") from None
+        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+        raise InputError(f"the checkpoint's weights do not fit its own model: {reason}") from None
     return network, labels
+
+
+def _made_within(make: Callable[[], Any], values: int) -> Any:
+    """Makes a model, unless its parameters and buffers have more than so many values.
+
+    They are counted as they are made, first on the device "meta", where they take no memory. A
+    model whose constructor asks for their values cannot be made there; on a CPU memory is taken
+    only when it is written to, which comes after the count.
+
+    Raises:
+        InputError: There are more.
+    """
+    total = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal total
+        # Small layers without end are stopped, too: with that of 13,000 tensors at the latest.
+        total += 10_000 + (0 if tensor is None else tensor.numel())
+        if total > values:
+            raise refusal
+
+    refusal = InputError("the checkpoint's model is larger than the weights in the file")
+    hooks = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        with suppress(Exception), torch.device("meta"):
+            make()
+        if total > values:
+            raise refusal
+        total = 0
+        return make()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -138,42 +240,63 @@ def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def instantiate(config: dict[str, Any], trust: Sequence[str] = (), **arguments: Any) -> Any:
+def instantiate(
+    config: dict[str, Any], trust: Sequence[str], known: Collection[str], **arguments: Any
+) -> Any:
     """Calls Hydra's `instantiate` on a configuration from a file, which may come from anywhere.
 
+    Args:
+        config: Plain data with `_target_`.
+        trust: Packages from which it may name anything.
+        known: What it may name besides.
+        arguments: Further ones of its `_target_`.
+
     Raises:
-        InputError: A `_target_` outside the known and trusted packages, or an interpolation, which
-            could read the environment.
+        InputError: A `_target_` that is neither known nor trusted, another of Hydra's own keys, an
+            interpolation, which could read the environment, or arguments that do not fit.
     """
-    nodes = list(_nodes(config))
-    if any(isinstance(node, str) and "${" in node for node in nodes):
+    everything = list(nodes(config))
+    if any(isinstance(node, str) and "${" in node for node in everything):
         raise InputError(
             "the checkpoint's configuration holds an interpolation (${...}), which seg_torch never "
             "writes; resolving it could read this machine's environment"
         )
-    for node in nodes:
-        if isinstance(node, dict) and "_target_" in node:
-            _check_target(str(node["_target_"]), (*KNOWN_PACKAGES, *trust))
-    return hydra.utils.instantiate(config, **arguments)
+    for node in everything:
+        for key in node if isinstance(node, dict) else ():
+            if key == "_target_":
+                _check_target(str(node[key]), trust, known)
+            elif str(key).startswith("_") and key != "_partial_" and not trust:
+                raise InputError(f"the checkpoint's configuration holds {key}, an order to Hydra")
+    try:
+        return hydra.utils.instantiate(config, **arguments, _convert_="all")
+    except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        reason = textwrap.shorten(str(error.__cause__ or error), 300, placeholder=" ...")
+        raise InputError(
+            f"the checkpoint's {config.get('_target_')} cannot be made as it says: {reason}"
+        ) from error
 
 
-def _check_target(target: str, packages: Sequence[str]) -> None:
-    inside = any(target.startswith(f"{package}.") for package in packages)
-    # The name alone proves little: `seg_torch.models.weights.torch.hub.load` begins well, too.
+def _check_target(target: str, trust: Sequence[str], known: Collection[str]) -> None:
+    if target in known:
+        return
+    inside = any(target.startswith(f"{package}.") for package in trust)
+    # The name alone proves little: `my_package.os.system` begins well, too.
     try:
         home = getattr(hydra.utils.get_object(target), "__module__", None) if inside else None
     except (ImportError, ValueError):
         raise InputError(f"the checkpoint names {target}, which is not installed") from None
-    if not any(f"{home}.".startswith(f"{package}.") for package in packages):
+    if not any(f"{home}.".startswith(f"{package}.") for package in trust):
         raise InputError(
-            f"the checkpoint wants to run {target}, which is outside the packages that "
-            f"checkpoints may use ({', '.join(packages)}); if you trust the file, pass "
-            f"trust=[{target.split('.')[0]}]"
+            f"the checkpoint wants to run {target[:100]}, which is none of seg_torch's own models "
+            "or datasets; if you trust the file, pass "
+            f"trust=[{target.split('.')[0][:100]}]"
         )
 
 
-def _nodes(config: Any) -> Iterator[Any]:
-    """Yields a configuration and everything inside it.
+def nodes(config: Any) -> Iterator[Any]:
+    """Yields a configuration and everything inside it, keys included.
 
     Raises:
         InputError: There is no end to it.

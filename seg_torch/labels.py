@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import numpy as np
 from PIL import Image
@@ -55,7 +56,8 @@ class Labels:
         palette: RGB colours, uint8 [C, 3]; by default the PASCAL VOC colour map.
 
     Raises:
-        InputError: There are no names, too many, one twice, or a palette of another length.
+        InputError: There are no names, too many, one twice, one that cannot be shown, or a palette
+            of another length.
     """
 
     names: tuple[str, ...]
@@ -65,6 +67,12 @@ class Labels:
         names = tuple(str(name) for name in self.names)
         if not 1 <= len(names) <= 255:
             raise InputError(f"{len(names)} class names: masks are 8 bit, so 1 to 255 are possible")
+        unprintable = [n for n in names if len(n) > 200 or {*map(category, n)} & {"Cc", "Cs"}]
+        if unprintable:
+            raise InputError(
+                f"the class name {unprintable[0][:50]!r} is longer than 200 characters or holds "
+                "control characters"
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise InputError(f"class names given more than once: {', '.join(twice)}")

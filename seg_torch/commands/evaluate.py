@@ -7,7 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
+from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
+from seg_torch.hardware import available_cpus
 from seg_torch.inference import Inference, parse_tta
 from seg_torch.labels import Labels
 from seg_torch.task import SegmentationTask
@@ -23,7 +25,9 @@ def evaluate(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
     settings = _data_settings(cfg, content[checkpoint.KEY])
-    data = checkpoint.instantiate(settings, cfg.trust, _convert_="all")
+    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
+    if not isinstance(data, SegmentationDataModule):
+        raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
     data.test_split = cfg.split
     on_first_process(trainer, lambda: data.dataset(cfg.split))
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
@@ -45,14 +49,25 @@ def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, An
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
-        settings = {**description["data"], **settings}
+        settings = {**_own_data(description["data"]), **settings}
     resize = description["preprocessing"]["resize"]
     if given.get("resize") not in (None, resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
-    return {**settings, "resize": resize}
+    return {**settings, "resize": resize, "augment": None}  # which only training needs
+
+
+def _own_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's settings without what is this machine's business."""
+    for node in checkpoint.nodes(data):
+        if isinstance(node, dict):
+            node.pop("download", None)
+    workers = data.get("num_workers")
+    if isinstance(workers, int):
+        data["num_workers"] = min(workers, available_cpus())
+    return data
 
 
 def _shortened(labels: Labels) -> str:

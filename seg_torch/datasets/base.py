@@ -122,7 +122,7 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if not line:
             continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line)
+        match = re.fullmatch(r"(.+?)[\s,;:]+(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})", line)
         names.append(match[1] if match else line)
         if match:
             colours.append([int(value) for value in match.groups()[1:]])
@@ -231,24 +231,6 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
         return encode_segmap(rgb, palette)
     except InputError as error:
         raise InputError(f"{path}: {error}", pixels=error.pixels) from None
-
-
-def read_mat(path: Path, key: str) -> np.ndarray:
-    """Return one variable of a MATLAB file.
-
-    Raises:
-        InputError: The file is missing, cut off, or holds no such variable.
-    """
-    from scipy.io import loadmat  # half a second that only two of the datasets need
-
-    try:
-        return loadmat(path, variable_names=[key])[key]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except KeyError:
-        raise InputError(f"{path}: holds no variable {key!r}") from None
-    except Exception as error:  # scipy raises whatever its parser stumbles over
-        raise InputError(f"{path}: cannot be read as a MATLAB file: {error}") from None
 
 
 # In a look-up table: the file must not hold this value. No dataset with a table has 255 classes.

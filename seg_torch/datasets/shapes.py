@@ -182,7 +182,7 @@ def shapes(
 
     Args:
         split: "train", "val" or "test".
-        size: Height and width of the images in pixels, at least 32.
+        size: Height and width of the images in pixels, 32 to 4,096.
         train: Number of training samples.
         val: Number of validation samples.
         test: Number of test samples.
@@ -192,9 +192,12 @@ def shapes(
         The samples of the split.
 
     Raises:
-        InputError: The split is unknown or the size is below 32.
+        InputError: The split is unknown, the size is below 32 or above 4,096, or there are more
+            than 10 million samples.
     """
     check_split(split)
-    if size < 32:
-        raise InputError(f"shapes of size {size} cannot be told apart; set size to 32 or more")
+    if not 32 <= size <= 4096:
+        raise InputError(f"shapes of size {size} cannot be drawn; set size to 32 to 4096")
+    if not 0 <= max(train, val, test) <= 10_000_000:
+        raise InputError(f"{max(train, val, test)} samples of shapes: at most 10,000,000 are made")
     return Shapes(split, {"train": train, "val": val, "test": test}[split], size, seed)

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
+import timm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
@@ -102,7 +103,9 @@ def smp(
     architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
     check_choice("model.architecture", architecture, architectures)
     encoders = library.encoders.get_encoder_names()
-    if encoder not in encoders and not encoder.startswith("tu-"):
+    # Of timm, an architecture that it has: other names would be looked up on the Hub.
+    of_timm = encoder.startswith("tu-") and timm.is_model(encoder[3:].split(".")[0])
+    if encoder not in encoders and not of_timm:
         nearest = difflib.get_close_matches(encoder, encoders, n=3)
         raise InputError(
             f"model.encoder is {encoder!r}, which segmentation_models_pytorch does not have; use "

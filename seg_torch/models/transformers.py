@@ -1,6 +1,7 @@
 """Any semantic segmentation model of Hugging Face's transformers, which is an extra."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,14 @@ def transformers(
         ) from error
 
     check_choice("model.config.model_type", config.get("model_type"), MODEL_NAMES)
-    if "attn_implementation" in str(config):
-        # It can name code on the Hub, and the configuration may come from anybody's checkpoint.
-        raise InputError("model.config must not choose an attn_implementation")
+    # These can name files, or weights and code on the Hub, and the configuration may come from
+    # anybody's checkpoint.
+    found = re.search(r"\w*attn_implementation|'backbone': [^N]|[/\\]", str(config))
+    if found:
+        raise InputError(
+            f"model.config holds {found[0]}: it must not choose an attn_implementation or name "
+            "files, repositories of the Hub or a pretrained backbone; give backbone_config"
+        )
     try:
         model_config = AutoConfig.for_model(**config)
         model_config.num_labels = num_classes

@@ -2,10 +2,14 @@
 
 import difflib
 import logging
+import os
+import pickletools
+import re
 import textwrap
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import huggingface_hub
 import safetensors.torch
@@ -20,6 +24,57 @@ from seg_torch.errors import InputError
 log = logging.getLogger(__name__)
 # What timm tells of the weights is told here, in one line.
 logging.getLogger("timm").setLevel(logging.ERROR)
+
+# All that a state dict or a checkpoint of Lightning has to name. PyTorch's own list is longer:
+# `bytearray(10**12)` is on it, and tensors that are made without a storage in the file.
+_GLOBALS = re.compile(
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) set"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (\w+Storage|Size|device|b?float\w*|u?int\w*|bool)"
+)
+
+
+def load(path: str | Path) -> Any:
+    """Read what `torch.save` wrote, on the CPU, without running anything from it.
+
+    The file decides what is read, but not how much memory that takes: no more than its own size.
+
+    Args:
+        path: Of the file, in the format of today (zip) or that before PyTorch 1.6.
+
+    Raises:
+        Exception: Of any type; there is no end to what broken files raise.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # as PyTorch tells the formats apart
+        file.seek(0)
+        if not is_zip:
+            for _ in range(5):  # format, version, machine, content, names of the storages
+                _check_pickle(file)
+        else:
+            with zipfile.ZipFile(file) as archive:
+                # torch.save does not compress; PyTorch would unpack gigabytes from a few MB.
+                unpacked = sum(member.file_size for member in archive.infolist())
+                if unpacked > os.path.getsize(path):
+                    raise ValueError(f"it would unpack to {unpacked:,} bytes")
+                for member in archive.infolist():
+                    if member.filename.lower().endswith(".pkl"):
+                        with archive.open(member) as pickled:
+                            _check_pickle(pickled)
+    # Mapped, no storage can reach beyond the file. Read, PyTorch before 2.10 lets it.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Refuse a pickle that names what weights do not need; the file is then behind it."""
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise ValueError(f"it names {str(argument).replace(' ', '.')}, which no weights need")
+
+
+def stored_bytes(state_dict: dict[str, Tensor]) -> int:
+    """Return the memory that tensors take when each is copied; shared ones count once."""
+    return sum(size for _, size in {(v.data_ptr(), v.nbytes) for v in state_dict.values()})
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -41,7 +96,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -54,6 +109,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds {found}, not a state dict; write one with "
             "torch.save(model.state_dict(), path)"
         )
+    if stored_bytes(content) > path.stat().st_size:
+        raise InputError(f"{path} describes larger tensors than it holds")
     return content
 
 
@@ -269,7 +326,10 @@ def _with_active_residuals(model: nn.Module) -> nn.Module:
     by image, not by batch.
     """
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+        if isinstance(module, nn.BatchNorm2d):
+            # On "meta", where a stranger's model is made at first, there are no values to look at.
+            if module.weight.is_meta or module.weight.any():
+                continue
             nn.init.ones_(module.weight)
     return model
 
