@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -68,11 +73,43 @@ def build_trainer(settings: DictConfig) -> Trainer:
             enable_checkpointing=False,  # the train command adds its own
             inference_mode=False,  # under which autocast would cast the weights for every batch
         )
-    except (ValueError, TypeError, MisconfigurationException) as error:
+        check_launcher(trainer.num_devices, trainer.num_nodes)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise InputError(f"trainer: {error}") from error
     if connected_from_outside(trainer):
         trainer.strategy.setup_environment()
     return trainer
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """Refuses settings that do not fit the processes that torchrun or Slurm has started.
+
+    Lightning checks them late, and not at all for one device: each process would do all the work.
+
+    Args:
+        devices: Processes on each machine, as the settings have it.
+        num_nodes: Machines.
+
+    Raises:
+        ValueError: They make another number of processes, or no launcher has started them.
+    """
+    launchers: dict[str, Any] = {"torchrun": TorchElasticEnvironment, "Slurm": SLURMEnvironment}
+    for name, environment in launchers.items():
+        if environment.detect():
+            started = environment().world_size()
+            if started != devices * num_nodes:
+                raise InputError(
+                    f"{name} has started {started} processes, but {devices} on each of {num_nodes} "
+                    "machines were asked for; set trainer.num_nodes to the number of machines and "
+                    "trainer.devices to the processes on each"
+                )
+            environment().validate_settings(devices, num_nodes)
+            return
+    if num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"several machines (trainer.num_nodes={num_nodes}) need torchrun or Slurm, which start "
+            "the processes on each; see docs/scaling.md"
+        )
 
 
 def connected_from_outside(trainer: Trainer) -> bool:
