@@ -279,7 +279,7 @@ def _is_first_with(message: str) -> bool:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))
         return store.add(f"{os.environ['GROUP_RANK']}: {message}", 1) == 1
     except RuntimeError:  # the machine of the first process is gone
         return True

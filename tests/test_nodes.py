@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,15 +92,11 @@ class Node:
 
     def kill(self) -> None:
         """As if the machine had lost its power."""
-        children = [path.read_text().split() for path in self.pids.iterdir()]
-        for pid in [
-            self.process.pid,
-            *(int(p) for p, up in children if int(up) == self.process.pid),
-        ]:
-            try:
+        noted = [map(int, path.read_text().split()) for path in self.pids.iterdir()]
+        children = [pid for pid, parent in noted if parent == self.process.pid]
+        for pid in (self.process.pid, *children):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 @pytest.fixture
