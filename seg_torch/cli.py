@@ -199,8 +199,9 @@ def _exit_code(work: Callable[[], Any]) -> int:
         return 1 if work() else 0
     except KeyboardInterrupt:
         sys.exit(130)
-    except StoppedError as stop:
-        print(stop, file=sys.stderr)
+    except StoppedError as stop:  # by agreement of all processes
+        if _is_first_on_machine():
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into exit(1).
@@ -257,15 +258,19 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
 
 def _print_error(message: str) -> None:
     """Prints an error, unless it is known that another process of this machine prints the same."""
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     # Before torch is loaded there were only the settings, which are the same for all. Later an
     # error may be known to one process alone, except for the loss of another one.
     if "torch" not in sys.modules or message.startswith(LOST):
-        first = rank == "0"
+        first = _is_first_on_machine()
     else:
         first = _is_first_with(message)
     if first:
         print(f"error: {message}", file=sys.stderr)
+
+
+def _is_first_on_machine() -> bool:
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return rank == "0"
 
 
 def _is_first_with(message: str) -> bool:

@@ -24,7 +24,7 @@ from seg_torch.commands import predict as prediction
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets.shapes import SHAPES_LABELS
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, StoppedError
 from seg_torch.trainer import build_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +227,18 @@ def test_under_torchrun_a_message_is_printed_once_and_another_one_always(monkeyp
     # Nobody is left out by it: the lost process is not among those that notice.
     assert printed(cli.LOST, "1") == ""
     assert printed(cli.LOST, "0") == f"error: {cli.LOST}\n"
+
+
+def test_how_to_go_on_is_printed_once_per_machine(monkeypatch, capsys):
+    def stop():
+        raise StoppedError("go on with resume=run", signal.SIGTERM)
+
+    for rank, printed in (("0", "go on with resume=run\n"), ("1", "")):
+        monkeypatch.setenv("SLURM_LOCALID", rank)
+        with pytest.raises(SystemExit) as end:
+            cli._exit_code(stop)
+        assert end.value.code == 128 + signal.SIGTERM
+        assert capsys.readouterr().err == printed
 
 
 def test_processes_that_do_not_find_each_other_are_told_apart_from_bugs():
