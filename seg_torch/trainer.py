@@ -56,6 +56,7 @@ def build_trainer(settings: DictConfig) -> Trainer:
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
+    options = as_launched(options)
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")
     if options["accelerator"] == "cpu":
@@ -81,10 +82,20 @@ def build_trainer(settings: DictConfig) -> Trainer:
     return trainer
 
 
+def as_launched(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings with the numbers of devices and machines that torchrun knows."""
+    if not TorchElasticEnvironment.detect():
+        return settings
+    devices = settings["devices"]
+    if devices == "auto":
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {**settings, "devices": devices, "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+
+
 def check_launcher(devices: int, num_nodes: int) -> None:
     """Refuses settings that do not fit the processes that torchrun or Slurm has started.
 
-    Lightning checks them late, and not at all for one device: each process would do all the work.
+    Lightning checks them late, and for one device not at all: each process would do all the work.
 
     Args:
         devices: Processes on each machine, as the settings have it.
@@ -99,9 +110,9 @@ def check_launcher(devices: int, num_nodes: int) -> None:
             started = environment().world_size()
             if started != devices * num_nodes:
                 raise InputError(
-                    f"{name} has started {started} processes, but {devices} on each of {num_nodes} "
-                    "machines were asked for; set trainer.num_nodes to the number of machines and "
-                    "trainer.devices to the processes on each"
+                    f"{name} has started {started} processes, but the settings ask for {devices} "
+                    f"on each of {num_nodes} machines; set trainer.devices to the processes on a "
+                    "machine and trainer.num_nodes to the number of machines"
                 )
             environment().validate_settings(devices, num_nodes)
             return

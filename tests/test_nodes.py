@@ -178,7 +178,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
 def test_two_nodes_score_as_one_process_and_write_one_folder(nodes, weights, compose, tmp_path):
     line = [f"checkpoint={weights}", "data=shapes", *SMALL_DATA, "data.dataset.test=5"]
     (code, output), (other_code, other_output) = (
-        node.end() for node in nodes("torchrun", "evaluate", *line, "trainer.num_nodes=2")
+        node.end() for node in nodes("torchrun", "evaluate", *line)
     )
     assert (code, other_code) == (0, 0), output + other_output
     assert "test: 5 images" in output
@@ -201,7 +201,7 @@ def test_a_mistake_that_all_processes_find_is_printed_once(nodes, weights, many,
     code, output = node.end()
     assert code != 0
     assert output.count("error: ") == 1
-    assert "torchrun has started 2 processes, but 1 on each of 1 machines" in output
+    assert "torchrun has started 2 processes, but the settings ask for 1" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -256,6 +256,7 @@ def test_processes_that_do_not_find_each_other_are_told_apart_from_bugs():
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+TORCHRUN |= {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"}
 SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 
@@ -264,10 +265,10 @@ SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     ("environment", "devices", "num_nodes", "message"),
     [
         (TORCHRUN, 2, 2, None),
-        (TORCHRUN, "auto", 1, "torchrun has started 4 processes, but 1 on each of 1 machines"),
-        (TORCHRUN, 1, 2, "torchrun has started 4 processes, but 1 on each of 2 machines"),
+        (TORCHRUN, "auto", 1, None),
+        (TORCHRUN, 1, 2, "torchrun has started 4 processes, but the settings ask for 1 on each of"),
         (SLURM, 2, 2, None),
-        (SLURM, 1, 1, "Slurm has started 4 processes, but 1 on each of 1 machines"),
+        (SLURM, 1, 1, "Slurm has started 4 processes, but the settings ask for 1 on each of 1"),
         (SLURM, 1, 4, "the number of tasks per node .* does not match"),
         ({"SLURM_NTASKS": "4"}, 1, 4, "Use `--ntasks-per-node=4`"),
         ({}, 1, 2, "need torchrun or Slurm"),

@@ -50,7 +50,7 @@ from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
-from seg_torch.trainer import check_launcher
+from seg_torch.trainer import as_launched, check_launcher
 from seg_torch.visualize import legend, side_by_side
 
 log = logging.getLogger(__name__)
@@ -529,6 +529,7 @@ def _fabric(trainer: DictConfig, files: int) -> Fabric:
     """
     settings: Any = {key: trainer[key] for key in ("accelerator", "devices", "num_nodes")}
     settings["accelerator"] = hardware.accelerator(trainer.accelerator)
+    settings = as_launched(settings)
     named = " ".join(f"{key}={value}" for key, value in settings.items())
     try:
         fabric = Fabric(**settings)
@@ -537,7 +538,7 @@ def _fabric(trainer: DictConfig, files: int) -> Fabric:
         if trainer.devices == "auto" and started_by_us:
             settings["devices"] = min(fabric.world_size, files)
             fabric = Fabric(**settings)
-        check_launcher(getattr(fabric.strategy, "num_processes", 1), trainer.num_nodes)
+        check_launcher(getattr(fabric.strategy, "num_processes", 1), settings["num_nodes"])
     except (
         ValueError,
         TypeError,
