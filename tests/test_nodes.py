@@ -299,14 +299,22 @@ def test_the_search_for_other_processes_has_an_end(compose, monkeypatch):
     assert prediction._fabric(trainer, 9).strategy._timeout <= timedelta(minutes=30)
 
 
-def test_a_folder_that_the_machines_do_not_share_is_refused(tmp_path):
-    journal = tmp_path / "0-1.jsonl"
-    with pytest.raises(InputError, match=f"output: {journal} .* must lie on a disk"):
-        prediction._check_shared(journal, {"a": Path("a")}, [["a"]])
-    journal.touch()
-    prediction._check_shared(journal, {"a": Path("a")}, [["a"]])
-    with pytest.raises(InputError, match=f"input: b .* not on {socket.gethostname()}"):
-        prediction._check_shared(journal, {"a": Path("a")}, [["a"], ["b"]])
+def test_a_folder_that_the_machines_do_not_share_is_refused_before_the_first_image(
+    compose, monkeypatch, many, weights, tmp_path
+):
+    line = [f"input={many}", f"output={tmp_path / 'out'}", f"checkpoint={weights}"]
+    cfg = compose("predict", *line, "trainer.accelerator=cpu")
+    with monkeypatch.context() as patch:  # the first process made it on another disk
+        patch.setattr(prediction, "_replace_journals", lambda *_: ["0-1.jsonl"])
+        with pytest.raises(
+            InputError, match=f"output: .*0-1.jsonl .* {socket.gethostname()}; .* share"
+        ):
+            predict(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "_plan", lambda *_: [["000"], ["other"]])
+        with pytest.raises(InputError, match=f"input: other .* {socket.gethostname()}; .* share"):
+            predict(cfg)
+    assert not (tmp_path / "out/mask").exists()
 
 
 @pytest.mark.slow
