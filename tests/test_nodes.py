@@ -175,6 +175,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     assert files(tmp_path / "out") == files(tmp_path / "one")
 
 
+@pytest.mark.promise(5)
 def test_two_nodes_score_as_one_process_and_write_one_folder(nodes, weights, compose, tmp_path):
     line = [f"checkpoint={weights}", "data=shapes", *SMALL_DATA, "data.dataset.test=5"]
     (code, output), (other_code, other_output) = (
