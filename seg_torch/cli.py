@@ -19,6 +19,7 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,10 @@ NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+LOST = """\
+another process of this run has ended or cannot be reached; its own message, if any, says why.
+What was finished is kept: give the command again, for train with resume=RUN_FOLDER\
+"""
 HINTS = """\
 +key=value adds a setting, ~key removes one. With -m, key=a,b runs the command for each value.
 --cfg job prints the configuration; --config-dir FOLDER adds choices of your own."""
@@ -194,8 +199,9 @@ def _exit_code(work: Callable[[], Any]) -> int:
         return 1 if work() else 0
     except KeyboardInterrupt:
         sys.exit(130)
-    except StoppedError as stop:
-        print(stop, file=sys.stderr)
+    except StoppedError as stop:  # by agreement of all processes
+        if _is_first_on_machine():
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into exit(1).
@@ -251,11 +257,37 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
 
 
 def _print_error(message: str) -> None:
-    # Under torchrun or srun every process finds the same mistake in the settings, but a problem
-    # during the work may be known to one process alone. Before the work torch is not loaded.
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    if rank == "0" or "torch" in sys.modules:
+    """Prints an error, unless it is known that another process of this machine prints the same."""
+    # Before torch is loaded there were only the settings, which are the same for all. Later an
+    # error may be known to one process alone, except for the loss of another one.
+    if "torch" not in sys.modules or message.startswith(LOST):
+        first = _is_first_on_machine()
+    else:
+        first = _is_first_with(message)
+    if first:
         print(f"error: {message}", file=sys.stderr)
+
+
+def _is_first_on_machine() -> bool:
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return rank == "0"
+
+
+def _is_first_with(message: str) -> bool:
+    """Whether no process that the same torchrun has started came with this message before.
+
+    Elsewhere there is no such place to ask, and every process takes itself for the first.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))
+        return store.add(f"{os.environ['GROUP_RANK']}: {message}", 1) == 1
+    except RuntimeError:  # the machine of the first process is gone
+        return True
 
 
 def _explain(error: BaseException) -> str | None:
@@ -267,6 +299,10 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(cause, InputError):
             # From a worker process the message comes with the worker's traceback in front.
             return str(cause).rsplit(f"{InputError.__name__}: ", 1)[-1].strip()
+        if type(cause).__name__ in ("DistStoreError", "DistNetworkError"):
+            return f"{LOST}\n{str(cause).splitlines()[0]}"
+        if "gloo/transport" in str(cause):
+            return LOST
         if type(cause).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(cause):
             return (
                 "out of memory; use a smaller data.batch_size, data.eval_batch_size, "

@@ -272,7 +272,9 @@ class SegmentationDataModule(LightningDataModule):
             return _Cached(*_packed(samples))
         # One process of each machine reads the images, and all of them map its file.
         strategy = self.trainer.strategy
-        path = Path(tempfile.gettempdir(), f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}.pt")
+        # Machines may share the folder of temporary files, too.
+        name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}.pt"
+        path = Path(tempfile.gettempdir(), name)
         if self.trainer.local_rank == 0:
             torch.save(_packed(samples), path)
         strategy.barrier()

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -108,10 +112,7 @@ def build_trainer(settings: DictConfig) -> Trainer:
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     if options.get("strategy") == "fsdp":
         options["strategy"] = FullySharded()
-    if TorchElasticEnvironment.detect():  # torchrun knows how many there are
-        if options["devices"] == "auto":
-            options["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
-        options["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+    options = as_launched(options)
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")
     if options["accelerator"] == "cpu":
@@ -129,17 +130,55 @@ def build_trainer(settings: DictConfig) -> Trainer:
             enable_checkpointing=False,  # the train command adds its own
             inference_mode=False,  # under which autocast would cast the weights for every batch
         )
-        # Else each of too many processes would take itself for the only one.
-        trainer._accelerator_connector.cluster_environment.validate_settings(
-            trainer.num_devices, trainer.num_nodes
-        )
-    except (ValueError, TypeError, MisconfigurationException) as error:
+        check_launcher(trainer.num_devices, trainer.num_nodes)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise InputError(f"trainer: {error}") from error
     if not trainer.is_global_zero:
         logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
     if connected_from_outside(trainer):
         trainer.strategy.setup_environment()
     return trainer
+
+
+def as_launched(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings with the numbers of devices and machines that torchrun knows."""
+    if not TorchElasticEnvironment.detect():
+        return settings
+    devices = settings["devices"]
+    if devices == "auto":
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {**settings, "devices": devices, "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """Refuses settings that do not fit the processes that torchrun or Slurm has started.
+
+    Lightning checks them late, and for one device not at all: each process would do all the work.
+
+    Args:
+        devices: Processes on each machine, as the settings have it.
+        num_nodes: Machines.
+
+    Raises:
+        ValueError: They make another number of processes, or no launcher has started them.
+    """
+    launchers: dict[str, Any] = {"torchrun": TorchElasticEnvironment, "Slurm": SLURMEnvironment}
+    for name, environment in launchers.items():
+        if environment.detect():
+            started = environment().world_size()
+            if started != devices * num_nodes:
+                raise InputError(
+                    f"{name} has started {started} processes, but the settings ask for {devices} "
+                    f"on each of {num_nodes} machines; set trainer.devices to the processes on a "
+                    "machine and trainer.num_nodes to the number of machines"
+                )
+            environment().validate_settings(devices, num_nodes)
+            return
+    if num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"several machines (trainer.num_nodes={num_nodes}) need torchrun or Slurm, which start "
+            "the processes on each; see docs/scaling.md"
+        )
 
 
 def connected_from_outside(trainer: Trainer) -> bool:

@@ -183,6 +183,7 @@ def test_d23_evaluation_has_a_batch_size_of_its_own(device, size):
 def trainer_stub(device="cpu", num_devices=1, local_rank=0, barrier=lambda: None):
     return SimpleNamespace(
         num_devices=num_devices,
+        node_rank=0,
         local_rank=local_rank,
         global_rank=local_rank,
         world_size=num_devices,
@@ -238,7 +239,7 @@ def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
 
 def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    [path] = [tmp_path / "seg_torch-a-name.pt"]
+    [path] = [tmp_path / "seg_torch-a-name-0.pt"]
 
     def module(local_rank, barrier):
         module = SegmentationDataModule(small_shapes, cache=True, num_workers=0)

@@ -33,7 +33,10 @@ from seg_torch.models.network import Network
 ROOT = Path(__file__).parents[1]
 
 
-def random_checkpoint(path: Path, seed: int = 0, classes: int = 4) -> Path:
+FOUR = Labels(tuple(f"class {i}" for i in range(4)))
+
+
+def random_checkpoint(path: Path, seed: int = 0, labels: Labels = FOUR) -> Path:
     """A small U-Net with random weights whose masks have every class."""
     torch.manual_seed(seed)
     config = {
@@ -43,11 +46,10 @@ def random_checkpoint(path: Path, seed: int = 0, classes: int = 4) -> Path:
         "decoder_channels": [8, 8, 8, 8, 8],
     }
     settings = {key: value for key, value in config.items() if key != "_target_"}
-    network = Network(unet(classes, **settings)).eval()
+    network = Network(unet(len(labels), **settings)).eval()
     with torch.no_grad():  # as it is made, one class is ahead everywhere
         logits = network(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))["out"]
         network.model.classifier.bias -= logits.mean((0, 2, 3))
-    labels = Labels(tuple(f"class {i}" for i in range(classes)))
     description = checkpoint.describe(network, labels, config, {}, None)
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     torch.save({checkpoint.KEY: description, "state_dict": state}, path)
@@ -431,7 +433,7 @@ def test_two_models_stand_side_by_side_in_one_image(run, tmp_path):
         ("tta=[0]", "expected numbers above 0"),
         ("tile=100", "expected auto, null or a multiple of 32"),
         ("batch_size=0", "expected at least 1"),
-        ("trainer.devices=0", "accelerator=cpu devices=0: "),
+        ("trainer.devices=0", "accelerator=cpu devices=0 num_nodes=1: "),
         ("trainer.accelerator=nonsense", "accelerator=nonsense .*Available names are"),
         ("beside=nowhere.ckpt", "no such file"),
     ],
@@ -661,7 +663,7 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
     shares = [
         [json.loads(line)["name"] for line in path.read_text().splitlines() if line]
-        for path in sorted((tmp_path / "two" / prediction.JOURNAL).glob("[01].jsonl"))
+        for path in sorted((tmp_path / "two" / prediction.JOURNAL).glob("[01]-*.jsonl"))
     ]
     assert len(shares) == 2
     assert sorted(shares[0] + shares[1]) == sorted([f"{i:03d}" for i in range(50)] + ["bad"])
@@ -669,7 +671,7 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "error"), [(True, InputError), (False, SystemExit)])
-def test_d20_what_the_first_process_cannot_do_ends_every_process(first, error):
+def test_d20_what_the_first_process_cannot_do_ends_every_process(first, error, monkeypatch):
     def fail():
         assert first, "called in another process"
         raise InputError("no space left")
@@ -677,11 +679,13 @@ def test_d20_what_the_first_process_cannot_do_ends_every_process(first, error):
     class TwoProcesses:
         is_global_zero = first
 
-        def broadcast(self, result):
-            return result if first else InputError("no space left")
+    def broadcast(results, src, group):
+        if not first:
+            results[:] = [InputError("no space left")]
 
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     with pytest.raises(error):
-        prediction._on_first_rank(TwoProcesses(), fail)
+        prediction._on_first_rank(TwoProcesses(), "group", fail)
 
 
 @pytest.mark.slow

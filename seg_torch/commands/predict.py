@@ -14,7 +14,9 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +33,6 @@ from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from lightning import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -49,6 +50,7 @@ from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
+from seg_torch.trainer import as_launched, check_launcher
 from seg_torch.visualize import legend, side_by_side
 
 log = logging.getLogger(__name__)
@@ -81,28 +83,34 @@ def predict(cfg: DictConfig) -> int:
         hardware.reuse_memory()
     segmenters = _segmenters(cfg, fabric.device)
     if is_video:
-        return _predict_video(cfg, segmenters[0])
+        return _predict_video(cfg, segmenters[0]) if fabric.is_global_zero else 0
 
-    fabric.launch()  # not before all settings are known to be right, or every process complains
+    group = _connect(fabric)  # not before all settings are known to be right, or the others wait
     lock = FileLock(output / JOURNAL / "lock")
     run = _run_id(cfg)
     try:
         # Around all images, so that the weights are cast to another precision only once.
         with pixel_limit(cfg.max_pixels), segmenters[0].inference.autocast():
-            batches = _on_first_rank(fabric, lambda: _prepare(cfg, files, segmenters, run, lock))
+            prepare = partial(_prepare, cfg, files, segmenters, run, lock, fabric.world_size)
+            all_batches, journals = _on_first_rank(fabric, group, prepare)
+            batches = all_batches[fabric.global_rank :: fabric.world_size]
+            journal = output / JOURNAL / journals[fabric.global_rank]
+            _check_shared(journal, files, batches)
+            _wait_for_all(group)  # if one of them does not share the disk, the others end as well
             _predict_files(
                 files,
-                batches[fabric.global_rank :: fabric.world_size],
+                batches,
                 read=lambda path: _shrink(read_image(path), cfg.resize, cfg.crop),
                 segment=partial(_segment, segmenters, "probabilities" in kinds),
                 save=partial(_save, output, kinds, _titles(cfg)),
-                note=partial(_note, output / JOURNAL / f"{fabric.global_rank}.jsonl", run),
+                note=partial(_note, journal, run),
                 progress=fabric.is_global_zero,
             )
-        fabric.barrier()
+        _wait_for_all(group)
         return _finish(cfg, files, segmenters[0].labels) if fabric.is_global_zero else 0
     except KeyboardInterrupt:
-        log.info("interrupted: the same command goes on with what is left")
+        if fabric.local_rank == 0:
+            log.info("interrupted: the same command goes on with what is left")
         raise
     finally:
         lock.release()
@@ -162,9 +170,18 @@ def _predict_video(cfg: DictConfig, segmenter: Segmenter) -> int:
 
 
 def _prepare(
-    cfg: DictConfig, files: Files, segmenters: list[Segmenter], run: str, lock: FileLock
-) -> list[Batch]:
-    """Lock the output folder, clear what a killed run left, and return the batches to do."""
+    cfg: DictConfig,
+    files: Files,
+    segmenters: list[Segmenter],
+    run: str,
+    lock: FileLock,
+    processes: int,
+) -> tuple[list[Batch], list[str]]:
+    """Lock the output folder and clear what a killed run left.
+
+    Returns:
+        The batches to do, and the name of a journal for each process.
+    """
     output, kinds = Path(cfg.output), _kinds(cfg)
     try:
         (output / JOURNAL).mkdir(parents=True, exist_ok=True)
@@ -172,7 +189,7 @@ def _prepare(
         # The lock is ours, so no run writes these files now.
         for folder in (JOURNAL, *kinds):
             for leftover in (output / folder).rglob(f"{PARTIAL}{'[0-9a-f]' * 32}*"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         if "legend" in cfg.save:
             _write_summary(output, "legend.png", legend(segmenters[0].labels).save)
     except Timeout:
@@ -185,10 +202,10 @@ def _prepare(
     batches = [batch for batch in batches if not complete.keys() >= set(batch)]
     for name in chain.from_iterable(batches):
         complete.pop(name, None)
-    _replace_journal(output, complete.values())
+    journals = _replace_journals(output, complete.values(), processes)
     if complete:
         log.info("%d of %d images are complete already", len(complete), len(files))
-    return batches
+    return batches, journals
 
 
 def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Batch]:
@@ -391,12 +408,25 @@ def _complete(files: Files, output: Path, kinds: list[str], run: str) -> dict[st
     }
 
 
-def _replace_journal(output: Path, records: Iterable[Record]) -> None:
+def _replace_journals(output: Path, records: Iterable[Record], processes: int) -> list[str]:
+    """Keep the records in one journal and return the names of new ones, one for each process.
+
+    The new ones are made here and have names that were never used, so that a process that does not
+    find its own writes to another disk, and what is left of a run whose first process died does not
+    write into one of ours.
+    """
     text = "".join(json.dumps(record) + "\n" for record in records)
-    before = output / JOURNAL / "before.jsonl"
-    write_atomically(before, lambda path: Path(path).write_text(text, encoding="utf-8"))
-    for journal in before.parent.glob("[0-9]*.jsonl"):
+    folder = output / JOURNAL
+    write_atomically(
+        folder / "before.jsonl", lambda path: Path(path).write_text(text, encoding="utf-8")
+    )
+    for journal in folder.glob("[0-9]*.jsonl"):
         journal.unlink()
+    start = uuid.uuid4().hex
+    journals = [f"{rank}-{start}.jsonl" for rank in range(processes)]
+    for name in journals:
+        (folder / name).touch()
+    return journals
 
 
 def _stamp(path: Path) -> list[int]:
@@ -493,40 +523,78 @@ def _kinds(cfg: DictConfig) -> list[str]:
 
 
 def _fabric(trainer: DictConfig, files: int) -> Fabric:
-    """Return Lightning's processes, one for each device; `launch` starts those that are missing.
+    """Return Lightning's processes, one for each device; `_connect` starts those that are missing.
 
     With `devices=auto` Lightning starts no more processes than there are files.
     """
-    accelerator = hardware.accelerator(trainer.accelerator)
-    settings: Any = {"accelerator": accelerator, "devices": trainer.devices}
+    settings: Any = {key: trainer[key] for key in ("accelerator", "devices", "num_nodes")}
+    settings["accelerator"] = hardware.accelerator(trainer.accelerator)
+    settings = as_launched(settings)
+    named = " ".join(f"{key}={value}" for key, value in settings.items())
     try:
         fabric = Fabric(**settings)
         environment = getattr(fabric.strategy, "cluster_environment", None)
-        if trainer.devices == "auto" and isinstance(environment, LightningEnvironment):
+        started_by_us = isinstance(environment, LightningEnvironment) and trainer.num_nodes == 1
+        if trainer.devices == "auto" and started_by_us:
             settings["devices"] = min(fabric.world_size, files)
-        if fabric.world_size > 1 and settings["devices"] != 1:
-            # Processes wait for the slowest one at the end, for which half an hour may be little.
-            settings["strategy"] = DDPStrategy(timeout=timedelta(days=30))
-        return Fabric(**settings)
-    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        raise InputError(f"accelerator={accelerator} devices={trainer.devices}: {error}") from error
+            fabric = Fabric(**settings)
+        check_launcher(getattr(fabric.strategy, "num_processes", 1), settings["num_nodes"])
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        MisconfigurationException,
+    ) as error:
+        raise InputError(f"{named}: {error}") from error
+    return fabric
 
 
-def _on_first_rank(fabric: Fabric, function: Callable[[], Any]) -> Any:
+def _connect(fabric: Fabric) -> Any:
+    """Start the processes that are missing; return the group in which they wait for each other.
+
+    They give up after half an hour, Lightning's limit, if they do not find each other. The slowest
+    one may take days longer than the others, so the group has a limit of its own. Its backend is
+    Gloo also on GPUs: unlike NCCL, it notices at once that a process has died.
+    """
+    fabric.launch()
+    if fabric.world_size == 1:
+        return None
+    return torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+
+
+def _on_first_rank(fabric: Fabric, group: Any, function: Callable[[], Any]) -> Any:
     """Return the result of a function that only the first process calls.
 
     If it raises InputError, all processes end instead of waiting for the first one.
     """
-    result: Any = None
+    results: list[Any] = [None]
     if fabric.is_global_zero:
         try:
-            result = function()
+            results = [function()]
         except InputError as error:
-            result = error
-    result = fabric.broadcast(result)
-    if isinstance(result, InputError):
-        raise result if fabric.is_global_zero else SystemExit(2)
-    return result
+            results = [error]
+    if group is not None:
+        torch.distributed.broadcast_object_list(results, src=0, group=group)
+    if isinstance(results[0], InputError):
+        raise results[0] if fabric.is_global_zero else SystemExit(2)
+    return results[0]
+
+
+def _check_shared(journal: Path, files: Files, batches: list[Batch]) -> None:
+    """Refuse an input or output folder in which the first process sees other files."""
+    missing = [name for name in chain.from_iterable(batches) if name not in files]
+    if missing or not journal.exists():
+        folder, name = ("input", missing[0]) if missing else ("output", journal)
+        raise InputError(
+            f"{folder}: {name} is there for the first process, but not on {socket.gethostname()}; "
+            "input and output must lie on a disk that all machines share"
+        )
+
+
+def _wait_for_all(group: Any) -> None:
+    if group is not None:
+        torch.distributed.barrier(group)
 
 
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
