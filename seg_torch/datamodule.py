@@ -313,10 +313,14 @@ class _TrainingSamples(Dataset):
         sample = self.dataset[index]
         if self.augment is None:
             return sample
-        with torch.random.fork_rng(devices=[]):
-            entropy = np.random.SeedSequence([self.seed, epoch, index])
-            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        entropy = np.random.SeedSequence([self.seed, epoch, index])
+        generator = torch.default_generator  # torch.manual_seed takes longer, for the GPUs' sake
+        state = generator.get_state()
+        try:
+            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
             return self.augment(*sample)
+        finally:
+            generator.set_state(state)
 
 
 @dataclass(eq=False)
