@@ -126,7 +126,8 @@ class ColourJitter(v2.Transform):
             torch.empty(()).uniform_(centre - min(change, 1), centre + change).item()
             for centre, change in zip((1, 1, 1, 0), self.changes, strict=True)
         ]
-        return colour_matrices(*factors, hue, torch.randperm(4).tolist())
+        order = torch.randperm(4).tolist()
+        return colour_matrices(*factors, hue, order)  # type: ignore[arg-type,call-arg]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         pixels = inpt.flatten(1).float()
@@ -198,7 +199,7 @@ def augment(
         steps.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
-        steps.append(ColourJitter(*changes, hue))
+        steps.append(ColourJitter(*changes, hue))  # type: ignore[call-arg]
     return v2.Compose(steps or [v2.Identity()])
 
 
