@@ -19,6 +19,7 @@ from seg_torch import hardware
 from seg_torch.errors import InputError
 from seg_torch.models.network import Network
 from seg_torch.transforms import resize_image
+from seg_torch.upsample import upsample
 
 DEFAULT_TILE = 1024
 
@@ -236,24 +237,6 @@ def parse_tta(tta: str | float | Sequence[str | float] | None) -> tuple[list[flo
             f"tta={tta}: expected flip, factors, or both, such as tta=[flip,0.75,1.0,1.25]"
         ) from None
     return scales, "flip" in words
-
-
-def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Brings logits to the size of the labels, bilinearly and in float32.
-
-    This comes before anything is decided (argmax): deciding first and enlarging class ids loses
-    accuracy at every boundary.
-
-    Args:
-        logits: [N, C, h, w] of any floating type.
-        size: (height, width) of the result.
-
-    Returns:
-        float32 [N, C, *size]; `logits` themselves where they have this size.
-    """
-    if logits.shape[-2:] == tuple(size):
-        return logits
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def decide(

@@ -18,8 +18,46 @@ from seg_torch.labels import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
 
+Sums = tuple[Tensor, ...]
 
-class CrossEntropyLoss(nn.Module):
+
+class SegmentationLoss(nn.Module):
+    """A loss that is a function of sums over pixels, so that it can be taken part by part.
+
+    Attributes:
+        num_sums: How many `sums` returns.
+        per_image: Whether an image's share of the sums needs the labels of all of it.
+    """
+
+    num_sums: int
+    per_image = False
+
+    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+        """Adds up over the pixels of a batch, or of some of its rows; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def from_sums(self, sums: Sums) -> Tensor:
+        """Turns the sums over all pixels into the loss, a float32 scalar."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: Float [N, C, H, W].
+            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
+
+        Returns:
+            Scalar, float32.
+
+        Raises:
+            InputError: The shapes do not fit, there is only one class, (on the CPU) the target
+                holds another value, or the number of class weights is not C.
+        """
+        return self.from_sums(self.sums(logits, target))
+
+
+class CrossEntropyLoss(SegmentationLoss):
     """Cross-entropy per pixel, with optional class weights.
 
     When several processes train, each divides by the mean of their divisors. Their gradients are
@@ -52,6 +90,7 @@ class CrossEntropyLoss(nn.Module):
     """
 
     class_weights: Tensor
+    num_sums = 2
 
     def __init__(
         self,
@@ -87,19 +126,10 @@ class CrossEntropyLoss(nn.Module):
         rounded = [round(weight, 4) for weight in weights.tolist()]
         log.info("class weights (%s): %s", self.balance, rounded)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            logits: Float [N, C, H, W].
-            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
-
-        Returns:
-            Scalar, float32.
+    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+        """Adds up the loss of the pixels, and what it is divided by.
 
         Raises:
-            InputError: The shapes do not fit, there is only one class, (on the CPU) the target
-                holds another value, or the number of class weights is not C.
             RuntimeError: `weights="dataset"` and `set_pixel_counts` was not called.
         """
         _check(logits, target)
@@ -129,9 +159,14 @@ class CrossEntropyLoss(nn.Module):
             if self.per_image:
                 pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
-            if self.training:
-                divisor = _mean_over_processes(divisor)
-            return pixel_loss.sum() / torch.where(divisor > 0, divisor, 1)
+            return pixel_loss.sum(), divisor
+
+    def from_sums(self, sums: Sums) -> Tensor:
+        """Divides the one by the other."""
+        loss, divisor = sums
+        if self.training:
+            divisor = _mean_over_processes(divisor)
+        return loss / torch.where(divisor > 0, divisor, 1)
 
 
 def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
@@ -152,7 +187,7 @@ def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
     return weights
 
 
-class DiceLoss(nn.Module):
+class DiceLoss(SegmentationLoss):
     """Soft multi-class Dice loss.
 
     1 - mean_c (2 sum(p_c t_c) + smooth) / (sum(p_c) + sum(t_c) + smooth), where p are the softmax
@@ -176,21 +211,10 @@ class DiceLoss(nn.Module):
             raise InputError(f"loss.weights is {weights!r}; the Dice loss takes null or image")
         self.smooth = smooth
         self.per_image = weights == "image"
+        self.num_sums = 2 if self.per_image else 3
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            logits: Float [N, C, H, W].
-            target: uint8 or int64 [N, H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
-
-        Returns:
-            Scalar, float32, in [0, 1].
-
-        Raises:
-            InputError: The shapes do not fit, there is only one class, or (on the CPU) the target
-                holds another value.
-        """
+    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+        """Adds up where the two agree, the probabilities and the labels, each [C]; or weighted."""
         _check(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
             probabilities = logits.float().softmax(dim=1)
@@ -203,16 +227,23 @@ class DiceLoss(nn.Module):
                 ids = target.long().masked_fill(~valid[:, 0], 0)
                 weights = _weights_by_image(ids, valid[:, 0], logits.shape[1]) * valid[:, 0]
                 right = torch.where(is_class, probabilities, 0).sum(1)
-                # Over all classes, probabilities and labels both add up to one a pixel.
-                numerator = 2 * (weights * right).sum() + self.smooth
-                denominator = 2 * weights.sum() + self.smooth
-                return (denominator - numerator) / torch.where(denominator > 0, denominator, 1)
+                return (weights * right).sum(), weights.sum()
             intersection = torch.where(is_class, probabilities, 0).sum((0, 2, 3))
             predicted = torch.where(valid, probabilities, 0).sum((0, 2, 3))
-            labelled = is_class.sum((0, 2, 3))
-            dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
-            present = labelled > 0
-            return torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
+            return intersection, predicted, is_class.sum((0, 2, 3))
+
+    def from_sums(self, sums: Sums) -> Tensor:
+        """Computes the loss, in [0, 1]."""
+        if self.per_image:
+            # Over all classes, probabilities and labels both add up to one a pixel.
+            right, weights = sums
+            numerator = 2 * right + self.smooth
+            denominator = 2 * weights + self.smooth
+            return (denominator - numerator) / torch.where(denominator > 0, denominator, 1)
+        intersection, predicted, labelled = sums
+        dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
+        present = labelled > 0
+        return torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
 
 
 class WeightedSum(nn.Module):
@@ -237,9 +268,13 @@ class WeightedSum(nn.Module):
         self.weights = [float(weight) for weight in weights]
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Add the losses up: float [N, C, H, W] and integer [N, H, W] to a float32 scalar."""
-        terms = zip(self.weights, self.losses, strict=True)
-        return torch.stack([weight * loss(logits, target) for weight, loss in terms]).sum()
+        """Adds the losses up: float [N, C, H, W] and integer [N, H, W] to a float32 scalar."""
+        return self.total([loss(logits, target) for loss in self.losses])
+
+    def total(self, values: Sequence[Tensor]) -> Tensor:
+        """Adds up values of the losses."""
+        terms = zip(self.weights, values, strict=True)
+        return torch.stack([weight * value for weight, value in terms]).sum()
 
 
 def _check(logits: Tensor, target: Tensor) -> None:

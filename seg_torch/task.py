@@ -21,13 +21,14 @@ from seg_torch import checkpoint
 from seg_torch.datamodule import Sample
 from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
-from seg_torch.inference import Inference, decide, upsample
+from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
 from seg_torch.models.network import Network
 from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
+from seg_torch.upsample import upsampled_loss
 
 # Batches between two looks at the training losses, each of which makes the CPU wait for a GPU.
 LOOK_EVERY = 50
@@ -109,10 +110,9 @@ class SegmentationTask(LightningModule):
         assert self.loss is not None
         images, masks = batch
         outputs = self.network(images)
-        size = masks.shape[-2:]
-        loss = self.loss(upsample(outputs["out"], size), masks)
+        loss = upsampled_loss(self.loss, outputs["out"], masks)
         if "aux" in outputs:
-            loss = loss + self.aux_weight * self.loss(upsample(outputs["aux"], size), masks)
+            loss = loss + self.aux_weight * upsampled_loss(self.loss, outputs["aux"], masks)
         self.step_losses = torch.cat(
             [self.step_losses[:batch_index].to(loss.device), loss.detach()[None]]
         )

@@ -1,12 +1,21 @@
 """Joint transforms: labels are never invented, image and mask never part."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tvf
 
 from seg_torch.errors import InputError
-from seg_torch.transforms import RandomScaleCrop, augment, resize_mask
+from seg_torch.transforms import (
+    ColourJitter,
+    RandomScaleCrop,
+    augment,
+    colour_matrices,
+    resize_mask,
+)
 
 TRANSFORMS = {
     "crop": augment(crop=(40, 56), scale=None, flip=0, jitter=None),
@@ -83,11 +92,61 @@ def test_jitter_takes_brightness_contrast_and_saturation_apart():
     grey = tv_tensors.Image(image[:1].expand(3, -1, -1).clone())
     saturated = augment(flip=0, jitter=(0, 0, 0.5), hue=0)(grey, mask)[0].int()
     assert (saturated - grey).abs().max() <= 1  # grey has no saturation to change
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     brightened = augment(flip=0, jitter=(0.5, 0, 0), hue=0)(grey, mask)[0]
     ratios = brightened / grey
     assert abs(ratios.mean() - 1) > 0.1
     assert ratios.std() < 0.05  # one factor for all pixels, but for rounding
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_jitter_without_hue_is_torchvisions_but_for_rounding(order):
+    generator = torch.Generator().manual_seed(0)
+    # Neither too dark nor too bright, so that torchvision clamps nothing between its steps.
+    pixels = torch.randint(90, 150, (3, 20, 30), generator=generator, dtype=torch.uint8)
+    factors = (1.15, 0.8, 1.3)
+    expected = pixels / 255
+    for step in order:
+        adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)[step]
+        expected = adjust(expected, factors[step])
+    matrices = colour_matrices(*factors, 0.0, order)
+    jittered = ColourJitter(0, 0, 0, 0).transform(tv_tensors.Image(pixels), matrices)
+    assert (jittered - expected * 255).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(("hue", "brightest"), [(1 / 3, 1), (-1 / 3, 2)])
+def test_hue_turns_red_to_green_and_to_blue_and_leaves_grey_alone(hue, brightest):
+    image = tv_tensors.Image(
+        torch.tensor([[160, 90], [60, 90], [60, 90]], dtype=torch.uint8)[:, None]
+    )
+    turned = ColourJitter(0, 0, 0, 0.5).transform(
+        image, colour_matrices(1, 1, 1, hue, (0, 1, 2, 3))
+    )
+    assert turned[:, 0, 0].argmax() == brightest
+    assert turned[:, 0, 1].tolist() == [90, 90, 90]
+    grey = torch.tensor([0.299, 0.587, 0.114])
+    assert abs(grey @ turned[:, 0, 0].float() - grey @ image[:, 0, 0].float()) < 1
+    back = colour_matrices(1, 1, 1, -hue, (0, 1, 2, 3))["of_pixel"]
+    there = colour_matrices(1, 1, 1, hue, (0, 1, 2, 3))["of_pixel"]
+    assert torch.allclose(back @ there, torch.eye(3), atol=1e-5)
+
+
+def test_jitter_reaches_both_ends_of_its_range_in_every_order():
+    jitter = ColourJitter(0.25, 0, 0, 0)
+    factors = [jitter.make_params([])["of_pixel"][0, 0].item() for _ in range(300)]
+    assert 0.75 <= min(factors) < 0.77
+    assert 1.23 < max(factors) <= 1.25
+    image = tv_tensors.Image(
+        torch.tensor([[0, 200], [0, 100], [0, 100]], dtype=torch.uint8)[:, None]
+    )
+    strong = ColourJitter(0.9, 0.9, 0.9, 0.1)
+    assert strong(image).unique().numel() > 2  # clamped, not wrapped around
+
+
+@pytest.mark.parametrize("arguments", [{"jitter": -0.1}, {"hue": 0.6}])
+def test_a_jitter_of_another_range_is_refused(arguments):
+    with pytest.raises(InputError, match=r"augment\.jitter=.*augment\.hue="):
+        augment(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"crop": 32}, {"crop": (32, 32, 3)}, {"crop": (0, 5)}])

@@ -1,0 +1,146 @@
+"""From the resolution at which a head works to that of the labels: logits, and losses of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from seg_torch.losses import SegmentationLoss, Sums, WeightedSum
+
+# Numbers of logits at label size: from `LARGE` on a loss goes band by band. A CPU is fastest with
+# bands that stay in its cache, a GPU with bands that keep it busy.
+LARGE = 1 << 25
+CPU_BAND = 1 << 20
+GPU_BAND = 1 << 26
+
+
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Brings logits to the size of the labels, bilinearly and in float32.
+
+    This comes before anything is decided (argmax): deciding first and enlarging class ids loses
+    accuracy at every boundary.
+
+    Args:
+        logits: [N, C, h, w] of any floating type.
+        size: (height, width) of the result.
+
+    Returns:
+        float32 [N, C, *size]; `logits` themselves where they have this size.
+    """
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the loss of logits that are first brought to the size of the labels.
+
+    With many classes, the logits at that size and what a loss makes of them take more memory than
+    the whole network. So where they are large they are made for a band of rows at a time, and
+    once more for the gradient. Value and gradient are the same but for rounding.
+
+    Args:
+        loss: (logits float32 [N, C, H, W], target) -> scalar. Any that is not a
+            `SegmentationLoss`, or a weighted sum of such, gets all logits at once.
+        logits: [N, C, h, w] of any floating type.
+        target: uint8 [N, H, W].
+
+    Returns:
+        Scalar, float32.
+    """
+    size = target.shape[-2:]
+    parts: Any = loss.losses if isinstance(loss, WeightedSum) else [loss]
+    large = target.numel() * logits.shape[1] >= LARGE
+    if not large or not all(isinstance(part, SegmentationLoss) for part in parts):
+        return loss(upsample(logits, size), target)
+    sums = iter(_BandedSums.apply(logits, target, parts))
+    values = [part.from_sums(tuple(next(sums) for _ in range(part.num_sums))) for part in parts]
+    return loss.total(values) if isinstance(loss, WeightedSum) else values[0]
+
+
+class _Band(NamedTuple):
+    """Rows of one image, and what they are interpolated from.
+
+    Attributes:
+        image: The image, as a slice of the batch.
+        rows: Those of the label.
+        sources: Those of the logits that they depend on.
+        above: int64 [rows], for each the row of the sources above it.
+        below: int64 [rows], that below it.
+        share: float32 [rows, 1], of the row below.
+    """
+
+    image: slice
+    rows: slice
+    sources: slice
+    above: Tensor
+    below: Tensor
+    share: Tensor
+
+    def sums(self, losses: Sequence[SegmentationLoss], logits: Tensor, target: Tensor) -> Sums:
+        """Returns the sums of all losses over this band, from the `sources` of its logits."""
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            above, below = logits.index_select(2, self.above), logits.index_select(2, self.below)
+            at_rows = torch.lerp(above, below, self.share)
+            labels = target[self.image, self.rows]
+            logits = upsample(at_rows, labels.shape[-2:])
+            return tuple(total for loss in losses for total in loss.sums(logits, labels))
+
+
+class _BandedSums(torch.autograd.Function):
+    """The sums of losses over logits at label size, of which only a band exists at a time."""
+
+    @staticmethod
+    def forward(
+        context: Any, logits: Tensor, target: Tensor, losses: Sequence[SegmentationLoss]
+    ) -> Sums:
+        context.save_for_backward(logits, target)
+        context.losses = losses
+        sums = [
+            band.sums(losses, logits[band.image, :, band.sources], target)
+            for band in _bands(logits, target, losses)
+        ]
+        return tuple(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target = context.saved_tensors
+        total = torch.zeros_like(logits, dtype=torch.float32)
+        for band in _bands(logits, target, context.losses):
+            part = logits[band.image, :, band.sources].detach().requires_grad_()
+            with torch.enable_grad():
+                sums = band.sums(context.losses, part, target)
+            used = [i for i, each in enumerate(sums) if each.requires_grad]
+            (gradient,) = torch.autograd.grad(
+                [sums[i] for i in used], part, [gradients[i] for i in used]
+            )
+            total[band.image, :, band.sources] += gradient
+        return total.to(logits.dtype), None, None
+
+
+def _bands(logits: Tensor, target: Tensor, losses: Sequence[SegmentationLoss]) -> Iterator[_Band]:
+    height, width = target.shape[-2:]
+    band = CPU_BAND if logits.device.type == "cpu" else GPU_BAND
+    rows = max(1, band // (logits.shape[1] * width))
+    if any(loss.per_image for loss in losses):
+        rows = height
+    # As F.interpolate does it with align_corners=False.
+    position = ((torch.arange(height) + 0.5) * (logits.shape[2] / height) - 0.5).clamp(min=0)
+    above = position.long()
+    below = (above + 1).clamp(max=logits.shape[2] - 1)
+    share = (position - above)[:, None]
+    for image in range(len(logits)):
+        for top in range(0, height, rows):
+            here = slice(top, min(top + rows, height))
+            first = int(above[top])
+            sources = slice(first, int(below[here.stop - 1]) + 1)
+            places = above[here] - first, below[here] - first, share[here]
+            on_device = (place.to(logits.device, non_blocking=True) for place in places)
+            yield _Band(slice(image, image + 1), here, sources, *on_device)
