@@ -56,6 +56,7 @@ class History(Callback):
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
         self.line = ""  # about the epoch that has just ended
+        self.waited = self.steps_ended = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
@@ -66,7 +67,14 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._tell()
-        self.started = time.perf_counter()
+        self.started = self.steps_ended = time.perf_counter()
+        self.waited = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.waited += time.perf_counter() - self.steps_ended
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps_ended = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._tell()
@@ -97,13 +105,23 @@ class History(Callback):
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         values = [f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None]
         epoch = trainer.current_epoch + 1
+        share = self.waited / max(self.steps_ended - self.started, 1e-9)
+        values.append(f"{share:.0%} of the time waiting for data")
         self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
+        if share > 0.1 and self.waited > 1:  # else it is the start of the workers
+            self.line += f"; {_how_to_wait_less(trainer.datamodule)}"
 
     def _write(self, path: str) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _how_to_wait_less(data: Any) -> str:
+    if data.cache == "none":
+        return "data.cache=ram or disk keeps decoded images"
+    return "data.num_workers=N lets N processes prepare them"
 
 
 class SampleSheet(Callback):

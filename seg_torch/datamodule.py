@@ -10,8 +10,10 @@ Three rules make runs repeatable and scores exact:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import uuid
@@ -29,8 +31,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from seg_torch.datasets import base
-from seg_torch.datasets.check import Check, Problem, check
-from seg_torch.errors import InputError
+from seg_torch.datasets.cache import (
+    CachedSamples,
+    map_samples,
+    samples_in_folder,
+    samples_in_memory,
+)
+from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
+from seg_torch.errors import InputError, check_choice
 from seg_torch.hardware import available_cpus
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
@@ -54,13 +62,16 @@ class SegmentationDataModule(LightningDataModule):
             device, at most 8, but none for training on the CPU with `cache`.
         resize: (height, width) at which the network sees every image; `None` for its own size.
         augment: Transform of the training samples, see `seg_torch.transforms.augment`.
-        cache: Keep the decoded and resized samples in memory, once per machine.
+        cache: Where the decoded and resized samples are kept, once per machine: "none", "ram", or
+            "disk" for a file in `~/.cache/seg_torch/samples` (or below `XDG_CACHE_HOME`), which
+            later runs use, too, for as long as the names, sizes and times of all files stay the
+            same. `False` and `True` mean "none" and "ram".
         check: Whether `check_files` does anything.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
 
     Raises:
-        InputError: A batch size is below 1.
+        InputError: A batch size is below 1, or there is no such `cache`.
     """
 
     def __init__(
@@ -72,7 +83,7 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: int | None = None,
         resize: Sequence[int] | None = None,
         augment: Callable[..., Any] | None = None,
-        cache: bool = False,
+        cache: str | bool = "none",
         check: bool = True,
         seed: int = 0,
         download: bool = False,
@@ -89,7 +100,8 @@ class SegmentationDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.resize = resize
         self.augment = augment
-        self.cache = cache
+        self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
+        check_choice("data.cache", self.cache, ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
         self.test_split = "test"
@@ -252,7 +264,7 @@ class SegmentationDataModule(LightningDataModule):
         keys = list(sampler)[batch]
         return [index for _, index in keys], [dataset[key] for key in keys]
 
-    def _augmented(self, samples: _Samples | _Cached) -> _TrainingSamples:
+    def _augmented(self, samples: _Samples | CachedSamples) -> _TrainingSamples:
         return _TrainingSamples(samples, self.augment, self.seed)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
@@ -264,29 +276,48 @@ class SegmentationDataModule(LightningDataModule):
         size = self.eval_batch_size or (4 if self._device == "cuda" else 1)
         return evaluation_batches(length, size, rank, world)
 
-    def _samples(self, split: str, resize_labels: bool) -> _Samples | _Cached:
+    def _samples(self, split: str, resize_labels: bool) -> _Samples | CachedSamples:
         samples = _Samples(self.dataset(split), self.resize, resize_labels)
-        if not self.cache:
+        if self.cache == "none":
             return samples
+        if self.cache == "disk":
+            return self._samples_on_disk(samples)
         if self.trainer is None or self.trainer.num_devices == 1:
-            return _Cached(*_packed(samples))
+            return samples_in_memory(samples)
         # One process of each machine reads the images, and all of them map its file.
         strategy = self.trainer.strategy
         # Machines may share the folder of temporary files, too.
-        name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}.pt"
-        path = Path(tempfile.gettempdir(), name)
+        name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}"
+        folder = Path(tempfile.gettempdir(), name)
         if self.trainer.local_rank == 0:
-            torch.save(_packed(samples), path)
+            samples_in_folder(samples, folder)
         strategy.barrier()
-        cached = _Cached(*torch.load(path, mmap=True))
+        cached = map_samples(folder)
+        cached.folder = None
         strategy.barrier()
         if self.trainer.local_rank == 0:
-            path.unlink()  # the memory stays mapped
+            shutil.rmtree(folder)  # the memory stays mapped
         return cached
+
+    def _samples_on_disk(self, samples: _Samples) -> CachedSamples:
+        """Returns the samples from a folder named after the files that they were decoded from."""
+        files = fingerprint(samples.dataset)
+        if files is None:
+            raise InputError("data.cache=disk: this dataset is not read from files; use ram")
+        key = repr((files, samples.size, samples.size is not None and samples.resize_labels))
+        folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+        if self.trainer is None:
+            return samples_in_folder(samples, folder)
+        if self.trainer.local_rank == 0:
+            if not folder.exists():
+                log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
+            samples_in_folder(samples, folder)
+        self.trainer.strategy.barrier()
+        return map_samples(folder)
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers
-        if workers is None and self.cache and self._device == "cpu":
+        if workers is None and self.cache != "none" and self._device == "cpu":
             workers = 0  # there is nothing to wait for, and the network needs the CPUs
         elif workers is None:
             on_this_node = self.trainer.num_devices if self.trainer is not None else 1
@@ -358,34 +389,6 @@ class _Samples(Dataset):
             if self.resize_labels:
                 mask = tv_tensors.Mask(resize_mask(mask, self.size))
         return image, mask
-
-
-def _packed(samples: _Samples) -> tuple[torch.Tensor, list[tuple]]:
-    """Return all samples as one uint8 tensor, and for each its offset and the two shapes.
-
-    One tensor, since each that is sent to a spawned worker takes up a file descriptor.
-    """
-    content, places = bytearray(), []
-    for image, mask in base.in_threads(samples.__getitem__, range(len(samples))):
-        places.append((len(content), tuple(image.shape), tuple(mask.shape)))
-        content += image.numpy().tobytes() + mask.numpy().tobytes()
-    return torch.frombuffer(content, dtype=torch.uint8), places
-
-
-class _Cached(Dataset):
-    """Samples read once, before the workers start, whose memory they share."""
-
-    def __init__(self, content: torch.Tensor, places: list[tuple]) -> None:
-        self.content, self.places = content, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Sample:
-        offset, *shapes = self.places[index]
-        lengths = [int(np.prod(shape)) for shape in shapes]
-        image, mask = self.content[offset : offset + sum(lengths)].split(lengths)
-        return tv_tensors.Image(image.view(shapes[0])), tv_tensors.Mask(mask.view(shapes[1]))
 
 
 class _TrainingSamples(Dataset):

@@ -1,5 +1,6 @@
 """Order, shards and batches."""
 
+import pickle
 import resource
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 
 from seg_torch.datamodule import (
@@ -17,7 +19,7 @@ from seg_torch.datamodule import (
     evaluation_batches,
     group_by_size,
 )
-from seg_torch.datasets import shapes
+from seg_torch.datasets import folder, shapes, write_folder
 from seg_torch.errors import InputError
 from seg_torch.transforms import augment
 
@@ -59,13 +61,13 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
     assert equal(epoch(module(), 3), reference)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert equal(epoch(module(num_workers=2), 3), reference)
-    assert equal(epoch(module(cache=True), 3), reference)
+    assert equal(epoch(module(cache="ram"), 3), reference)
     assert not equal(epoch(module(), 4), reference)
     assert not equal(epoch(module(seed=2), 3), reference)
 
 
 def test_cached_samples_take_no_workers_from_a_network_on_the_cpu():
-    cached = SegmentationDataModule(small_shapes, batch_size=2, cache=True)
+    cached = SegmentationDataModule(small_shapes, batch_size=2, cache="ram")
     assert cached.train_dataloader().num_workers == 0
     assert SegmentationDataModule(small_shapes, batch_size=2).train_dataloader().num_workers > 0
 
@@ -193,7 +195,7 @@ def trainer_stub(device="cpu", num_devices=1, local_rank=0, barrier=lambda: None
     )
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", ["none", "ram"])
 def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
     module = SegmentationDataModule(
         small_shapes,
@@ -221,7 +223,7 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
 
 def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
     module = SegmentationDataModule(
-        lambda split: shapes(split, size=32, train=700), batch_size=100, cache=True, num_workers=1
+        lambda split: shapes(split, size=32, train=700), batch_size=100, cache="ram", num_workers=1
     )
     loader = module.train_dataloader()
     loader.multiprocessing_context = "spawn"
@@ -239,10 +241,10 @@ def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
 
 def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    [path] = [tmp_path / "seg_torch-a-name-0.pt"]
+    path = tmp_path / "seg_torch-a-name-0"
 
     def module(local_rank, barrier):
-        module = SegmentationDataModule(small_shapes, cache=True, num_workers=0)
+        module = SegmentationDataModule(small_shapes, cache="ram", num_workers=0)
         module.trainer = trainer_stub(num_devices=2, local_rank=local_rank, barrier=barrier)
         return module
 
@@ -252,7 +254,7 @@ def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
         if not others:  # at the first barrier, the file is complete
             others.append(None)
             with monkeypatch.context() as patch:
-                patch.setattr("seg_torch.datamodule._packed", None)  # it reads no image
+                patch.setattr("seg_torch.datamodule.samples_in_folder", None)  # it reads no image
                 others[0] = module(1, lambda: None)._samples("val", resize_labels=False)
 
     samples = module(0, other_process)._samples("val", resize_labels=False)
@@ -370,3 +372,70 @@ def test_d02_a_sampler_leaves_out_the_start_of_its_first_epoch_only():
         resumed.set_epoch(epoch_number)
         assert list(resumed) == list(full)[start:]
         assert len(resumed) == len(full) == 7
+
+
+@pytest.fixture
+def own_folder(tmp_path) -> Path:
+    """A folder of images and masks, beside the cache."""
+    samples = shapes("train", size=32, train=6)
+    write_folder(samples, samples.labels, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_samples_on_disk_are_decoded_once_and_anew_when_a_file_changes(own_folder, monkeypatch):
+    def epoch_of(read: bool) -> list:
+        module = SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
+        with monkeypatch.context() as patch:
+            if not read:
+                patch.setattr("seg_torch.datasets.base.read_image", None)
+            return epoch(module, 0)
+
+    plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
+    first = epoch_of(read=True)
+    assert equal(first, epoch(plain, 0))
+    assert equal(epoch_of(read=False), first)
+
+    image = sorted((own_folder / "images").iterdir())[0]
+    Image.fromarray(255 - np.array(Image.open(image))).save(image)
+    anew = epoch_of(read=True)
+    assert not equal(anew, first)
+    assert equal(anew, epoch(plain, 0))
+
+
+def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(own_folder):
+    module = SegmentationDataModule(
+        folder, str(own_folder), batch_size=2, cache="disk", num_workers=1
+    )
+    loader = module.train_dataloader()
+    assert len(pickle.dumps(loader.dataset)) < 2000
+    loader.multiprocessing_context = "spawn"
+    plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
+    assert equal([part for batch in loader for part in batch], epoch(plain, 0))
+
+
+def test_a_write_that_breaks_off_leaves_no_samples_on_disk(own_folder, monkeypatch):
+    module = SegmentationDataModule(folder, str(own_folder), cache="disk")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            module.train_dataloader()
+    assert not list((own_folder.parent / "cache/seg_torch/samples").iterdir())
+    assert len(list(module.train_dataloader())) == 1
+
+
+def test_each_size_has_samples_of_its_own_on_disk(own_folder):
+    for resize in ((16, 24), (24, 16)):
+        module = SegmentationDataModule(folder, str(own_folder), cache="disk", resize=resize)
+        images, masks = next(iter(module.train_dataloader()))
+        assert images.shape[-2:] == masks.shape[-2:] == resize
+        [(images, masks)] = next(iter(module.val_dataloader()))
+        assert images.shape[-2:] == resize
+        assert masks.shape[-2:] == (32, 32)
+
+
+def test_generated_samples_are_not_kept_on_disk():
+    module = SegmentationDataModule(small_shapes, cache="disk")
+    with pytest.raises(InputError, match=r"data\.cache=disk: this dataset is not read from files"):
+        module.train_dataloader()
+    with pytest.raises(InputError, match=r"data\.cache is 'memory'; use one of none, ram, disk"):
+        SegmentationDataModule(small_shapes, cache="memory")

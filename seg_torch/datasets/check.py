@@ -163,15 +163,35 @@ def _measure(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _remembered(dataset: Any) -> Path | None:
     """Return where the result for exactly these files, read in this way, is remembered."""
+    files = fingerprint(dataset)
+    if files is None:
+        return None
+    digest = hashlib.sha256((files + inspect.getsource(_measure)).encode()).hexdigest()
+    return cache_folder() / "checked" / f"{digest}.npz"
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """Return what changes with the files of a dataset and with how they are read.
+
+    Args:
+        dataset: Any; only of a `SegmentationDataset` it can be told.
+
+    Returns:
+        SHA-256 of the names, sizes and times of all files, the classes, and the function that reads
+        masks; `None` where there are no files, or the function cannot be looked at.
+    """
     try:
         paths = [path.absolute() for pair in dataset.pairs for path in (pair.image, pair.mask)]
         stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
         reader = dataset.read_mask
-        sources = [inspect.getsource(f) for f in (getattr(reader, "func", reader), _measure)]
+        source = inspect.getsource(getattr(reader, "func", reader))
         options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
-    except Exception:  # no files, or a function whose source or arguments are not to be had
+    except Exception:
         return None
-    key = repr((stats, dataset.labels.to_dict(), sources, options))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return cache / "seg_torch" / "checked" / f"{digest}.npz"
+    key = repr((stats, dataset.labels.to_dict(), source, options))
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: `~/.cache/seg_torch`, or in `XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seg_torch"
