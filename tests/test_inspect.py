@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import make_data
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -196,6 +197,7 @@ def test_masks_of_0_and_255_only_are_a_problem_with_the_way_out(own):
         make_data.save(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype("uint8"), path)
     [problem] = inspect_dataset(datasets.folder, own)["problems"]
     assert problem["message"].endswith("background 0 0 0\ntraffic light 255 255 255")
+    assert Path(problem["file"]).stem == "photo_0"
     make_data.write_lines(own / "classes.txt", ["background 0 0 0", "light 255 255 255"])
     report = inspect_dataset(datasets.folder, own)
     assert not report["refused"]
@@ -242,7 +244,9 @@ def test_a_dataset_that_is_not_in_files_is_inspected_by_its_samples(tmp_path):
 def test_a_clean_dataset_is_reported_as_numpy_counts_it(own):
     make_data.save(make_data.blocks(3, [0, 1]), own / "masks/photo_3.png")
     command = [sys.executable, "-m", "seg_torch", "inspect", f"data.root={own}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Else matplotlib, which torchmetrics imports, would list all fonts in the new cache folder.
+    fonts = {"MPLCONFIGDIR": matplotlib.get_cachedir()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **fonts}
     result = subprocess.run(
         command, cwd=own.parent, env=environment, capture_output=True, text=True, timeout=120
     )
