@@ -1,0 +1,373 @@
+"""A folder of one's own through train.py, evaluate.py and predict.py.
+
+The model is a formula, so that its masks, its scores and its loss are known without it. It also
+notes what it is shown and how, which the settings of the command line decide.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_command
+from lightning import Callback
+from PIL import Image
+from sklearn.utils.class_weight import compute_class_weight
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from seg_torch import checkpoint
+
+HEIGHT, WIDTH = 40, 56
+CLASSES = {"dark": (10, 20, 30), "bright": (200, 100, 0), "absent": (1, 2, 3)}
+MEAN, STD = np.array([0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7])
+THRESHOLDS = (250, 60, 5)  # in the three epochs of the second run
+
+
+class Shown(NamedTuple):
+    """One image as the model got it."""
+
+    training: bool
+    dtype: torch.dtype  # of what autocast computes in
+    image: np.ndarray  # [3, H, W]
+
+
+SHOWN: list[Shown] = []
+
+
+class Threshold(nn.Module):
+    """Pixels with more red than a threshold are class 1, the others class 0; class 2 is absent."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        assert num_classes == len(CLASSES)
+        self.threshold = nn.Parameter(torch.tensor(128.0))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if not x.is_meta:
+            on = torch.is_autocast_enabled("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if on else torch.float32
+            SHOWN.extend(Shown(self.training, dtype, image.numpy(force=True)) for image in x)
+        out = logits(255 * (x[:, 0] * STD[0] + MEAN[0]), self.threshold)
+        return {"out": out, "aux": 0.3 * out} if self.training else {"out": out}
+
+
+def logits(red: Tensor, threshold: Tensor | float) -> Tensor:
+    """[N, H, W] of 0 to 255 -> [N, 3, H, W]."""
+    bright = (red - threshold) / 50
+    return torch.stack([-bright, bright, torch.full_like(red, -20)], 1)
+
+
+class Spoil(Callback):
+    """Sets the threshold of each epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.network.model.threshold.data.fill_(THRESHOLDS[trainer.current_epoch])
+
+
+# The images: dark on the left, bright on the right, whatever the format. Each has its own darkness.
+
+RIGHT = np.zeros((HEIGHT, WIDTH), bool)
+RIGHT[:, 30:] = True
+
+
+def transparent(grey: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack([grey, grey, grey, np.where(RIGHT, 0, 255)]).astype(np.uint8))
+
+
+def with_palette(grey: np.ndarray) -> Image.Image:
+    image = Image.fromarray((~RIGHT).astype(np.uint8))  # index 0 is the bright one
+    image.putpalette([240] * 3 + [int(grey.min())] * 3)
+    return image
+
+
+def colour(grey: np.ndarray) -> np.ndarray:
+    return np.stack([grey, grey // 2, 255 - grey], 2)
+
+
+# File name, how it is made from the grey values, and the RGB that it has to be read as.
+grey_as_rgb: Callable[[np.ndarray], np.ndarray] = lambda grey: np.stack([grey] * 3, 2)  # noqa: E731
+FORMATS: dict[str, tuple[Callable, Callable]] = {
+    "rgb.png": (lambda grey: Image.fromarray(colour(grey)), colour),
+    "grey.png": (Image.fromarray, grey_as_rgb),
+    "rgba.png": (transparent, lambda grey: grey_as_rgb(np.where(RIGHT, 255, grey))),  # on white
+    "palette.png": (with_palette, grey_as_rgb),
+    "cmyk.tif": (
+        lambda grey: Image.merge("CMYK", [*[Image.new("L", (WIDTH, HEIGHT))] * 3, ink(grey)]),
+        grey_as_rgb,
+    ),
+    "16_bit.png": (lambda grey: Image.fromarray(grey.astype(np.uint16) * 257), grey_as_rgb),
+    "turned.png": (lambda grey: Image.fromarray(np.rot90(grey).copy()), grey_as_rgb),
+}
+TURN = Image.Exif()
+TURN[0x0112] = 6  # clockwise, to be seen upright
+
+
+def ink(grey: np.ndarray) -> Image.Image:
+    return Image.fromarray(255 - grey)
+
+
+class Data(NamedTuple):
+    root: Path
+    images: dict[str, np.ndarray]  # name -> RGB uint8 [H, W, 3]
+    masks: dict[str, np.ndarray]  # name -> uint8 [H, W]
+
+    def split(self, name: str) -> list[str]:
+        return (self.root / f"{name}.txt").read_text().split()
+
+
+def make_data(root: Path) -> Data:
+    """Train and test have an image of each format; val has masks that are wrong in places."""
+    data = Data(root, {}, {})
+    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+
+    def write(split: str, file: str, image: Image.Image, rgb: np.ndarray, mask: np.ndarray) -> None:
+        path = root / "images" / f"{split}_{file}"
+        image.save(path, **({"exif": TURN} if file == "turned.png" else {}))
+        Image.fromarray(mask).save(root / "masks" / f"{path.stem}.png")
+        data.images[path.stem], data.masks[path.stem] = rgb, mask
+        names[split].append(path.stem)
+
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for s, split in enumerate(("train", "test")):
+        for i, (file, (make, read)) in enumerate(FORMATS.items()):
+            grey = np.where(RIGHT, 240, 8 * i + 4 * s).astype(np.uint8)
+            mask = RIGHT.astype(np.uint8)
+            mask[: i + 1] = 255  # not labelled
+            write(split, file, make(grey), read(grey).astype(np.uint8), mask)
+    for i in range(5):
+        grey = np.full((HEIGHT, WIDTH - 7 * (i % 2)), 3 + i, np.uint8)
+        grey[: 8 + i, :20] = 120
+        mask = (np.indices(grey.shape)[1] >= 45).astype(np.uint8)
+        grey[:, 45 - i :] = 240
+        mask[-2:] = 255
+        write("val", f"{i}.png", Image.fromarray(colour(grey)), colour(grey), mask)
+    for split, listed in names.items():
+        (root / f"{split}.txt").write_text("\n".join(listed))
+    lines = [f"{name} {' '.join(map(str, rgb))}" for name, rgb in CLASSES.items()]
+    (root / "classes.txt").write_text("\n".join(lines))
+    return data
+
+
+def matrix_of(masks: dict[str, np.ndarray], predicted: dict[str, np.ndarray]) -> np.ndarray:
+    """Rows: label, columns: prediction; over all pixels of all images."""
+    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    for name, values in predicted.items():
+        labelled = masks[name] != 255
+        np.add.at(matrix, (masks[name][labelled], values[labelled]), 1)
+    return matrix
+
+
+class Run(NamedTuple):
+    """What the commands left."""
+
+    home: Path
+    data: Data
+    shown: dict[str, list[Shown]]  # by command
+    printed: dict[str, str]
+
+    def report(self, path: str) -> dict[str, Any]:
+        return json.loads((self.home / path).read_text())
+
+    def masks(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Those that predict.py wrote."""
+        files = {name: self.home / f"masks/mask/{name}.png" for name in names}
+        return {name: np.array(Image.open(file)) for name, file in files.items()}
+
+
+def run_all(home: Path, *commands: str) -> Run:
+    """Runs commands, which have to succeed, on the data in `home`."""
+    run = Run(home, make_data(home / "data"), {}, {})
+    (home / "mine/model").mkdir(parents=True)
+    (home / "mine/model/own.yaml").write_text(f"_target_: {__name__}.Threshold\n")
+    for line in commands:
+        SHOWN.clear()
+        output = io.StringIO()
+        with redirect_stdout(output):
+            assert run_command(line, home) == 0, output.getvalue()
+        name = line.split()[0]
+        run.shown[name], run.printed[name] = SHOWN[:], output.getvalue()
+    return run
+
+
+TRUST = f"trust=[{__name__}] trainer.accelerator=cpu"
+TRAIN = (
+    "train --config-dir=mine model=own data=folder data.root=data output_dir=run data.augment=null "
+    "data.batch_size=1 optimizer=sgd optimizer.lr=0 scheduler=none trainer.accelerator=cpu "
+    f"preprocessing.mean={MEAN.tolist()} preprocessing.std={STD.tolist()}"
+).replace(", ", ",")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """One epoch in float32 with class weights, and what comes after it."""
+    return run_all(
+        tmp_path_factory.mktemp("own"),
+        f"{TRAIN} trainer.max_epochs=1 trainer.precision=32 loss=weighted_ce "
+        "data.num_workers=0 trainer.log_every_n_steps=1",
+        f"evaluate checkpoint=run output_dir=evaluation {TRUST}",
+        f"predict checkpoint=run input=data/images output=masks {TRUST}",
+    )
+
+
+def names_of(data: Data, shown: list[Shown]) -> set[str]:
+    """The names of the images that these are, which have to be normalised."""
+    names = set()
+    for _, _, found in shown:
+        matching = [
+            name
+            for name, rgb in data.images.items()
+            if rgb.shape[:2] == found.shape[1:]
+            and np.abs((rgb / 255 - MEAN) / STD - found.transpose(1, 2, 0)).max() < 1e-5
+        ]
+        assert len(matching) == 1, "an image that was not read as it should be"
+        names.update(matching)
+    return names
+
+
+@pytest.mark.promise(19, 20)
+def test_images_of_every_format_are_the_same_in_training_evaluation_and_prediction(run):
+    """Grey, transparent, palette, CMYK, 16-bit, and turned by EXIF: to the last value."""
+    train, val, test = map(run.data.split, ("train", "val", "test"))
+    training = [shown for shown in run.shown["train"] if shown.training]
+    assert names_of(run.data, training) == {*train}
+    assert len(training) == len(FORMATS)
+    others = [shown for shown in run.shown["train"] if not shown.training]
+    assert names_of(run.data, others) == {*val, *test}
+    assert names_of(run.data, run.shown["evaluate"]) == {*test}
+    assert names_of(run.data, run.shown["predict"]) == {*train, *val, *test}
+    predicted = run.masks([*train, *test])
+    assert all(np.array_equal(mask, RIGHT) for mask in predicted.values())
+
+
+@pytest.mark.promise(4)
+def test_a_perfect_prediction_scores_1_and_the_absent_class_is_absent(run):
+    reports = [run.report("run/test_metrics.json"), run.report("evaluation/test_metrics.json")]
+    assert reports[0] == reports[1]
+    for mean in ("mean_iou", "mean_dice", "mean_accuracy", "pixel_accuracy"):
+        assert reports[0][mean] == 1
+    absent = reports[0]["per_class"]["absent"]
+    assert absent.pop("pixels") == 0
+    assert set(absent.values()) == {None}
+    for command in ("train", "evaluate"):
+        (row,) = [line for line in run.printed[command].splitlines() if "│ absent" in line]
+        assert row.count("absent") == 5
+
+
+@pytest.mark.promise(18)
+def test_class_weights_are_printed_and_leave_out_ignored_pixels_and_absent_classes(run):
+    pixels = np.concatenate([run.data.masks[n].ravel() for n in run.data.split("train")])
+    labelled = pixels[pixels != 255]
+    weights = [*compute_class_weight("balanced", classes=np.arange(2), y=labelled), 0]
+    assert f"class weights (inverse): {np.round(weights, 4).tolist()}" in run.printed["train"]
+    # With them, and the auxiliary head's loss at half its weight, the loss is PyTorch's.
+    losses = []
+    for name in run.data.split("train"):
+        red = torch.from_numpy(run.data.images[name][None, ..., 0]).float()
+        target = torch.from_numpy(run.data.masks[name][None]).long()
+        options = {"weight": torch.tensor(weights, dtype=torch.float32), "ignore_index": 255}
+        out = logits(red, 128)
+        main, aux = (F.cross_entropy(scale * out, target, **options) for scale in (1, 0.3))
+        losses.append(main.item() + 0.5 * aux.item())
+    with (run.home / "run/metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.promise(23)
+def test_predicted_masks_carry_the_names_and_colours_of_the_classes(run):
+    for name in run.data.images:
+        with Image.open(run.home / f"masks/mask/{name}.png") as image:
+            assert image.mode == "P"
+            assert json.loads(image.text["names"]) == list(CLASSES)
+            assert np.array_equal(np.array(image.getpalette()[:9]), np.ravel([*CLASSES.values()]))
+    header = (run.home / "masks/predictions.csv").read_text().splitlines()[0]
+    assert header.split(",")[-3:] == list(CLASSES)
+
+
+def test_tensorboard_finds_loss_rate_and_scores_in_the_folder_of_the_run(run):
+    (file,) = (run.home / "run").rglob("events.out.tfevents*")
+    tags = set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
+    assert {"train/loss", "val/mean_iou", "val/loss", "lr-SGD"} <= tags
+
+
+# With resizing, in bfloat16, and a model that is best in the second of three epochs
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory) -> Run:
+    scored = [
+        f"evaluate checkpoint=run split=val output_dir=val{size} data.eval_batch_size={size} "
+        f"trainer.precision=bf16-mixed {TRUST}"
+        for size in (1, 3, 5)
+    ]
+    return run_all(
+        tmp_path_factory.mktemp("resized"),
+        f"{TRAIN} trainer.max_epochs=3 trainer.precision=bf16-mixed data.resize=[20,28] "
+        f"+callbacks.spoil._target_={__name__}.Spoil",
+        *scored,
+        f"evaluate checkpoint=run output_dir=test {TRUST}",
+        f"predict checkpoint=run input=data/images output=masks trainer.precision=32-true {TRUST}",
+    )
+
+
+@pytest.mark.promise(13)
+def test_a_network_that_sees_resized_images_is_scored_at_the_size_of_the_labels(resized):
+    for shown in resized.shown.values():
+        assert {image.shape for _, _, image in shown} == {(3, 20, 28)}
+    for split in ("val", "test"):
+        predicted = resized.masks(resized.data.split(split))
+        for name, mask in predicted.items():
+            assert mask.shape == resized.data.masks[name].shape
+        expected = matrix_of(resized.data.masks, predicted).tolist()
+        folder = "val1" if split == "val" else "test"
+        assert resized.report(f"{folder}/{split}_metrics.json")["confusion_matrix"] == expected
+
+
+@pytest.mark.promise(2)
+def test_scores_are_those_of_one_matrix_over_the_dataset_for_every_batch_size(resized):
+    reports = [resized.report(f"val{size}/val_metrics.json") for size in (1, 3, 5)]
+    assert reports[0] == reports[1] == reports[2]
+
+    def mean_iou(matrix: np.ndarray) -> float:
+        union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+        return (matrix.diagonal()[union > 0] / union[union > 0]).mean()
+
+    predicted = resized.masks(resized.data.split("val"))
+    whole = matrix_of(resized.data.masks, predicted)
+    each = [mean_iou(matrix_of(resized.data.masks, {n: m})) for n, m in predicted.items()]
+    assert reports[0]["confusion_matrix"] == whole.tolist()
+    assert reports[0]["mean_iou"] == pytest.approx(mean_iou(whole))
+    assert abs(mean_iou(whole) - np.mean(each)) > 0.001, "nothing to tell them apart by"
+
+
+def test_the_epoch_with_the_best_mean_iou_is_kept_and_scored(resized):
+    with (resized.home / "run/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mean_iou, accuracy = (
+        [float(row[f"val_{name}"]) for row in rows] for name in ("mean_iou", "pixel_accuracy")
+    )
+    assert np.argmax(mean_iou) == 1
+    assert np.argmax(accuracy) == 0, "nothing to tell them apart by"
+    best = checkpoint.network_state(checkpoint.read(resized.home / "run"))
+    assert best["model.threshold"] == THRESHOLDS[1]
+    assert resized.report("val1/val_metrics.json")["mean_iou"] == pytest.approx(mean_iou[1])
+    assert resized.report("run/test_metrics.json") == resized.report("test/test_metrics.json")
+
+
+def test_each_part_computes_in_the_precision_that_was_asked_for(resized):
+    train = resized.shown["train"]
+    of_test = len(resized.data.split("test"))
+    assert {shown.dtype for shown in train[:-of_test]} == {torch.bfloat16}
+    assert {shown.dtype for shown in train[-of_test:]} == {torch.float32}  # as evaluate.py scores
+    assert {shown.dtype for shown in resized.shown["evaluate"]} == {torch.float32}
+    assert {shown.dtype for shown in resized.shown["predict"]} == {torch.float32}
+    assert resized.report("val1/val_metrics.json")["precision"] == "bf16-mixed"
