@@ -121,6 +121,7 @@ LIGHT = [
 ]
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize(("line", "expected"), LIGHT)
 def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     command, line, expected, tmp_path, monkeypatch
@@ -134,6 +135,7 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -535,6 +537,7 @@ def test_masks_that_are_no_class_ids_are_refused_before_training(command, photos
     assert not (tmp_path / "run").exists(), "training has begun"
 
 
+@pytest.mark.promise(21)
 def test_a_mask_of_another_size_than_its_image_is_refused(command, photos):
     Image.fromarray(np.zeros((30, 40), np.uint8)).save(photos / "masks/3.png")
     code, message = command(f"train data=folder data.root={photos} model.weights=null")

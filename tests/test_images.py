@@ -59,6 +59,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert blue < 5
 
 
+@pytest.mark.promise(19)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 257, 32896, 65535]], np.uint16)  # 257 times 0, 1, 128, 255
@@ -72,6 +73,7 @@ def test_floats_run_from_0_to_1(tmp_path):
     assert read_image(path)[0, :, 0].tolist() == [0, 51, 255]
 
 
+@pytest.mark.promise(20)
 def test_exif_orientation_6_is_turned_clockwise(tmp_path):
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = RED  # stored at the top left, seen at the top right
