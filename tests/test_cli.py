@@ -537,6 +537,31 @@ def test_masks_that_are_no_class_ids_are_refused_before_training(command, photos
     assert not (tmp_path / "run").exists(), "training has begun"
 
 
+@pytest.mark.promise(17)
+def test_two_classes_train_and_predict_by_default_and_one_channel_is_refused(
+    command, photos, tmp_path
+):
+    line = (
+        f"train data=folder data.root={photos} model=unet_random data.augment.crop=[32,32] "
+        "data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu"
+    )
+    assert command(f"{line} output_dir=two")[0] == 0
+    assert command("predict checkpoint=two input=photos/images output=out save=[mask]")[0] == 0
+    masks = [np.array(Image.open(path)) for path in (tmp_path / "out/mask").iterdir()]
+    assert len(masks) == 8
+    assert np.unique(masks).max() <= 1
+    report = json.loads((tmp_path / "two/test_metrics.json").read_text())
+    assert list(report["per_class"]) == ["background", "object"]
+
+    for path in (photos / "masks").iterdir():
+        Image.new("L", (40, 40)).save(path)
+    (photos / "classes.txt").write_text("object\n")
+    code, message = command(f"{line} output_dir=one")
+    assert code == 2
+    assert "num_classes=2" in message
+    assert not (tmp_path / "one/metrics.csv").exists()
+
+
 @pytest.mark.promise(21)
 def test_a_mask_of_another_size_than_its_image_is_refused(command, photos):
     Image.fromarray(np.zeros((30, 40), np.uint8)).save(photos / "masks/3.png")

@@ -9,6 +9,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from torchvision import tv_tensors
 
 from seg_torch.datamodule import (
@@ -58,6 +59,11 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
     assert equal(epoch(module(cache=True), 3), reference)
     assert not equal(epoch(module(), 4), reference)
     assert not equal(epoch(module(seed=2), 3), reference)
+
+
+def test_the_seed_of_a_run_is_that_of_its_data(compose):
+    for data in ("data=shapes", "data=voc"):
+        assert instantiate(compose("train", "seed=3", data).data).seed == 3
 
 
 def test_cached_samples_take_no_workers_from_a_network_on_the_cpu():

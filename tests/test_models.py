@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.models import segmentation as tv
 
-from seg_torch import checkpoint
+from seg_torch import Segmenter, checkpoint
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models import (
@@ -151,6 +151,18 @@ def test_d09_logits_have_the_stride_of_the_head(model, name, size):
         outputs = model.eval()(images(1, 3, *size))
     assert outputs["out"].shape == (1, NUM_CLASSES, *strided(size, STRIDES.get(name, 1)))
     assert outputs["out"].isfinite().all()
+
+
+@pytest.mark.promise(12)
+def test_every_model_gives_masks_of_the_size_of_the_image(model):
+    image = torch.randint(256, (65, 71, 3), dtype=torch.uint8)
+    network = Network(model.eval())
+    segmenter = Segmenter(network, Labels(("a", "b", "c")), device="cpu", precision="32-true")
+    mask = segmenter.predict(image.numpy()).mask
+    with torch.no_grad():
+        logits = network(image.permute(2, 0, 1)[None])["out"]
+    assert mask.shape == (65, 71)
+    assert (mask == enlarge(logits, (65, 71))[0].argmax(0).numpy()).mean() > 0.999
 
 
 def test_d23_aux_head_runs_in_training_only(model, name):

@@ -7,6 +7,10 @@ notes what it is shown and how, which the settings of the command line decide.
 import csv
 import io
 import json
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,14 +20,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_command
+from conftest import ROOT, run_command
 from lightning import Callback
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
 from seg_torch import checkpoint
+from seg_torch.labels import Labels
+from seg_torch.models.network import Network
 
 HEIGHT, WIDTH = 40, 56
 CLASSES = {"dark": (10, 20, 30), "bright": (200, 100, 0), "absent": (1, 2, 3)}
@@ -49,6 +56,7 @@ class Threshold(nn.Module):
         super().__init__()
         assert num_classes == len(CLASSES)
         self.threshold = nn.Parameter(torch.tensor(128.0))
+        self.register_buffer("random", torch.rand(4))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if not x.is_meta:
@@ -177,6 +185,10 @@ class Run(NamedTuple):
     def report(self, path: str) -> dict[str, Any]:
         return json.loads((self.home / path).read_text())
 
+    def history(self) -> list[dict[str, str]]:
+        with (self.home / "run/metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
     def masks(self, names: list[str]) -> dict[str, np.ndarray]:
         """Those that predict.py wrote."""
         files = {name: self.home / f"masks/mask/{name}.png" for name in names}
@@ -212,7 +224,7 @@ def run(tmp_path_factory) -> Run:
     return run_all(
         tmp_path_factory.mktemp("own"),
         f"{TRAIN} trainer.max_epochs=1 trainer.precision=32 loss=weighted_ce "
-        "data.num_workers=0 trainer.log_every_n_steps=1",
+        "aux_weight=0.25 data.num_workers=0 trainer.log_every_n_steps=1",
         f"evaluate checkpoint=run output_dir=evaluation {TRUST}",
         f"predict checkpoint=run input=data/images output=masks {TRUST}",
     )
@@ -268,7 +280,7 @@ def test_class_weights_are_printed_and_leave_out_ignored_pixels_and_absent_class
     labelled = pixels[pixels != 255]
     weights = [*compute_class_weight("balanced", classes=np.arange(2), y=labelled), 0]
     assert f"class weights (inverse): {np.round(weights, 4).tolist()}" in run.printed["train"]
-    # With them, and the auxiliary head's loss at half its weight, the loss is PyTorch's.
+    # With them, and a quarter of the auxiliary head's, the loss is PyTorch's.
     losses = []
     for name in run.data.split("train"):
         red = torch.from_numpy(run.data.images[name][None, ..., 0]).float()
@@ -276,9 +288,8 @@ def test_class_weights_are_printed_and_leave_out_ignored_pixels_and_absent_class
         options = {"weight": torch.tensor(weights, dtype=torch.float32), "ignore_index": 255}
         out = logits(red, 128)
         main, aux = (F.cross_entropy(scale * out, target, **options) for scale in (1, 0.3))
-        losses.append(main.item() + 0.5 * aux.item())
-    with (run.home / "run/metrics.csv").open() as file:
-        (row,) = csv.DictReader(file)
+        losses.append(main.item() + 0.25 * aux.item())
+    (row,) = run.history()
     assert float(row["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -312,7 +323,7 @@ def resized(tmp_path_factory) -> Run:
     return run_all(
         tmp_path_factory.mktemp("resized"),
         f"{TRAIN} trainer.max_epochs=3 trainer.precision=bf16-mixed data.resize=[20,28] "
-        f"+callbacks.spoil._target_={__name__}.Spoil",
+        f"seed=7 trainer.accumulate_grad_batches=2 +callbacks.spoil._target_={__name__}.Spoil",
         *scored,
         f"evaluate checkpoint=run output_dir=test {TRUST}",
         f"predict checkpoint=run input=data/images output=masks trainer.precision=32-true {TRUST}",
@@ -350,10 +361,9 @@ def test_scores_are_those_of_one_matrix_over_the_dataset_for_every_batch_size(re
 
 
 def test_the_epoch_with_the_best_mean_iou_is_kept_and_scored(resized):
-    with (resized.home / "run/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
     mean_iou, accuracy = (
-        [float(row[f"val_{name}"]) for row in rows] for name in ("mean_iou", "pixel_accuracy")
+        [float(row[f"val_{name}"]) for row in resized.history()]
+        for name in ("mean_iou", "pixel_accuracy")
     )
     assert np.argmax(mean_iou) == 1
     assert np.argmax(accuracy) == 0, "nothing to tell them apart by"
@@ -361,6 +371,21 @@ def test_the_epoch_with_the_best_mean_iou_is_kept_and_scored(resized):
     assert best["model.threshold"] == THRESHOLDS[1]
     assert resized.report("val1/val_metrics.json")["mean_iou"] == pytest.approx(mean_iou[1])
     assert resized.report("run/test_metrics.json") == resized.report("test/test_metrics.json")
+
+
+@pytest.mark.promise(16)
+def test_the_effective_batch_is_printed_and_decides_how_many_steps_there_are(run, resized):
+    for which, batch, steps in ((run, 1, ["7"]), (resized, 2, ["4", "8", "12"])):
+        assert "7 training images, 3 classes" in which.printed["train"]
+        assert f", effective batch {batch}\n" in which.printed["train"]
+        assert [row["step"] for row in which.history()] == steps
+
+
+def test_another_seed_starts_from_other_weights(run, resized):
+    first, other = (
+        checkpoint.network_state(checkpoint.read(r.home / "run")) for r in (run, resized)
+    )
+    assert not torch.equal(first["model.random"], other["model.random"])
 
 
 def test_each_part_computes_in_the_precision_that_was_asked_for(resized):
@@ -371,3 +396,73 @@ def test_each_part_computes_in_the_precision_that_was_asked_for(resized):
     assert {shown.dtype for shown in resized.shown["evaluate"]} == {torch.float32}
     assert {shown.dtype for shown in resized.shown["predict"]} == {torch.float32}
     assert resized.report("val1/val_metrics.json")["precision"] == "bf16-mixed"
+
+
+# Memory
+
+
+class Plain:
+    """Black images of 128 x 128 pixels."""
+
+    labels = Labels(tuple(CLASSES))
+
+    def __init__(self, split: str, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        image = torch.zeros(3, 128, 128, dtype=torch.uint8)
+        return tv_tensors.Image(image), tv_tensors.Mask(image[0])
+
+
+class Weighed(Threshold):
+    """Notes the memory of this process at each image."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        MEGABYTES.append(pages * resource.getpagesize() / 2**20)
+        out = super().forward(x)
+        SHOWN.clear()
+        return out
+
+
+MEGABYTES: list[float] = []
+
+
+def memory_by_image(folder: Path) -> None:
+    """Scores 1,000 images by evaluate.py and prints the megabytes at the 10th and the last."""
+    network = Network(Weighed(3))
+    data = {
+        "_target_": "seg_torch.datamodule.SegmentationDataModule",
+        "dataset": {"_target_": f"{__name__}.Plain", "_partial_": True, "length": 1000},
+    }
+    model = {"_target_": f"{__name__}.Weighed"}
+    content = {
+        "state_dict": {f"network.{key}": value for key, value in network.state_dict().items()},
+        checkpoint.KEY: checkpoint.describe(network, Plain.labels, model, data, None),
+    }
+    torch.save(content, folder / "plain.ckpt")
+    assert run_command(f"evaluate checkpoint=plain.ckpt output_dir=run {TRUST}", folder) == 0
+    print("memory", len(MEGABYTES), MEGABYTES[9], MEGABYTES[-1])
+
+
+@pytest.mark.promise(15)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_the_same_at_the_thousandth_image_as_at_the_tenth(tmp_path):
+    """Their masks alone would be 16 MB, their images 47 MB, their logits 188 MB."""
+    code = f"import pathlib, {__name__} as test; test.memory_by_image(pathlib.Path.cwd())"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    ).stdout
+    count, tenth, last = map(float, output.split("memory ")[1].split())
+    assert count == 1000
+    assert last - tenth < 8
