@@ -123,25 +123,21 @@ def ink(grey: np.ndarray) -> Image.Image:
 
 
 class Data(NamedTuple):
-    root: Path
     images: dict[str, np.ndarray]  # name -> RGB uint8 [H, W, 3]
     masks: dict[str, np.ndarray]  # name -> uint8 [H, W]
-
-    def split(self, name: str) -> list[str]:
-        return (self.root / f"{name}.txt").read_text().split()
+    splits: dict[str, list[str]]  # train, val or test -> names
 
 
 def make_data(root: Path) -> Data:
     """Train and test have an image of each format; val has masks that are wrong in places."""
-    data = Data(root, {}, {})
-    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    data = Data({}, {}, {"train": [], "val": [], "test": []})
 
     def write(split: str, file: str, image: Image.Image, rgb: np.ndarray, mask: np.ndarray) -> None:
         path = root / "images" / f"{split}_{file}"
         image.save(path, **({"exif": TURN} if file == "turned.png" else {}))
         Image.fromarray(mask).save(root / "masks" / f"{path.stem}.png")
         data.images[path.stem], data.masks[path.stem] = rgb, mask
-        names[split].append(path.stem)
+        data.splits[split].append(path.stem)
 
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
@@ -158,8 +154,8 @@ def make_data(root: Path) -> Data:
         grey[:, 45 - i :] = 240
         mask[-2:] = 255
         write("val", f"{i}.png", Image.fromarray(colour(grey)), colour(grey), mask)
-    for split, listed in names.items():
-        (root / f"{split}.txt").write_text("\n".join(listed))
+    for split, names in data.splits.items():
+        (root / f"{split}.txt").write_text("\n".join(names))
     lines = [f"{name} {' '.join(map(str, rgb))}" for name, rgb in CLASSES.items()]
     (root / "classes.txt").write_text("\n".join(lines))
     return data
@@ -201,6 +197,8 @@ def run_all(home: Path, *commands: str) -> Run:
     (home / "mine/model").mkdir(parents=True)
     (home / "mine/model/own.yaml").write_text(f"_target_: {__name__}.Threshold\n")
     for line in commands:
+        if "=moved" in line and not (home / "moved").exists():
+            (home / "data").rename(home / "moved")
         SHOWN.clear()
         output = io.StringIO()
         with redirect_stdout(output):
@@ -225,8 +223,8 @@ def run(tmp_path_factory) -> Run:
         tmp_path_factory.mktemp("own"),
         f"{TRAIN} trainer.max_epochs=1 trainer.precision=32 loss=weighted_ce "
         "aux_weight=0.25 data.num_workers=0 trainer.log_every_n_steps=1",
-        f"evaluate checkpoint=run output_dir=evaluation {TRUST}",
-        f"predict checkpoint=run input=data/images output=masks {TRUST}",
+        f"evaluate checkpoint=run data.root=moved output_dir=evaluation {TRUST}",
+        f"predict checkpoint=run input=moved/images output=masks {TRUST}",
     )
 
 
@@ -248,7 +246,7 @@ def names_of(data: Data, shown: list[Shown]) -> set[str]:
 @pytest.mark.promise(19, 20)
 def test_images_of_every_format_are_the_same_in_training_evaluation_and_prediction(run):
     """Grey, transparent, palette, CMYK, 16-bit, and turned by EXIF: to the last value."""
-    train, val, test = map(run.data.split, ("train", "val", "test"))
+    train, val, test = (run.data.splits[split] for split in ("train", "val", "test"))
     training = [shown for shown in run.shown["train"] if shown.training]
     assert names_of(run.data, training) == {*train}
     assert len(training) == len(FORMATS)
@@ -276,13 +274,13 @@ def test_a_perfect_prediction_scores_1_and_the_absent_class_is_absent(run):
 
 @pytest.mark.promise(18)
 def test_class_weights_are_printed_and_leave_out_ignored_pixels_and_absent_classes(run):
-    pixels = np.concatenate([run.data.masks[n].ravel() for n in run.data.split("train")])
+    pixels = np.concatenate([run.data.masks[n].ravel() for n in run.data.splits["train"]])
     labelled = pixels[pixels != 255]
     weights = [*compute_class_weight("balanced", classes=np.arange(2), y=labelled), 0]
     assert f"class weights (inverse): {np.round(weights, 4).tolist()}" in run.printed["train"]
     # With them, and a quarter of the auxiliary head's, the loss is PyTorch's.
     losses = []
-    for name in run.data.split("train"):
+    for name in run.data.splits["train"]:
         red = torch.from_numpy(run.data.images[name][None, ..., 0]).float()
         target = torch.from_numpy(run.data.masks[name][None]).long()
         options = {"weight": torch.tensor(weights, dtype=torch.float32), "ignore_index": 255}
@@ -302,6 +300,14 @@ def test_predicted_masks_carry_the_names_and_colours_of_the_classes(run):
             assert np.array_equal(np.array(image.getpalette()[:9]), np.ravel([*CLASSES.values()]))
     header = (run.home / "masks/predictions.csv").read_text().splitlines()[0]
     assert header.split(",")[-3:] == list(CLASSES)
+
+
+def test_a_checkpoint_is_not_scored_on_data_with_other_classes(run, capsys):
+    line = f"evaluate checkpoint=run data=shapes output_dir=shapes {TRUST}"
+    assert run_command(line, run.home) == 2
+    message = capsys.readouterr().err
+    assert "knows the 3 classes (dark, bright, absent), the data has the 6 classes" in message
+    assert not (run.home / "shapes").exists()
 
 
 def test_tensorboard_finds_loss_rate_and_scores_in_the_folder_of_the_run(run):
@@ -335,7 +341,7 @@ def test_a_network_that_sees_resized_images_is_scored_at_the_size_of_the_labels(
     for shown in resized.shown.values():
         assert {image.shape for _, _, image in shown} == {(3, 20, 28)}
     for split in ("val", "test"):
-        predicted = resized.masks(resized.data.split(split))
+        predicted = resized.masks(resized.data.splits[split])
         for name, mask in predicted.items():
             assert mask.shape == resized.data.masks[name].shape
         expected = matrix_of(resized.data.masks, predicted).tolist()
@@ -352,7 +358,7 @@ def test_scores_are_those_of_one_matrix_over_the_dataset_for_every_batch_size(re
         union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
         return (matrix.diagonal()[union > 0] / union[union > 0]).mean()
 
-    predicted = resized.masks(resized.data.split("val"))
+    predicted = resized.masks(resized.data.splits["val"])
     whole = matrix_of(resized.data.masks, predicted)
     each = [mean_iou(matrix_of(resized.data.masks, {n: m})) for n, m in predicted.items()]
     assert reports[0]["confusion_matrix"] == whole.tolist()
@@ -390,7 +396,7 @@ def test_another_seed_starts_from_other_weights(run, resized):
 
 def test_each_part_computes_in_the_precision_that_was_asked_for(resized):
     train = resized.shown["train"]
-    of_test = len(resized.data.split("test"))
+    of_test = len(resized.data.splits["test"])
     assert {shown.dtype for shown in train[:-of_test]} == {torch.bfloat16}
     assert {shown.dtype for shown in train[-of_test:]} == {torch.float32}  # as evaluate.py scores
     assert {shown.dtype for shown in resized.shown["evaluate"]} == {torch.float32}

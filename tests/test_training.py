@@ -195,6 +195,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.promise(7)
 @pytest.mark.promise(22)
 def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tmp_path):
     """Killed by kill -9 at a random moment of the second epoch."""
@@ -228,7 +229,6 @@ def test_d02_ten_random_kills(tmp_path):
         assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.promise(22)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_d16_a_signal_saves_the_very_step_from_which_the_run_goes_on(undisturbed, tmp_path, signum):
     """In the second epoch; during validation: see the next test."""
