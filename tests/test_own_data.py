@@ -146,6 +146,8 @@ def make_data(root: Path) -> Data:
             grey = np.where(RIGHT, 240, 8 * i + 4 * s).astype(np.uint8)
             mask = RIGHT.astype(np.uint8)
             mask[: i + 1] = 255  # not labelled
+            if (split, file) == ("train", "grey.png"):
+                mask[:] = 255
             write(split, file, make(grey), read(grey).astype(np.uint8), mask)
     for i in range(5):
         grey = np.full((HEIGHT, WIDTH - 7 * (i % 2)), 3 + i, np.uint8)
@@ -272,23 +274,33 @@ def test_a_perfect_prediction_scores_1_and_the_absent_class_is_absent(run):
         assert row.count("absent") == 5
 
 
+def class_weights(data: Data) -> list[float]:
+    """Those of the training set, by scikit-learn."""
+    pixels = np.concatenate([data.masks[name].ravel() for name in data.splits["train"]])
+    labelled = pixels[pixels != 255]
+    return [*compute_class_weight("balanced", classes=np.arange(2), y=labelled).tolist(), 0.0]
+
+
 @pytest.mark.promise(18)
 def test_class_weights_are_printed_and_leave_out_ignored_pixels_and_absent_classes(run):
-    pixels = np.concatenate([run.data.masks[n].ravel() for n in run.data.splits["train"]])
-    labelled = pixels[pixels != 255]
-    weights = [*compute_class_weight("balanced", classes=np.arange(2), y=labelled), 0]
-    assert f"class weights (inverse): {np.round(weights, 4).tolist()}" in run.printed["train"]
-    # With them, and a quarter of the auxiliary head's, the loss is PyTorch's.
+    weights = [round(weight, 4) for weight in class_weights(run.data)]
+    assert f"class weights (inverse): {weights}" in run.printed["train"]
+
+
+@pytest.mark.promise(9)
+def test_the_loss_is_pytorchs_and_zero_for_a_batch_without_a_label(run):
+    """With class weights, and with a quarter of the auxiliary head's; a batch is an image."""
+    options = {"weight": torch.tensor(class_weights(run.data)), "ignore_index": 255}
     losses = []
     for name in run.data.splits["train"]:
         red = torch.from_numpy(run.data.images[name][None, ..., 0]).float()
         target = torch.from_numpy(run.data.masks[name][None]).long()
-        options = {"weight": torch.tensor(weights, dtype=torch.float32), "ignore_index": 255}
         out = logits(red, 128)
         main, aux = (F.cross_entropy(scale * out, target, **options) for scale in (1, 0.3))
-        losses.append(main.item() + 0.25 * aux.item())
+        losses.append((main + 0.25 * aux).item())
+    assert np.isnan(losses).sum() == 1, "PyTorch's own mean over no pixels"
     (row,) = run.history()
-    assert float(row["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(row["train_loss"]) == pytest.approx(np.nan_to_num(losses).mean(), rel=1e-5)
 
 
 @pytest.mark.promise(23)
