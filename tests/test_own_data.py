@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,7 +203,7 @@ def run_all(home: Path, *commands: str) -> Run:
             (home / "data").rename(home / "moved")
         SHOWN.clear()
         output = io.StringIO()
-        with redirect_stdout(output):
+        with redirect_stdout(output), redirect_stderr(output):
             assert run_command(line, home) == 0, output.getvalue()
         name = line.split()[0]
         run.shown[name], run.printed[name] = SHOWN[:], output.getvalue()
