@@ -195,8 +195,6 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.promise(7)
-@pytest.mark.promise(22)
 def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tmp_path):
     """Killed by kill -9 at a random moment of the second epoch."""
     folder = tmp_path / "killed"
