@@ -537,6 +537,26 @@ def test_masks_that_are_no_class_ids_are_refused_before_training(command, photos
     assert not (tmp_path / "run").exists(), "training has begun"
 
 
+@pytest.mark.promise(8)
+def test_an_image_too_many_for_the_last_batch_trains_and_batches_of_one_are_refused(
+    command, photos, tmp_path
+):
+    """DeepLabv3 normalises pooled features, which one image alone does not have."""
+    (photos / "train.txt").write_text("0\n1\n2\n3\n4\n")
+    (photos / "val.txt").write_text("5\n6\n7\n")
+    line = (
+        f"train data=folder data.root={photos} model=deeplabv3 model.weights=null "
+        "model.backbone=mobilenet_v3_large data.augment.crop=[32,32] data.num_workers=0 "
+        "trainer.max_epochs=1 trainer.accelerator=cpu"
+    )
+    assert command(f"{line} output_dir=four data.batch_size=4") == (0, "")
+    assert (tmp_path / "four/metrics.csv").read_text().splitlines()[1].startswith("0,1,")
+    code, message = command(f"{line} output_dir=one data.batch_size=1")
+    assert code == 2
+    assert "data.batch_size=2" in message
+    assert not (tmp_path / "one/metrics.csv").exists()
+
+
 @pytest.mark.promise(17)
 def test_two_classes_train_and_predict_by_default_and_one_channel_is_refused(
     command, photos, tmp_path
