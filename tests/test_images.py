@@ -73,7 +73,6 @@ def test_floats_run_from_0_to_1(tmp_path):
     assert read_image(path)[0, :, 0].tolist() == [0, 51, 255]
 
 
-@pytest.mark.promise(20)
 def test_exif_orientation_6_is_turned_clockwise(tmp_path):
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = RED  # stored at the top left, seen at the top right

@@ -26,7 +26,6 @@ def sample(height: int = 64, width: int = 80) -> tuple[tv_tensors.Image, tv_tens
     return tv_tensors.Image(torch.stack([mask * 10, mask, mask])), tv_tensors.Mask(mask)
 
 
-@pytest.mark.promise(11)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_no_transform_invents_a_label(name):
     image, mask = sample()
