@@ -96,30 +96,35 @@ def with_palette(grey: np.ndarray) -> Image.Image:
     return image
 
 
+def cmyk(grey: np.ndarray) -> Image.Image:
+    none, black = Image.new("L", (WIDTH, HEIGHT)), Image.fromarray(255 - grey)
+    return Image.merge("CMYK", [none, none, none, black])
+
+
 def colour(grey: np.ndarray) -> np.ndarray:
     return np.stack([grey, grey // 2, 255 - grey], 2)
 
 
-# File name, how it is made from the grey values, and the RGB that it has to be read as.
-grey_as_rgb: Callable[[np.ndarray], np.ndarray] = lambda grey: np.stack([grey] * 3, 2)  # noqa: E731
-FORMATS: dict[str, tuple[Callable, Callable]] = {
+def as_grey(grey: np.ndarray) -> np.ndarray:
+    return np.stack([grey] * 3, 2)
+
+
+def on_white(grey: np.ndarray) -> np.ndarray:
+    return as_grey(np.where(RIGHT, 255, grey))
+
+
+# File name -> how it is made from grey values, and the RGB that it has to be read as.
+FORMATS: dict[str, tuple[Callable[[np.ndarray], Image.Image], Callable]] = {
     "rgb.png": (lambda grey: Image.fromarray(colour(grey)), colour),
-    "grey.png": (Image.fromarray, grey_as_rgb),
-    "rgba.png": (transparent, lambda grey: grey_as_rgb(np.where(RIGHT, 255, grey))),  # on white
-    "palette.png": (with_palette, grey_as_rgb),
-    "cmyk.tif": (
-        lambda grey: Image.merge("CMYK", [*[Image.new("L", (WIDTH, HEIGHT))] * 3, ink(grey)]),
-        grey_as_rgb,
-    ),
-    "16_bit.png": (lambda grey: Image.fromarray(grey.astype(np.uint16) * 257), grey_as_rgb),
-    "turned.png": (lambda grey: Image.fromarray(np.rot90(grey).copy()), grey_as_rgb),
+    "grey.png": (Image.fromarray, as_grey),
+    "rgba.png": (transparent, on_white),
+    "palette.png": (with_palette, as_grey),
+    "cmyk.tif": (cmyk, as_grey),
+    "16_bit.png": (lambda grey: Image.fromarray(grey.astype(np.uint16) * 257), as_grey),
+    "turned.png": (lambda grey: Image.fromarray(np.rot90(grey).copy()), as_grey),
 }
 TURN = Image.Exif()
 TURN[0x0112] = 6  # clockwise, to be seen upright
-
-
-def ink(grey: np.ndarray) -> Image.Image:
-    return Image.fromarray(255 - grey)
 
 
 class Data(NamedTuple):
@@ -147,7 +152,7 @@ def make_data(root: Path) -> Data:
             mask = RIGHT.astype(np.uint8)
             mask[: i + 1] = 255  # not labelled
             if (split, file) == ("train", "grey.png"):
-                mask[:] = 255
+                mask[:] = 255  # not at all
             write(split, file, make(grey), read(grey).astype(np.uint8), mask)
     for i in range(5):
         grey = np.full((HEIGHT, WIDTH - 7 * (i % 2)), 3 + i, np.uint8)
