@@ -145,6 +145,7 @@ def strided(size: Sequence[int], stride: int) -> tuple[int, ...]:
     return tuple(math.ceil(side / stride) for side in size)
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("size", [(65, 71), (32, 32)])
 def test_d09_logits_have_the_stride_of_the_head(model, name, size):
     with torch.no_grad():
