@@ -1,6 +1,8 @@
-"""What several test files need: configurations composed as the command line would."""
+"""What several test files need: command lines and their configurations, and promises."""
 
+import ast
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from seg_torch import cli
 from seg_torch.cli import CONFIG_FOLDER, complete_overrides
 
 # Small enough for two processor cores, and still every part of the real thing.
@@ -21,6 +24,54 @@ SMALL_DATA = (
     "data.num_workers=0",
 )
 SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.precision=32")
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--promises",
+        action="store_true",
+        help="list the tests of each promise of docs/reliability.md, and run none",
+    )
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.option.promises:
+        return None
+    for number, tests in promises().items():
+        print(f"{number:2}", "\n   ".join(tests) or "no test")
+    return 0
+
+
+def promises() -> dict[int, list[str]]:
+    """Returns the tests marked with each number of docs/reliability.md, but for slow ones."""
+    found: dict[int, list[str]] = {number: [] for number in range(1, 30)}
+    for file in sorted(Path(__file__).parent.glob("test_*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
+            if any("mark.slow" in mark for mark in marks):
+                continue
+            for mark in marks:
+                if mark.startswith("pytest.mark.promise("):
+                    for number in ast.literal_eval(mark[len("pytest.mark.promise(") : -1] + ","):
+                        found[number].append(f"{file.name}::{node.name}")
+    return found
+
+
+def run_command(line: str, folder: Path) -> int | str | None:
+    """Runs a command such as "train data=voc ..." in this process, in a folder.
+
+    Returns:
+        Its exit code.
+    """
+    name, *arguments = line.split()
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main(name)
+    return stop.value.code
 
 
 @pytest.fixture(autouse=True, scope="session")

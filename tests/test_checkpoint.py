@@ -58,6 +58,7 @@ def saved(path: Path, model: dict, network: Network, data: dict | None = None) -
     return path
 
 
+@pytest.mark.promise(22)
 def test_a_checkpoint_alone_gives_the_same_logits(tmp_path):
     torch.manual_seed(0)
     options = {k: v for k, v in UNET.items() if not k.startswith("_")} | {"weights": None}
@@ -464,6 +465,7 @@ class Payload:
         return os.mkdir, (self.folder,)
 
 
+@pytest.mark.promise(7)
 def test_unpickling_runs_nothing(tmp_path):
     torch.save({"state_dict": Payload(tmp_path / "ran")}, tmp_path / "a.ckpt")
     (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from conftest import run_command
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,17 +29,11 @@ TINY = (
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, capsys):
     """`command("train data=voc ...")` runs it here and returns (exit code, standard error)."""
 
     def command(line: str) -> tuple[int | str | None, str]:
-        name, *arguments = line.split()
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main(name)
-        return stop.value.code, capsys.readouterr().err
+        return run_command(line, tmp_path), capsys.readouterr().err
 
     return command
 
@@ -127,6 +121,7 @@ LIGHT = [
 ]
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize(("line", "expected"), LIGHT)
 def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     command, line, expected, tmp_path, monkeypatch
@@ -140,6 +135,7 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -451,23 +447,26 @@ def test_d20_other_processes_are_started_with_the_command_and_the_flags(
     assert sys.argv == line
 
 
-def test_d20_two_processes_of_the_package_with_a_model_of_ones_own(run_as, tmp_path):
+@pytest.mark.promise(6)
+def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(
+    command, run_as, tmp_path
+):
+    """Each process would start the sweep again if it were told the sweep's command line.
+
+    Nor would it know the model of one's own without the flag.
+    """
     (tmp_path / "mine/model").mkdir(parents=True)
     text = (cli.CONFIG_FOLDER / "model/unet_random.yaml").read_text()
     (tmp_path / "mine/model/own.yaml").write_text(text)
-    line = "-m seg_torch train --config-dir mine model=own trainer.devices=2 output_dir=run"
-    result = run_as(f"{line} {TINY}")
+    line = "train.py -m --config-dir mine model=own loss=ce,dice trainer.devices=2"
+    result = run_as(f"{line} output_dir=sweep {TINY}")
     assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stdout
-    assert (tmp_path / "run/test_metrics.json").is_file()
-
-
-def test_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(command, run_as, tmp_path):
-    """Each process would start the sweep again if it were told the sweep's command line."""
-    result = run_as(f"train.py -m loss=ce,dice output_dir=sweep trainer.devices=2 {TINY}")
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep"]
+    assert result.stdout.count("2 processes") == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "sweep"]
     assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
+    for job, loss in (("0", "CrossEntropyLoss"), ("1", "DiceLoss")):
+        config = OmegaConf.load(tmp_path / "sweep" / job / "config.yaml")
+        assert config.loss._target_ == f"seg_torch.losses.{loss}"
 
     # Five images on two processes give the same counts as on one.
     for job in ("0", "1"):
@@ -502,15 +501,88 @@ def test_a_checkpoint_of_another_program_is_named_as_such(command, tmp_path):
     assert "other.ckpt: not a checkpoint of seg_torch" in message
 
 
-def test_a_mask_with_a_value_outside_the_classes_is_refused(command, photos):
-    Image.fromarray(np.full((40, 40), 7, np.uint8)).save(photos / "masks/3.png")
-    code, message = command(f"train data=folder data.root={photos} model.weights=null")
+WRONG_MASKS = {  # how the mask i of 0 and 1 is stored, and what the message has to say
+    "off by one": (lambda mask: mask + 1, r"masks/\d\.png: mask values \[2\]; allowed are 0 to 1"),
+    "one of eight": (
+        lambda mask, i: np.full_like(mask, 7) if i == 3 else mask,
+        r"masks/3\.png: mask values \[7\]; allowed are 0 to 1",
+    ),
+    "0 and 255": (lambda mask: 255 * mask, "only 0 and 255.*background 0 0 0\nobject 255 255 255"),
+    "colours": (
+        lambda mask: np.stack([200 * mask, mask, mask], 2),
+        r"masks/\d\.png.*a mask of colours.*name R G B",
+    ),
+    "colours that no class has": (
+        lambda mask: np.stack([200 * mask, mask, mask], 2),
+        r"masks/\d\.png: colour \(200, 1, 1\)",
+    ),
+}
+
+
+@pytest.mark.promise(1)
+@pytest.mark.parametrize("kind", WRONG_MASKS)
+def test_masks_that_are_no_class_ids_are_refused_before_training(command, photos, tmp_path, kind):
+    store, message = WRONG_MASKS[kind]
+    for i in range(8):
+        mask = np.full((40, 40), i % 2, np.uint8)
+        wrong = store(mask, i) if kind == "one of eight" else store(mask)
+        Image.fromarray(wrong).save(photos / f"masks/{i}.png")
+    if kind == "colours that no class has":
+        (photos / "classes.txt").write_text("background 0 0 0\nobject 200 0 0\n")
+    line = f"train data=folder data.root={photos} model=unet_random output_dir=run"
+    code, printed = command(line)
     assert code == 2
-    assert "3.png" in message
-    assert "7" in message
-    assert "0 to 1" in message
+    assert re.search(message, printed, re.DOTALL), printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists(), "training has begun"
 
 
+@pytest.mark.promise(8)
+def test_an_image_too_many_for_the_last_batch_trains_and_batches_of_one_are_refused(
+    command, photos, tmp_path
+):
+    """DeepLabv3 normalises pooled features, which one image alone does not have."""
+    (photos / "train.txt").write_text("0\n1\n2\n3\n4\n")
+    (photos / "val.txt").write_text("5\n6\n7\n")
+    line = (
+        f"train data=folder data.root={photos} model=deeplabv3 model.weights=null "
+        "model.backbone=mobilenet_v3_large data.augment.crop=[32,32] data.num_workers=0 "
+        "trainer.max_epochs=1 trainer.accelerator=cpu"
+    )
+    assert command(f"{line} output_dir=four data.batch_size=4") == (0, "")
+    assert (tmp_path / "four/metrics.csv").read_text().splitlines()[1].startswith("0,1,")
+    code, message = command(f"{line} output_dir=one data.batch_size=1")
+    assert code == 2
+    assert "data.batch_size=2" in message
+    assert not (tmp_path / "one/metrics.csv").exists()
+
+
+@pytest.mark.promise(17)
+def test_two_classes_train_and_predict_by_default_and_one_channel_is_refused(
+    command, photos, tmp_path
+):
+    line = (
+        f"train data=folder data.root={photos} model=unet_random data.augment.crop=[32,32] "
+        "data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu"
+    )
+    assert command(f"{line} output_dir=two")[0] == 0
+    assert command("predict checkpoint=two input=photos/images output=out save=[mask]")[0] == 0
+    masks = [np.array(Image.open(path)) for path in (tmp_path / "out/mask").iterdir()]
+    assert len(masks) == 8
+    assert np.unique(masks).max() <= 1
+    report = json.loads((tmp_path / "two/test_metrics.json").read_text())
+    assert list(report["per_class"]) == ["background", "object"]
+
+    for path in (photos / "masks").iterdir():
+        Image.new("L", (40, 40)).save(path)
+    (photos / "classes.txt").write_text("object\n")
+    code, message = command(f"{line} output_dir=one")
+    assert code == 2
+    assert "num_classes=2" in message
+    assert not (tmp_path / "one/metrics.csv").exists()
+
+
+@pytest.mark.promise(21)
 def test_a_mask_of_another_size_than_its_image_is_refused(command, photos):
     Image.fromarray(np.zeros((30, 40), np.uint8)).save(photos / "masks/3.png")
     code, message = command(f"train data=folder data.root={photos} model.weights=null")
@@ -520,11 +592,14 @@ def test_a_mask_of_another_size_than_its_image_is_refused(command, photos):
 
 
 def test_an_empty_folder_is_refused(command, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for line in ("train data=folder data.root=empty", "predict input=empty output=out"):
+    (tmp_path / "bare").mkdir()
+    for line, reason in (
+        ("train data=folder data.root=bare", "bare.*is empty"),
+        ("predict input=bare output=out", "input=bare: no images below this folder"),
+    ):
         code, message = command(line)
         assert code == 2
-        assert "empty" in message
+        assert re.search(reason, message), message
 
 
 def test_an_error_in_a_worker_process_keeps_its_short_message(command, tmp_path):
@@ -532,10 +607,12 @@ def test_an_error_in_a_worker_process_keeps_its_short_message(command, tmp_path)
     mask = sorted((tmp_path / "camvid/valannot").iterdir())[0]
     Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask)
     code, message = command(
-        "train data=camvid data.root=camvid data.num_workers=1 model=unet_random "
-        "data.augment.crop=[32,32] trainer.accelerator=cpu"
+        "train data=camvid data.root=camvid data.num_workers=1 data.check=false "
+        "model=unet_random data.augment.crop=[32,32] trainer.accelerator=cpu"
     )
     assert code == 2
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
     assert mask.name in message
     assert "Traceback" not in message
 

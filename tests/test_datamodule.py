@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -66,12 +67,18 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
     assert not equal(epoch(module(seed=2), 3), reference)
 
 
+def test_the_seed_of_a_run_is_that_of_its_data(compose):
+    for data in ("data=shapes", "data=voc"):
+        assert instantiate(compose("train", "seed=3", data).data).seed == 3
+
+
 def test_cached_samples_take_no_workers_from_a_network_on_the_cpu():
     cached = SegmentationDataModule(small_shapes, batch_size=2, cache="ram")
     assert cached.train_dataloader().num_workers == 0
     assert SegmentationDataModule(small_shapes, batch_size=2).train_dataloader().num_workers > 0
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     shards = [list(EpochSampler(23, 3, 0, rank, world)) for rank in range(world)]
@@ -81,11 +88,13 @@ def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.promise(27)
 def test_a_dataset_smaller_than_a_batch_still_gives_each_process_one():
     assert [len(b) for b in EpochSampler(3, 8, 0, 0, 1)] == [3]
     assert [len(list(EpochSampler(1, 8, 0, rank, 2))) for rank in (0, 1)] == [1, 1]
 
 
+@pytest.mark.promise(5, 27)
 @pytest.mark.parametrize(("length", "world"), [(5, 2), (1, 3), (8, 2), (7, 4)])
 def test_every_image_is_evaluated_exactly_once(length, world):
     shards = [evaluation_batches(length, 2, rank, world) for rank in range(world)]
@@ -105,6 +114,7 @@ def test_evaluation_groups_by_size_and_keeps_labels_at_theirs():
     ]
 
 
+@pytest.mark.promise(13)
 def test_resize_changes_images_but_never_evaluation_labels():
     module = SegmentationDataModule(small_shapes, num_workers=0, resize=(16, 24))
     images, masks = next(iter(module.train_dataloader()))
@@ -131,6 +141,7 @@ def test_images_of_several_sizes_in_a_batch_are_refused_with_the_way_out():
         next(iter(module.train_dataloader()))
 
 
+@pytest.mark.promise(18)
 def test_pixel_counts_equal_numpys():
     module = SegmentationDataModule(small_shapes, num_workers=0)
     masks = np.stack([np.asarray(small_shapes("train")[i][1]) for i in range(11)])
@@ -150,6 +161,7 @@ def test_an_empty_split_is_refused():
         module.dataset("val")
 
 
+@pytest.mark.promise(1)
 def test_d11_a_bad_label_is_refused_by_the_worker_that_reads_it():
     class Bad:
         labels = small_shapes("train").labels
@@ -354,6 +366,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.promise(22)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.filterwarnings("error:You're resuming from a checkpoint that ended before")
 def test_d02_a_resumed_run_sees_what_an_undisturbed_one_would_have_seen(undisturbed, name):

@@ -200,6 +200,7 @@ def test_val_in_place_of_test_is_said(build, name, caplog):
     assert "the test split is val" in caplog.text
 
 
+@pytest.mark.promise(21)
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "clothing", "coco_stuff", "pet", "voc"])
 def test_a_mask_without_its_image_is_named(copies, tmp_path, name):
     root = tmp_path / name
@@ -222,6 +223,7 @@ def only_pair(root: Path, image: Image.Image, mask: np.ndarray, **options):
     return datasets.folder(root, "val")
 
 
+@pytest.mark.promise(19)
 @pytest.mark.parametrize("mode", ["L", "1", "RGBA", "LA", "P", "I;16"])
 def test_images_of_every_mode_become_rgb(own, mode):
     picture = make_data.picture(0)
@@ -241,6 +243,7 @@ def test_16_bit_images_are_scaled_not_clipped(own):
     assert pixels.unique().tolist() == [128]
 
 
+@pytest.mark.promise(20)
 def test_a_photo_with_orientation_6_lies_under_its_mask(own):
     upright = np.zeros((64, 48), np.uint8)
     upright[5:20, 30:45] = 1
@@ -279,6 +282,7 @@ def check_folder(root):
     SegmentationDataModule(datasets.folder, str(root)).check_files()
 
 
+@pytest.mark.promise(1)
 def test_a_value_that_is_no_class_is_refused_with_those_found_and_those_allowed(own):
     make_data.save(make_data.blocks(0, [0, 1, 3]), own / "masks" / "photo_0.png")
     with pytest.raises(InputError, match=r"photo_0\.png.*\[0, 1, 3, 255\].*0 to 2.*255"):
@@ -338,6 +342,7 @@ def test_a_train_list_without_a_val_list_is_refused(own):
         datasets.folder(own, "val")
 
 
+@pytest.mark.promise(21)
 def test_images_without_mask_and_masks_without_image_are_listed(own):
     (own / "masks" / "photo_3.png").unlink()
     (own / "images" / "photo_5.jpg").unlink()
@@ -348,6 +353,7 @@ def test_images_without_mask_and_masks_without_image_are_listed(own):
     assert "photo_5.png: no image" in str(error.value)
 
 
+@pytest.mark.promise(21)
 def test_two_images_of_one_name_are_ambiguous(own):
     make_data.save(make_data.picture(0), own / "images" / "photo_3.png")
     with pytest.raises(InputError, match=r"photo_3\.jpg: ambiguous.*photo_3\.png"):
@@ -363,6 +369,7 @@ def test_only_the_first_five_problems_are_listed(own):
     assert str(error.value).count("no mask") == 5
 
 
+@pytest.mark.promise(21)
 def test_pairs_of_different_sizes_are_listed_before_training(own):
     make_data.save(make_data.blocks(0, [0], height=64, width=48), own / "masks" / "photo_4.png")
     with pytest.raises(InputError, match=r"1 problems(.|\n)*photo_4\.png.*48 x 64.*64 x 48"):
@@ -402,6 +409,7 @@ def test_colour_masks_are_read_by_the_colours_of_classes_txt(own, mode, separato
     assert (dataset.mask(0) == expected).all()
 
 
+@pytest.mark.promise(1)
 def test_a_colour_without_a_class_is_refused_with_file_colour_and_count(own):
     colour_the_masks(own)
     lines = ["background 0 0 0", "traffic light 255 0 0", "car 1 2 3"]
@@ -436,6 +444,7 @@ def black_and_white(root: Path, mode: str) -> None:
         Image.fromarray(white.astype(np.uint8) * 255).convert(mode).save(path)
 
 
+@pytest.mark.promise(1)
 def test_masks_of_0_and_255_are_refused_with_the_way_out(own):
     black_and_white(own, "L")
     make_data.write_lines(own / "classes.txt", ["background", "cat"])
@@ -507,6 +516,7 @@ def test_d26_a_class_list_of_another_encoding_is_refused(tmp_path, content, mess
 # The check of all files
 
 
+@pytest.mark.promise(1)
 def test_d12_the_one_bad_mask_of_sixty_is_found(tmp_path):
     for i in range(60):
         make_data.save(make_data.picture(i), tmp_path / "images" / f"{i:02}.jpg")

@@ -165,6 +165,7 @@ def test_every_choice_of_a_user_is_in_one_of_the_runs_above():
     assert files - chosen == {"data=default", "data=from_checkpoint"}  # no choices of a user
 
 
+@pytest.mark.promise(26)
 @pytest.mark.parametrize("name", RUNS)
 def test_everything_trains_is_scored_and_predicts(run, states, name):
     dataset, _ = RUNS[name]

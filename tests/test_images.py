@@ -59,6 +59,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert blue < 5
 
 
+@pytest.mark.promise(19)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 257, 32896, 65535]], np.uint16)  # 257 times 0, 1, 128, 255

@@ -101,6 +101,7 @@ def bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 SIZES = [(70, 101), (33, 47), (31, 97), (40, 20), (1, 1)]
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_d09_logits_are_upsampled_in_float32_whatever_they_come_in(size, dtype):
@@ -112,6 +113,7 @@ def test_d09_logits_are_upsampled_in_float32_whatever_they_come_in(size, dtype):
         assert np.abs(one - bilinear(values, size)).max() < 1e-4
 
 
+@pytest.mark.promise(13)
 def test_d09_upsampling_in_bf16_would_decide_otherwise():
     logits = torch.randn(1, 19, 16, 32).bfloat16()
     rounded = F.interpolate(logits, (128, 256), mode="bilinear").argmax(1)
@@ -176,6 +178,7 @@ def test_the_first_of_the_most_probable_classes_wins(shape, dtype, band, monkeyp
 EDGES = [(331, 487), (64, 64), (65, 97), (63, 33), (20, 400), (129, 128), (96 * 3 - 7, 64 * 3 - 7)]
 
 
+@pytest.mark.promise(14)
 @pytest.mark.parametrize("tile", [64, 96, 160, 320])
 @pytest.mark.parametrize("size", EDGES)
 def test_for_a_pointwise_model_tiled_equals_whole_to_the_last_bit(landscape, size, tile):
@@ -210,6 +213,7 @@ def test_tiles_in_batches_are_those_that_go_through_one_by_one(landscape, tile, 
     assert sum(shape[0] for shape in batched.seen) == len(single.seen)
 
 
+@pytest.mark.promise(14)
 def test_at_seams_tiles_disagree_with_the_whole_in_few_pixels_and_by_little(landscape):
     """The network sees 10 pixels around each; half a tile's 32 pixels of fading see them all."""
     whole, tiled = (
@@ -364,6 +368,7 @@ def megabytes_of_evaluation(tile: int, batch_size: int, folder: Path, images: in
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.mark.promise(14)
 @needs_linux
 def test_d23_in_tiles_evaluation_takes_memory_for_a_tile_not_for_the_image(tmp_path):
     """Logits of 19 classes alone are 159 MB an image; whole, it took 900 MB."""

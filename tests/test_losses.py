@@ -57,6 +57,7 @@ def value_and_gradient(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple
     return value.detach(), logits.grad
 
 
+@pytest.mark.promise(3)
 def test_ignored_logits_change_no_loss_and_no_gradient(loss, batch):
     logits, target = batch
     ignored = (target == 255).unsqueeze(1).expand_as(logits)
@@ -69,6 +70,7 @@ def test_ignored_logits_change_no_loss_and_no_gradient(loss, batch):
     assert torch.any(gradient[~ignored] != 0)
 
 
+@pytest.mark.promise(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_all_ignored_is_a_finite_zero_with_zero_gradient(loss, dtype):
     logits = (1e4 * torch.randn(2, NUM_CLASSES, 8, 8)).to(dtype)
@@ -78,6 +80,7 @@ def test_all_ignored_is_a_finite_zero_with_zero_gradient(loss, dtype):
     assert torch.all(gradient == 0)
 
 
+@pytest.mark.promise(9)
 def test_one_fully_ignored_image_leaves_the_other_finite(loss, batch):
     logits, target = batch
     target[0] = 255
@@ -86,6 +89,7 @@ def test_one_fully_ignored_image_leaves_the_other_finite(loss, batch):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_the_float32_loss_at_512x512(loss, dtype):
     logits = (20 * torch.randn(1, NUM_CLASSES, 512, 512)).to(dtype)
@@ -108,6 +112,7 @@ def test_uint8_and_int64_targets_agree(loss, batch):
     assert torch.equal(loss(logits, target), loss(logits, target.long()))
 
 
+@pytest.mark.promise(17)
 def test_one_output_channel_is_refused_with_the_fix(loss):
     with pytest.raises(InputError, match="num_classes=2"):
         loss(torch.randn(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
@@ -145,6 +150,7 @@ def test_d30_no_loss_waits_for_the_device(loss, batch, monkeypatch):
     assert value.shape == ()
 
 
+@pytest.mark.promise(18)
 def test_inverse_weights_are_scikit_learns_balanced_weights():
     labels = np.repeat(np.arange(4), COUNTS.numpy())
     expected = compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels)
@@ -166,6 +172,7 @@ def test_dataset_weights_enter_like_listed_weights(batch):
     torch.testing.assert_close(loss(*batch), listed(*batch))
 
 
+@pytest.mark.promise(18)
 def test_dataset_weights_are_logged_and_stay_out_of_the_checkpoint(caplog):
     with caplog.at_level(logging.INFO):
         loss = dataset_weighted()
@@ -266,6 +273,7 @@ def test_impossible_settings_are_refused():
         DiceLoss(weights="dataset")
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize("value", [4, 7, 254])
 def test_a_label_that_is_no_class_is_named(loss, batch, value):
     logits, target = batch

@@ -43,6 +43,7 @@ def scikit_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> np.nd
 
 
 # 120 and 200 classes lie on both sides of the largest matrix that 16-bit bins can count.
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("num_classes", [2, NUM_CLASSES, 120, 200])
 def test_counts_equal_scikit_learn(num_classes):
     prediction, target = random_maps(num_classes)
@@ -58,6 +59,7 @@ def test_every_integer_type_counts_alike(dtype):
     assert torch.equal(typed, matrix_of(prediction, target))
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_scores_do_not_depend_on_the_batch_size(batch_size):
     prediction, target = random_maps()
@@ -67,6 +69,7 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size):
     np.testing.assert_array_equal(metric.compute(), scikit_matrix(prediction, target, NUM_CLASSES))
 
 
+@pytest.mark.promise(5)
 def test_matrices_of_two_processes_are_added_up():
     prediction, target = random_maps()
     metric, other = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
@@ -94,6 +97,7 @@ def test_reset_forgets():
     assert metric.matrix.sum() == 0
 
 
+@pytest.mark.promise(4)
 def test_a_perfect_prediction_with_absent_classes_scores_one():
     target = torch.tensor([[0, 0, 3], [3, 255, 0]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 0, 3], [3, 4, 0]])  # the 4 lies on an ignored pixel
@@ -102,6 +106,7 @@ def test_a_perfect_prediction_with_absent_classes_scores_one():
     assert result["iou"].isnan().tolist() == [False, True, True, False, True]
 
 
+@pytest.mark.promise(3)
 def test_ignored_pixels_do_not_count():
     prediction, target = random_maps()
     other = torch.where(target == 255, (prediction + 1) % NUM_CLASSES, prediction)
@@ -117,6 +122,7 @@ def test_only_ignored_pixels_and_no_pixels_give_no_scores():
     assert all(value.isnan().all() for value in result.values())
 
 
+@pytest.mark.promise(3)
 def test_d13_no_metric_has_an_ignored_label_of_its_own():
     for metric in (ConfusionMatrix, AveragePrecision):
         assert list(inspect.signature(metric).parameters) == ["num_classes"]
@@ -135,6 +141,7 @@ def test_d30_no_metric_waits_for_the_device():
     assert average_precision.counts.device.type == "meta"
 
 
+@pytest.mark.promise(25)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_d30_counts_of_the_way_that_gpus_take_are_exact(monkeypatch, deterministic):
     monkeypatch.setattr(
@@ -156,6 +163,7 @@ def test_d30_counts_of_the_way_that_gpus_take_are_exact(monkeypatch, determinist
     np.testing.assert_allclose(values, expected, atol=2e-3)
 
 
+@pytest.mark.promise(25)
 def test_deterministic_algorithms_give_the_same_counts():
     prediction, target = random_maps()
     expected = matrix_of(prediction, target)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import segmentation as tv
 
-from seg_torch import checkpoint
+from seg_torch import Segmenter, checkpoint
 from seg_torch.errors import InputError
 from seg_torch.inference import upsample
 from seg_torch.labels import Labels
@@ -150,12 +150,25 @@ def strided(size: Sequence[int], stride: int) -> tuple[int, ...]:
     return tuple(math.ceil(side / stride) for side in size)
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("size", [(65, 71), (32, 32)])
 def test_d09_logits_have_the_stride_of_the_head(model, name, size):
     with torch.no_grad():
         outputs = model.eval()(images(1, 3, *size))
     assert outputs["out"].shape == (1, NUM_CLASSES, *strided(size, STRIDES.get(name, 1)))
     assert outputs["out"].isfinite().all()
+
+
+@pytest.mark.promise(12)
+def test_every_model_gives_masks_of_the_size_of_the_image(model):
+    image = torch.randint(256, (65, 71, 3), dtype=torch.uint8)
+    network = Network(model.eval())
+    segmenter = Segmenter(network, Labels(("a", "b", "c")), device="cpu", precision="32-true")
+    mask = segmenter.predict(image.numpy()).mask
+    with torch.no_grad():
+        logits = network(image.permute(2, 0, 1)[None])["out"]
+    assert mask.shape == (65, 71)
+    assert (mask == enlarge(logits, (65, 71))[0].argmax(0).numpy()).mean() > 0.999
 
 
 def test_d23_aux_head_runs_in_training_only(model, name):
@@ -174,6 +187,7 @@ def test_d23_aux_head_runs_in_training_only(model, name):
         assert outputs["aux"].shape == (2, NUM_CLASSES, 9, 9)  # of stride 8
 
 
+@pytest.mark.promise(12)
 def test_gradient_reaches_every_trainable_parameter(model):
     outputs = model.train()(images(2, 3, 65, 71))
     target = torch.randint(NUM_CLASSES, (2, 65, 71), generator=torch.Generator().manual_seed(2))
@@ -267,6 +281,7 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+@pytest.mark.promise(16)
 def test_d01_synchronised_batchnorm_gives_equal_logits(model):
     network = Network(copy.deepcopy(model))
     for module in batchnorm_layers(network):  # away from 0 and 1, where nothing would show
@@ -350,6 +365,7 @@ def published_mobilenet(tmp_path: Path) -> tv.DeepLabV3:
     return published
 
 
+@pytest.mark.promise(26)
 def test_another_number_of_classes_exchanges_the_last_layers_only(published_mobilenet, caplog):
     with caplog.at_level(logging.INFO):
         model = deeplabv3(NUM_CLASSES, "mobilenet_v3_large")
@@ -475,12 +491,14 @@ def test_deeplabv3_has_the_atrous_rates_asked_for_and_torchvisions_by_default():
     assert rates(book) == [6, 12, 18]
 
 
+@pytest.mark.promise(8)
 def test_deeplabv3_refuses_to_train_on_a_batch_of_one():
     model = MODELS["deeplabv3_mobilenet"]().train()
     with pytest.raises(InputError, match=r"data\.batch_size=2"):
         model(images(1, 3, 32, 32))
 
 
+@pytest.mark.promise(8)
 def test_deeplabv3_with_frozen_batchnorm_trains_on_a_batch_of_one():
     model = MODELS["deeplabv3_mobilenet"]().train()
     for module in model.modules():
@@ -490,6 +508,7 @@ def test_deeplabv3_with_frozen_batchnorm_trains_on_a_batch_of_one():
 
 
 # Lightning trains a model in the modes it was built with, and calls train() after a validation.
+@pytest.mark.promise(26)
 @pytest.mark.parametrize("call_train", [False, True])
 @pytest.mark.parametrize(
     ("build", "encoder"),
@@ -903,6 +922,7 @@ SMP_ARCHITECTURES = (
 )
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("architecture", SMP_ARCHITECTURES)
 def test_every_architecture_of_smp_takes_every_size(architecture):
     pytest.importorskip("segmentation_models_pytorch")
@@ -974,6 +994,7 @@ def test_smp_refuses_unknown_names_with_the_alternatives():
         smp(NUM_CLASSES, "DPT", "resnet18", weights=None)
 
 
+@pytest.mark.promise(8)
 def test_smp_architectures_that_pool_refuse_to_train_on_a_batch_of_one():
     pytest.importorskip("segmentation_models_pytorch")
     model = smp(NUM_CLASSES, "DeepLabV3Plus", "resnet18", weights=None).train()
@@ -1168,6 +1189,7 @@ def test_networks_take_any_number_of_channels():
 # Weights that match
 
 
+@pytest.mark.promise(26)
 def test_matching_weights_are_loaded_and_the_others_listed_in_one_line(caplog):
     source = deeplabv3(7, "mobilenet_v3_large", None)
     model = deeplabv3(NUM_CLASSES, "mobilenet_v3_large", None, aux=False)

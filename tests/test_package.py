@@ -59,6 +59,7 @@ def declared() -> tuple[set[str], set[str]]:
     return tuple({normal(Requirement(r).name) for r in group} for group in both)
 
 
+@pytest.mark.promise(24)
 def test_d32_what_is_imported_is_declared_and_the_reverse():
     always, optional = declared()
     assert imported() <= always | optional

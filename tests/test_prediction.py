@@ -122,6 +122,7 @@ def mask_of(path: Path) -> np.ndarray:
         return np.array(image)
 
 
+@pytest.mark.promise(23)
 def test_a_folder_keeps_its_tree_and_gets_what_was_asked_for(run, tmp_path):
     assert run("save=[mask,colour,overlay,legend,probabilities,coco,side_by_side]") == 0
     out = tmp_path / "out"
@@ -368,6 +369,7 @@ ODD_FILES = [
 ]
 
 
+@pytest.mark.promise(19)
 def test_odd_files_are_segmented_rightly_or_named_with_the_reason(
     compose, threshold, tmp_path, caplog
 ):

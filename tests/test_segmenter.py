@@ -50,6 +50,7 @@ def test_every_kind_of_input_gives_the_same_mask(segmenter, scene, tmp_path):
         assert np.array_equal(result.mask, expected)
 
 
+@pytest.mark.promise(20)
 def test_a_photo_taken_upright_is_segmented_upright(segmenter, scene, tmp_path):
     path = tmp_path / "phone.jpg"
     exif = Image.Exif()
@@ -60,6 +61,7 @@ def test_a_photo_taken_upright_is_segmented_upright(segmenter, scene, tmp_path):
     assert np.array_equal(mask, np.rot90((scene[..., 0] > 127).astype(np.uint8), -1))
 
 
+@pytest.mark.promise(13)
 def test_masks_have_the_size_of_the_image_whatever_the_network_sees(scene):
     network = Network(Threshold(), mean=(0, 0, 0), std=(1, 1, 1))
     result = Segmenter(network, LABELS, resize=(24, 32), device="cpu").predict(scene)
@@ -69,6 +71,7 @@ def test_masks_have_the_size_of_the_image_whatever_the_network_sees(scene):
     assert not wrong[:, 43:].any()
 
 
+@pytest.mark.promise(23)
 def test_saved_masks_are_ids_with_the_palette_of_the_labels(segmenter, scene, tmp_path):
     segmenter.predict(scene).save(tmp_path, "a/b")
     with Image.open(tmp_path / "mask/a/b.png") as image:
@@ -115,6 +118,7 @@ def test_areas_are_shares_of_the_pixels_by_name(scene):
     assert Segmentation(mask, LABELS, scene).areas() == {"dark": 0.75, "bright": 0.25}
 
 
+@pytest.mark.promise(23)
 def test_a_saved_mask_names_its_classes(segmenter, scene, tmp_path):
     labels = Labels(("straße", "木"))
     mask = segmenter.predict(scene).mask

@@ -279,6 +279,7 @@ def test_d20_one_process_counts_the_pixels_and_tells_the_other(run_of_two):
     assert noted(run_of_two, "given") == [[expected], [expected]]
 
 
+@pytest.mark.promise(5)
 def test_five_images_score_alike_on_two_processes_and_on_one(run_of_two, compose, tmp_path):
     (run,) = (run_of_two / "runs").iterdir()
     options = (f"checkpoint={run}", "trainer.accelerator=cpu", f"output_dir={tmp_path}")

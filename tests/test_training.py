@@ -81,6 +81,7 @@ def test_a_run_is_not_overwritten_by_another(small, tmp_path):
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
 
 
+@pytest.mark.promise(18)
 @pytest.mark.parametrize("weights_from", ["dataset", "image", "[1,2,1,1,1,1]"])
 def test_class_weights_of_every_origin_train(small, tmp_path, weights_from):
     train(
@@ -376,6 +377,7 @@ def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left
     assert score.item() == pytest.approx(best)
 
 
+@pytest.mark.promise(22)
 @pytest.mark.parametrize("setting", ["optimizer.lr=1", "optimizer=sgd", "seed=3", "model=fcn"])
 def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, setting):
     with pytest.raises(InputError, match=f"own settings; {setting.split('=')[0]} would"):
@@ -592,6 +594,7 @@ def test_d04_fine_tuning_on_another_folder_trains_all_its_epochs(small, compose,
     assert "tensors from" in caplog.text
 
 
+@pytest.mark.promise(26)
 def test_d17_fine_tuning_to_other_classes_takes_over_what_fits(small, compose, tmp_path, caplog):
     """The preprocessing is the new model's (D5)."""
     train(small("train", "preprocessing.mean=[0,0,0]", "preprocessing.std=[1,1,1]"))
@@ -635,6 +638,7 @@ def test_d15_a_checkpoint_is_not_evaluated_at_another_size(small, compose, tmp_p
         evaluate(compose("evaluate", f"checkpoint={tmp_path / 'run'}", "+data.resize=[64,64]"))
 
 
+@pytest.mark.promise(22)
 def test_evaluate_repeats_the_scores_at_the_end_of_training(small, compose, tmp_path):
     """In float32 unless told otherwise (D9), whatever training used; the report says which."""
     train(small("train", "trainer.precision=bf16-mixed"))
@@ -646,6 +650,7 @@ def test_evaluate_repeats_the_scores_at_the_end_of_training(small, compose, tmp_
     assert first["precision"] == "32-true"
 
 
+@pytest.mark.promise(2, 13)
 @pytest.mark.parametrize("settings", [(), ("tile=64", "tta=[flip,1.0,1.25]")])
 def test_evaluation_scores_the_masks_that_prediction_writes(small, compose, tmp_path, settings):
     """At one precision, pixel by pixel; for every batch size, and with tiles and augmentation."""

@@ -50,6 +50,7 @@ def test_image_and_mask_stay_aligned(name):
         assert torch.equal(out_image[0][inside], out_mask[inside] * 10)
 
 
+@pytest.mark.promise(11)
 def test_padding_is_ignored_and_the_rest_is_whole():
     image, mask = sample(32, 32)
     out_image, out_mask = RandomScaleCrop((96, 96), scale=None)(image, mask)
@@ -71,6 +72,7 @@ def test_crop_reaches_every_corner():
     assert {(p["top"], p["left"]) for p in places} == {(i, j) for i in range(3) for j in range(3)}
 
 
+@pytest.mark.promise(11)
 def test_mask_resize_takes_the_pixel_under_the_centre():
     mask = torch.arange(6, dtype=torch.uint8).view(1, 6)
     # Centres of two pixels over six lie at 1.5 and 4.5: between pixels 1 and 2, and 4 and 5.
