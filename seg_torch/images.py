@@ -19,6 +19,9 @@ IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
+# What they stand for. Pillow goes by the content, not by the suffix, and would have PostScript run
+# by Ghostscript.
+FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -53,10 +56,13 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
         kind: What it is to be, for the message.
 
     Raises:
-        InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
+        InputError: The file is missing, empty, cut off, no image of `FORMATS`, or larger than
+            Pillow allows.
     """
     try:
         with Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise UnidentifiedImageError
             yield image
     except InputError:
         raise
@@ -70,7 +76,8 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
-            reason = "the file is empty" if empty else "it is in no format that Pillow knows"
+            known = f"it is in no format that Pillow knows, or none of {', '.join(sorted(FORMATS))}"
+            reason = "the file is empty" if empty else known
         raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
 
 

@@ -14,7 +14,7 @@ SOURCE = "git clone https://github.com/bearpaw/clothing-co-parsing"
 
 def read_clothing_mask(path: Path) -> np.ndarray:
     """Return the variable `groundtruth` of an annotation file, uint8 [H, W]."""
-    return np.ascontiguousarray(base.read_mat(path, "groundtruth"), np.uint8)
+    return base.read_mat_mask(path, "groundtruth")
 
 
 def clothing(root: str | Path, split: str, limit: int | None = None) -> base.SegmentationDataset:

@@ -80,7 +80,7 @@ def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
     """Return a VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
     if path.suffix == ".png":
         return base.read_index_mask(path)
-    return np.array(base.read_mat(path, "GTcls")["Segmentation"][0, 0], np.uint8)
+    return base.read_mat_mask(path, "GTcls", "Segmentation")
 
 
 def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
