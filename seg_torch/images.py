@@ -22,6 +22,9 @@ IMAGE_SUFFIXES = (
 # What they stand for. Pillow goes by the content, not by the suffix, and would have PostScript run
 # by Ghostscript.
 FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
+# Pillow takes memory for the pixels that the header claims, and fills what is missing from some
+# formats with grey. A PNG has up to 8,200 pixels in a byte, where they are all black.
+LARGE, MOST_PIXELS_PER_BYTE = 1 << 24, 10_000
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -34,12 +37,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
+        values = np.array(image, np.float32)
+        values[~np.isfinite(values)] = 0  # as GeoTIFF marks pixels without a value
         # 16-bit files open as I;16 or, from PNG in some versions, as I: 65535 is white for both.
         # Floats are 0 to 1 by convention; larger values set the range themselves.
         white = 1.0 if image.mode == "F" else 65535.0
         white = max(white, float(values.max(initial=0)))
-        image = Image.fromarray(np.rint(values.clip(min=0) / white * 255).astype(np.uint8))
+        np.clip(values, 0, None, out=values)
+        values /= white
+        values *= 255
+        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
@@ -57,12 +64,18 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
 
     Raises:
         InputError: The file is missing, empty, cut off, no image of `FORMATS`, or larger than
-            Pillow allows.
+            Pillow or the size of the file allows.
     """
     try:
         with Image.open(path) as image:
             if image.format not in FORMATS:
                 raise UnidentifiedImageError
+            pixels, size = image.width * image.height, os.path.getsize(path)
+            if pixels > max(LARGE, MOST_PIXELS_PER_BYTE * size):
+                raise InputError(
+                    f"{path}: {image.width} x {image.height} pixels cannot be in a file of {size:,} "
+                    "bytes; it is damaged, or made to fill the memory"
+                )
             yield image
     except InputError:
         raise
