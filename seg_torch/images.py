@@ -21,7 +21,9 @@ IMAGE_SUFFIXES = (
 )
 # What they stand for. Pillow goes by the content, not by the suffix, and would have PostScript run
 # by Ghostscript.
-FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
+FORMATS = frozenset(
+    ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+)
 # Pillow takes memory for the pixels that the header claims, and fills what is missing from some
 # formats with grey. A PNG has up to 8,200 pixels in a byte, where they are all black.
 LARGE, MOST_PIXELS_PER_BYTE = 1 << 24, 10_000
@@ -73,8 +75,8 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
             pixels, size = image.width * image.height, os.path.getsize(path)
             if pixels > max(LARGE, MOST_PIXELS_PER_BYTE * size):
                 raise InputError(
-                    f"{path}: {image.width} x {image.height} pixels cannot be in a file of {size:,} "
-                    "bytes; it is damaged, or made to fill the memory"
+                    f"{path}: a file of {size:,} bytes claims to hold {pixels:,} pixels; it is "
+                    "damaged, or made to fill the memory"
                 )
             yield image
     except InputError:

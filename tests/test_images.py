@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -72,6 +72,12 @@ def test_floats_run_from_0_to_1(tmp_path):
     assert read_image(path)[0, :, 0].tolist() == [0, 51, 255]
 
 
+def test_what_has_no_value_in_a_float_image_is_black(tmp_path):
+    values = np.array([[np.nan, np.inf, 0.2, -np.inf]], np.float32)
+    path = written(Image.fromarray(values), tmp_path / "a.tif")
+    assert read_image(path)[0, :, 0].tolist() == [0, 0, 51, 0]
+
+
 def test_exif_orientation_6_is_turned_clockwise(tmp_path):
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = RED  # stored at the top left, seen at the top right
@@ -127,6 +133,30 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(InputError, match=r"cut\.png: cannot be read"):
         read_image(path)
+
+
+def test_postscript_is_not_run_whatever_its_name(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    path = (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(InputError, match=r"a\.png: cannot be read.*none of AVIF, BMP"):
+        read_image(path)
+
+
+def test_no_memory_is_taken_for_pixels_that_cannot_be_in_the_file(tmp_path, monkeypatch):
+    path = written(Image.new("RGB", (8, 8)), tmp_path / "a.gif")
+    content = bytearray(path.read_bytes())
+    content[6:10] = (13_000).to_bytes(2, "little") * 2
+    path.write_bytes(content)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(InputError, match=r"a\.gif: a file of \d+ bytes .*169,000,000 pixels"):
+        read_image(path)
+
+
+def test_a_large_image_of_one_colour_is_read(tmp_path):
+    path = written(Image.new("1", (8000, 4000)), tmp_path / "a.png")
+    assert path.stat().st_size < 10_000
+    assert not read_image(path).any()
 
 
 def test_writing_creates_folders_and_replaces_the_file(tmp_path):
