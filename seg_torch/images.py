@@ -91,7 +91,7 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
-            known = f"it is in no format that Pillow knows, or none of {', '.join(sorted(FORMATS))}"
+            known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
             reason = "the file is empty" if empty else known
         raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
 

@@ -157,6 +157,8 @@ BEIT = {"model_type": "beit", "out_indices": [3, 5, 7, 11]}
         ({"nothing": 1}, "unexpected keyword argument 'nothing'"),
         ({"encoder": {"a": "resnet18"}}, "no attribute 'split'"),
         ({"encoder": torch.zeros(3)}, "not plain data"),
+        # What published weights it would fetch is in the file, or not:
+        ({"_target_": "seg_torch.models.lraspp"}, "do not fit its own model"),
         # More than the file holds, on the way to more than the machine has:
         ({"decoder_channels": [30_000] * 5}, "larger than the weights in the file"),
         ({"decoder_channels": [10**12] * 5}, "numbers that no network has"),

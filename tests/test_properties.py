@@ -16,6 +16,7 @@ from test_inference import Pointwise, assembled, plain
 from torch import Tensor
 from torchvision import tv_tensors
 
+from seg_torch.datasets import base
 from seg_torch.datasets.base import read_mat_mask
 from seg_torch.datasets.folder import split_names
 from seg_torch.errors import InputError
@@ -295,3 +296,17 @@ def test_masks_come_out_of_matlab_files_as_scipy_put_them_in(
         assert np.array_equal(found, mask)
         with pytest.raises(InputError, match="holds no variable 'label'"):
             read_mat_mask(path, "label", field)
+
+
+@pytest.mark.parametrize("value", [256, -1, 0.5, np.nan])
+def test_other_numbers_than_class_ids_are_refused(tmp_path, value):
+    savemat(tmp_path / "a.mat", {"labels": np.array([[0, value]])})
+    with pytest.raises(InputError, match=r"a\.mat: labels is no matrix of class ids"):
+        read_mat_mask(tmp_path / "a.mat", "labels")
+
+
+def test_a_matlab_file_is_not_unpacked_without_end(tmp_path, monkeypatch):
+    savemat(tmp_path / "a.mat", {"labels": np.zeros((50, 50))}, do_compression=True)
+    monkeypatch.setattr(base, "MAT_LIMIT", 20_000)  # bytes, of which the values alone take as many
+    with pytest.raises(InputError, match=r"a\.mat: .*would unpack to more than 20,000 bytes"):
+        read_mat_mask(tmp_path / "a.mat", "labels")
