@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -145,10 +146,12 @@ def _check(content: dict[str, Any], size: int) -> None:
     if not isinstance(description["model"], dict) or not isinstance(description["data"], dict):
         raise InputError("its configurations are no mappings")
     mean, std, resize = (description["preprocessing"][key] for key in ("mean", "std", "resize"))
-    if len(mean) != len(std) or not all(isinstance(v, int | float) for v in (*mean, *std)):
+    if len(mean) != len(std) or not all(
+        isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
+    ):
         raise InputError("its mean and std are not two lists of numbers of one length")
-    sides = [] if resize is None else list(resize)
-    if len(sides) not in (0, 2) or not all(type(s) is int and 0 < s <= MAX_SIDE for s in sides):
+    sides = (1, 1) if resize is None else resize
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
 
 
@@ -266,7 +269,7 @@ def instantiate(
                 raise InputError(f"the checkpoint's configuration holds {key}, an order to Hydra")
     try:
         return hydra.utils.instantiate(config, **arguments, _convert_="all")
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         reason = textwrap.shorten(str(error.__cause__ or error), 300, placeholder=" ...")

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from omegaconf import OmegaConf
 from torch import nn
 
-from seg_torch import Segmenter, checkpoint
+from seg_torch import Segmenter, checkpoint, models
 from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.commands.evaluate import _data_settings, evaluate
 from seg_torch.errors import InputError
@@ -262,6 +262,41 @@ def test_a_model_that_cannot_be_made_without_values_is_counted_as_it_is_made():
 
 
 @pytest.mark.parametrize(
+    ("builder", "settings"),
+    [
+        ("deeplabv3", {"backbone": "resnet50"}),
+        ("fcn", {"backbone": "resnet50"}),
+        ("hrnet", {"encoder": "hrnet_w18_small"}),
+        ("lraspp", {}),
+        ("smp", {"encoder": "resnet18"}),
+        ("transformers", {"config": {"model_type": "segformer"}}),
+        ("unet", {"encoder": "resnet18"}),
+        ("unet_transposed", {}),
+    ],
+)
+def test_every_family_can_be_made_without_memory(builder, settings):
+    with torch.device("meta"):
+        model = getattr(models, builder)(3, **settings, weights=None)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_what_is_filled_as_it_is_made_is_counted_without_memory():
+    devices = []
+
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            values = torch.ones(20_000)
+            devices.append(values.device.type)
+            self.values = nn.Parameter(values)
+
+    with pytest.raises(InputError, match="larger than the weights"):
+        checkpoint._made_within(Filled, 20_000)
+    assert devices == ["meta"]
+    assert checkpoint._made_within(Filled, 30_000).values.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
     ("part", "value", "reason"),
     [
         ("labels", None, "not subscriptable"),
@@ -273,6 +308,8 @@ def test_a_model_that_cannot_be_made_without_values_is_counted_as_it_is_made():
         ("preprocessing", {"mean": [0], "std": [1, 1], "resize": None}, "mean and std"),
         ("preprocessing", {"mean": "abc", "std": "abc", "resize": None}, "mean and std"),
         ("preprocessing", {"mean": [0], "std": [1], "resize": [10**9, 10**9]}, "resize is"),
+        ("preprocessing", {"mean": [10**400], "std": [1], "resize": None}, "mean and std"),
+        ("preprocessing", {"mean": [0], "std": [1], "resize": []}, "resize is"),
         ("preprocessing", {"mean": [0], "std": [1], "resize": [32]}, "resize is"),
         ("preprocessing", {"mean": [0], "std": [1], "resize": [32, 32.5]}, "resize is"),
         ("model", [], "no mappings"),
@@ -335,13 +372,29 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     assert settings["num_workers"] <= os.cpu_count()
 
 
-@pytest.mark.parametrize("target", [HF, "seg_torch.models.unet", "seg_torch.datasets.shapes"])
-def test_data_that_are_no_data_module_are_refused(compose, tmp_path, target):
-    data = {"_target_": target, "split": "val", "num_classes": 2}
-    path = saved(tmp_path / "a.ckpt", OWN, Network(Own(3)), data)
-    options = (f"checkpoint={path}", f"trust=[{__name__}]", "trainer.accelerator=cpu")
-    with pytest.raises(InputError, match=r"none of seg_torch|cannot be made|no data module"):
-        evaluate(compose("evaluate", *options, f"output_dir={tmp_path / 'e'}"))
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"_target_": "seg_torch.models.unet"}, "none of seg_torch's own"),
+        ({"_target_": "seg_torch.datasets.shapes", "split": "val"}, "cannot be made as it says"),
+        ({"_target_": "seg_torch.datamodule.SegmentationDataModule"}, "cannot be made as it says"),
+        (
+            {
+                "_target_": "seg_torch.datamodule.SegmentationDataModule",
+                "dataset": {"_target_": "seg_torch.datasets.shapes", "_partial_": True},
+                "_partial_": True,
+            },
+            "no data module",
+        ),
+    ],
+)
+def test_data_that_are_no_data_module_are_refused(compose, tmp_path, data, reason):
+    network = Network(unet(3, "resnet10t", None))
+    model = {"_target_": "seg_torch.models.unet", "encoder": "resnet10t"}
+    path = saved(tmp_path / "a.ckpt", model, network, data)
+    options = (f"checkpoint={path}", f"output_dir={tmp_path / 'e'}", "trainer.accelerator=cpu")
+    with pytest.raises(InputError, match=reason):
+        evaluate(compose("evaluate", *options))
 
 
 class Asks:

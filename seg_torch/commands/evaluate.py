@@ -55,7 +55,7 @@ def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, An
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
-    return {**settings, "resize": resize}
+    return {**settings, "resize": resize, "augment": None}  # which only training needs
 
 
 def _own_data(data: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _own_data(data: dict[str, Any]) -> dict[str, Any]:
     workers = data.get("num_workers")
     if isinstance(workers, int):
         data["num_workers"] = min(workers, available_cpus())
-    return {**data, "augment": None}  # which only training needs
+    return data
 
 
 def _shortened(labels: Labels) -> str:
