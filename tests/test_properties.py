@@ -16,9 +16,9 @@ from test_inference import Pointwise, assembled, plain
 from torch import Tensor
 from torchvision import tv_tensors
 
-from seg_torch.datasets import base
-from seg_torch.datasets.base import read_mat_mask
+from seg_torch.datasets import matlab
 from seg_torch.datasets.folder import split_names
+from seg_torch.datasets.matlab import read_mat_mask
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference
 from seg_torch.labels import decode_segmap, encode_segmap
@@ -307,6 +307,6 @@ def test_other_numbers_than_class_ids_are_refused(tmp_path, value):
 
 def test_a_matlab_file_is_not_unpacked_without_end(tmp_path, monkeypatch):
     savemat(tmp_path / "a.mat", {"labels": np.zeros((50, 50))}, do_compression=True)
-    monkeypatch.setattr(base, "MAT_LIMIT", 20_000)  # bytes, of which the values alone take as many
+    monkeypatch.setattr(matlab, "LIMIT", 20_000)  # bytes, of which the values alone take as many
     with pytest.raises(InputError, match=r"a\.mat: .*would unpack to more than 20,000 bytes"):
         read_mat_mask(tmp_path / "a.mat", "labels")

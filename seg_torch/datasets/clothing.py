@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from seg_torch.datasets import base
+from seg_torch.datasets.matlab import read_mat_mask
 
 CLOTHING_LABELS = base.published_labels("clothing")
 SOURCE = "git clone https://github.com/bearpaw/clothing-co-parsing"
@@ -14,7 +15,7 @@ SOURCE = "git clone https://github.com/bearpaw/clothing-co-parsing"
 
 def read_clothing_mask(path: Path) -> np.ndarray:
     """Return the variable `groundtruth` of an annotation file, uint8 [H, W]."""
-    return base.read_mat_mask(path, "groundtruth")
+    return read_mat_mask(path, "groundtruth")
 
 
 def clothing(root: str | Path, split: str, limit: int | None = None) -> base.SegmentationDataset:

@@ -9,6 +9,7 @@ import numpy as np
 from torchvision.datasets import VOCSegmentation
 
 from seg_torch.datasets import base
+from seg_torch.datasets.matlab import read_mat_mask
 from seg_torch.errors import InputError, check_choice
 
 VOC_LABELS = base.published_labels("voc")
@@ -80,7 +81,7 @@ def read_voc_or_sbd_mask(path: Path) -> np.ndarray:
     """Return a VOC mask (PNG) or an SBD mask (MATLAB), uint8 [H, W]."""
     if path.suffix == ".png":
         return base.read_index_mask(path)
-    return base.read_mat_mask(path, "GTcls", "Segmentation")
+    return read_mat_mask(path, "GTcls", "Segmentation")
 
 
 def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
