@@ -21,8 +21,8 @@ IMAGE_SUFFIXES = (
 )
 # What they stand for. Pillow goes by the content, not by the suffix, and would have PostScript run
 # by Ghostscript.
-FORMATS = frozenset(
-    ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
 )
 # Pillow takes memory for the pixels that the header claims, and fills what is missing from some
 # formats with grey. A PNG has up to 8,200 pixels in a byte, where they are all black.
