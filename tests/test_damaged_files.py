@@ -276,6 +276,7 @@ def test_a_thousand_damaged_files_give_a_thousand_reports(tmp_path):
     assert grown < MEGABYTES
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
 def test_damaged_images_in_a_folder_are_named_and_the_others_segmented(
     compose, tmp_path, monkeypatch, caplog
 ):
