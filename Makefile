@@ -29,7 +29,7 @@ demo: setup  ## train on generated images, then segment others with the result
 test: setup
 	$(BIN)/python -m pytest
 
-test-lowest:  ## with the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python
+test-lowest:  ## with the oldest versions that pyproject.toml allows; they know Python 3.10 to 3.12
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/uv pip install --python .venv-lowest --resolution lowest-direct \
