@@ -15,7 +15,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import make_data
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -245,7 +244,7 @@ def test_a_clean_dataset_is_reported_as_numpy_counts_it(own):
     make_data.save(make_data.blocks(3, [0, 1]), own / "masks/photo_3.png")
     command = [sys.executable, "-m", "seg_torch", "inspect", f"data.root={own}"]
     # Else matplotlib, which torchmetrics imports, would list all fonts in the new cache folder.
-    fonts = {"MPLCONFIGDIR": matplotlib.get_cachedir()}
+    fonts = {"MPLCONFIGDIR": str(Path.home() / ".cache/matplotlib")}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **fonts}
     result = subprocess.run(
         command, cwd=own.parent, env=environment, capture_output=True, text=True, timeout=120
@@ -486,7 +485,7 @@ def test_the_page_is_one_file_with_pictures_of_every_split_and_escaped_names(own
     (own / "masks/photo_3.png").rename(own / "masks/a<b>&.png")
     make_data.write_lines(own / "train.txt", [*TRAIN[:3], *TRAIN[4:], "a<b>&"])
     make_data.write_lines(own / "classes.txt", ["background", "<script>", "car"])
-    shutil.copy(own / "images/photo_0.jpg", own / "images/photo_6.jpg")
+    shutil.copy(own / "images/photo_2.jpg", own / "images/photo_7.jpg")
     (own / "masks/photo_1.png").write_bytes(b"")
     (own.parent / "report").mkdir()
     (own.parent / "report/notes.txt").write_text("mine")
