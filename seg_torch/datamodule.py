@@ -407,14 +407,11 @@ class _TrainingSamples(Dataset):
             return sample
         entropy = np.random.SeedSequence([self.seed, epoch, index])
         generator = torch.default_generator  # torch.manual_seed takes longer, for the GPUs' sake
-        state, threads = generator.get_state(), torch.get_num_threads()
+        state = generator.get_state()
         try:
             generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
-            # As in a worker process: the last bits of a sum depend on the number of threads.
-            torch.set_num_threads(1)
             return self.augment(*sample)
         finally:
-            torch.set_num_threads(threads)
             generator.set_state(state)
 
 

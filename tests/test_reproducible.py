@@ -10,12 +10,10 @@ import torch
 from test_models import Calls
 from test_training import plain_content
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from seg_torch.commands.train import train
 from seg_torch.errors import InputError
 from seg_torch.metrics import ConfusionMatrix
-from seg_torch.transforms import augment
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,26 +77,6 @@ def test_a_seed_gives_the_same_checkpoint_twice_and_with_0_1_and_4_workers(compo
     weights = {key for key in reference if key.startswith("/state_dict/") and "mean" not in key}
     changed = different(run("other_seed", "data.num_workers=0", "seed=1"), reference)
     assert len(weights & {*changed}) > len(weights) / 2
-
-
-def test_colours_are_augmented_on_one_thread_in_the_main_process_as_in_a_worker(monkeypatch):
-    """The image's mean, to which contrast is relative, has other last bits on two threads."""
-    threads = []
-    jitter = v2.ColorJitter.transform
-
-    def transform(self, *arguments):
-        threads.append(torch.get_num_threads())
-        return jitter(self, *arguments)
-
-    monkeypatch.setattr(v2.ColorJitter, "transform", transform)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        augment(jitter=0.25)(torch.zeros(3, 8, 8, dtype=torch.uint8))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert threads == [1]
 
 
 # trainer.deterministic; that no model calls what it refuses is in test_models.py

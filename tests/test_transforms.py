@@ -116,6 +116,22 @@ def test_jitter_without_hue_is_torchvisions_but_for_rounding(order):
     assert (jittered - expected * 255).abs().max() < 0.6
 
 
+@pytest.mark.promise(25)
+@pytest.mark.parametrize("seed", range(5))
+def test_jitter_is_exact_so_that_no_number_of_threads_changes_it(seed):
+    """As NumPy's integers have it: in float32 every product and every sum is exact."""
+    torch.manual_seed(seed)
+    image = tv_tensors.Image(torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8))
+    jitter = ColourJitter(0.5, 0.5, 0.5, 0.1)
+    params = jitter.make_params([])
+    pixels = image.flatten(1).numpy().astype(np.int64)
+    of_pixel = np.rint(params["of_pixel"].numpy() * 4096)
+    offset = np.rint(4096 * (params["of_mean"].numpy() @ pixels.mean(1) + 0.5))
+    expected = (of_pixel.astype(np.int64) @ pixels + offset.astype(np.int64)[:, None]) // 4096
+    jittered = jitter.transform(image, params)
+    assert np.array_equal(jittered.flatten(1).numpy(), expected.clip(0, 255))
+
+
 @pytest.mark.parametrize(("hue", "brightest"), [(1 / 3, 1), (-1 / 3, 2)])
 def test_hue_turns_red_to_green_and_to_blue_and_leaves_grey_alone(hue, brightest):
     image = tv_tensors.Image(
@@ -130,7 +146,7 @@ def test_hue_turns_red_to_green_and_to_blue_and_leaves_grey_alone(hue, brightest
     assert abs(grey @ turned[:, 0, 0].float() - grey @ image[:, 0, 0].float()) < 1
     back = colour_matrices(1, 1, 1, -hue, (0, 1, 2, 3))["of_pixel"]
     there = colour_matrices(1, 1, 1, hue, (0, 1, 2, 3))["of_pixel"]
-    assert torch.allclose(back @ there, torch.eye(3), atol=1e-5)
+    assert torch.allclose(back @ there, torch.eye(3, dtype=torch.float64))
 
 
 def test_jitter_reaches_both_ends_of_its_range_in_every_order():
