@@ -1,4 +1,4 @@
-"""Every comparison with a peer, in one run: a table of ratios, a JSON file and a picture.
+"""Every comparison with a peer, in one run: a table of ratios, a JSON file and a chart.
 
     python benchmarks/run.py DATA/camvid [--only NAME ...] [--device cpu|cuda] [--rounds 5]
 
@@ -253,7 +253,7 @@ COMPARISONS = {
 
 
 def save(results: list[Comparison], device: str, output: Path) -> None:
-    """Writes the JSON file and the picture."""
+    """Writes the JSON file and the chart."""
     import matplotlib.pyplot as plt
 
     name = torch.cuda.get_device_name() if device == "cuda" else hardware_name()

@@ -35,12 +35,12 @@ AGREE_EVERY = 10
 
 
 @contextmanager
-def only_a_picture() -> Iterator[None]:
-    """Lets the run go on, with a warning, where a picture of it cannot be written."""
+def only_a_figure() -> Iterator[None]:
+    """Lets the run go on, with a warning, where a figure of it cannot be written."""
     try:
         yield
     except OSError as error:
-        log.warning("%s; the run goes on without this picture", error)
+        log.warning("%s; the run goes on without this figure", error)
 
 
 class History(Callback):
@@ -100,7 +100,7 @@ class History(Callback):
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
         write_atomically(self.table, self._write)
-        with only_a_picture():
+        with only_a_figure():
             save_curves(self.rows, self.figure)
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         values = [f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None]
@@ -153,7 +153,7 @@ class SampleSheet(Callback):
         predictions = [self.segmenter.predict(image).mask for image in images]
         labels = pl_module.labels
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
-        with only_a_picture():
+        with only_a_figure():
             write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
 
 

@@ -208,7 +208,7 @@ def class_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def _page(report: dict[str, Any], checks: dict[str, Check], samples: dict[str, Any]) -> str:
-    """Return the report as HTML, with pictures of some samples and of the duplicates."""
+    """Return the report as HTML, with images of some samples and of the duplicates."""
     problems, duplicates = report["problems"], report["duplicates"]
     verdict = "No problems: ready to train."
     parts = []
@@ -281,7 +281,7 @@ def _sample_figures(samples: Any, found: Check) -> str:
     for index in usable[:: -(-len(usable) // SAMPLES) or 1]:
         image, mask = checked_sample(samples, index)
         shown |= set(mask.unique().tolist())
-        pictures = [Image.fromarray(rgb(image)), overlay(rgb(image), mask.numpy(), samples.labels)]
-        figures.append(figure(pictures, Path(sample_name(samples, index, "image")).name))
+        images = [Image.fromarray(rgb(image)), overlay(rgb(image), mask.numpy(), samples.labels)]
+        figures.append(figure(images, Path(sample_name(samples, index, "image")).name))
     legend = " ".join(_key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
     return f"{_grid(figures)}<p>{legend}</p>"

@@ -15,6 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
@@ -138,8 +139,11 @@ class SegmentationTask(LightningModule):
         if len(wrong):
             batch, rank = wrong[0].tolist()
             self._refuse("train", batch, rank, f"the training loss is {losses[rank, batch]:g}")
-        norm: Any = self.all_gather(nn.utils.get_total_norm(self.parameters()))
-        if not norm.isfinite().all():  # a gradient was not: the next loss would not be, either
+        norm = nn.utils.get_total_norm(self.parameters())
+        if isinstance(norm, DTensor):  # FSDP
+            norm = norm.full_tensor()
+        norms: Any = self.all_gather(norm)
+        if not norms.isfinite().all():  # a gradient was not: the next loss would not be, either
             self._refuse("train", losses.shape[1] - 1, 0, "the weights are no longer numbers")
 
     def training_loss(self) -> float:

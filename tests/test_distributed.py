@@ -216,7 +216,7 @@ def test_processes_make_one_folder_fetch_once_count_once_and_speak_once(of_two):
     assert list(folder.rglob("config.yaml")) == [run / "config.yaml"]
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
     assert (run / "samples/epoch_000.png").is_file()
-    counted = [f"counted {i:04d}" for i in range(SPLITS["train"] + SPLITS["val"])]
+    counted = [f"counted {i:04d}" for i in range(sum(SPLITS.values()))]
     assert sorted((folder / "notes.txt").read_text().splitlines()) == [*counted, "downloaded"]
     for text in ("effective batch 8", "2 processes", "class weights", "epoch 1 of 1"):
         assert output.count(text) == 1, text
@@ -272,7 +272,7 @@ def test_machines_with_disks_of_their_own_fetch_once_each_and_count_once(tmp_pat
     finish(*agents(tmp_path, ROOT / "train.py", *RUN, FOLDER, "data.root=data-MACHINE"))
     notes = (tmp_path / "notes.txt").read_text().splitlines()
     assert notes.count("downloaded") == 2
-    assert len(notes) == 2 + SPLITS["train"] + SPLITS["val"]
+    assert len(notes) == 2 + sum(SPLITS.values())
 
 
 def test_a_process_too_many_is_refused(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ BRIEF = (
     "trainer.precision=32",
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=1",
-    "trainer.limit_val_batches=1",
+    "trainer.limit_val_batches=2",
 )
 
 

@@ -162,7 +162,7 @@ def test_d09_logits_have_the_stride_of_the_head(model, name, size):
 @pytest.mark.promise(12)
 def test_every_model_gives_masks_of_the_size_of_the_image(model):
     image = torch.randint(256, (65, 71, 3), dtype=torch.uint8)
-    network = Network(model.eval())
+    network = Network(copy.deepcopy(model).eval())  # it would change the model's memory format
     segmenter = Segmenter(network, Labels(("a", "b", "c")), device="cpu", precision="32-true")
     mask = segmenter.predict(image.numpy()).mask
     with torch.no_grad():

@@ -153,11 +153,11 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
 def _measure(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
     """Return pixels by mask value and by channel, the digest and the thumbnail of a sample."""
     pixels = np.bincount(mask.ravel(), minlength=256)
-    picture = Image.fromarray(image)
-    channels = np.array(picture.histogram()).reshape(3, 256)
+    rgb_image = Image.fromarray(image)
+    channels = np.array(rgb_image.histogram()).reshape(3, 256)
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
-    small = picture.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return pixels, channels, digest.hexdigest(), np.asarray(small)
 
 
