@@ -278,10 +278,10 @@ def save(results: list[Comparison], device: str, output: Path) -> None:
 
 
 def hardware_name() -> str:
-    """Of the processor, with the number of cores that may be used."""
+    """Of the CPU, with the number of cores that may be used."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {hardware.available_cpus()} cores"
+    return f"{names[0] if names else 'CPU'}, {hardware.available_cpus()} cores"
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ SMALL_DATA = (
     "data.num_workers=0",
 )
 SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.precision=32")
+SMALL_UNET = ("model.encoder=mobilenetv3_small_050", "model.decoder_channels=[8,8,8,8,8]")
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,11 +101,13 @@ def small(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., D
     """`small("train", ...)`: the same, on small images, small networks and two epochs."""
 
     def small(name: str, *overrides: str) -> DictConfig:
+        other_model = any(o.startswith(("model", "experiment=")) for o in overrides)
         return compose(
             name,
             f"output_dir={tmp_path / 'run'}",
             *SMALL_DATA,
             *SMALL_TRAINER,
+            *(() if other_model or name != "train" else SMALL_UNET),
             *overrides,
         )
 

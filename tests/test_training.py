@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_UNET
 from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from seg_torch import checkpoint
-from seg_torch.cli import CONFIG_FOLDER, complete_overrides
+from seg_torch.cli import complete_overrides
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.commands.train import train
@@ -82,24 +83,11 @@ def test_a_run_is_not_overwritten_by_another(small, tmp_path):
 
 
 @pytest.mark.promise(18)
-@pytest.mark.parametrize("weights_from", ["dataset", "image", "[1,2,1,1,1,1]"])
-def test_class_weights_of_every_origin_train(small, tmp_path, weights_from):
-    train(
-        small("train", "loss=weighted_ce", f"loss.weights={weights_from}", "trainer.max_epochs=1")
-    )
+def test_class_weights_of_a_list_train(small, tmp_path):
+    """Those of other origins are in the runs of tests/test_experiments.py."""
+    weights = "loss.weights=[1,2,1,1,1,1]"
+    train(small("train", "loss=weighted_ce", weights, "trainer.max_epochs=1"))
     assert len(history(tmp_path / "run")) == 1
-
-
-OPTIMIZERS = sorted(p.stem for p in (CONFIG_FOLDER / "optimizer").iterdir())
-SCHEDULERS = sorted(p.stem for p in (CONFIG_FOLDER / "scheduler").iterdir())
-
-
-@pytest.mark.parametrize(
-    "choice", [*(f"optimizer={o}" for o in OPTIMIZERS), *(f"scheduler={s}" for s in SCHEDULERS)]
-)
-def test_every_optimizer_and_every_schedule_trains(small, tmp_path, choice):
-    train(small("train", choice, "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
-    assert history(tmp_path / "run")[0]["step"] == "2"
 
 
 # Stopping and going on, with the defaults of the hardware: its precision, and worker processes,
@@ -113,8 +101,7 @@ DEFAULTS = (
     "data.dataset.test=4",
     "data.batch_size=4",
     "data.cache=none",  # as for datasets in files; the demo's needs no workers
-    "model.encoder=mobilenetv3_small_050",
-    "model.decoder_channels=[8,8,8,8,8]",
+    *SMALL_UNET,
     "trainer.max_epochs=3",
 )
 
@@ -351,7 +338,7 @@ def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
         output = finish(process, 2)
         assert re.search(r"(best|last).ckpt: (No space left on device|File too large)", output)
-        assert "epoch_001.png'; the run goes on without this picture" in output
+        assert "epoch_001.png'; the run goes on without this figure" in output
         assert f"go on with resume={folder}" in output
         assert {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()} == before
         (disk / "other").unlink(missing_ok=True)
@@ -610,6 +597,7 @@ def test_d17_fine_tuning_to_other_classes_takes_over_what_fits(small, compose, t
                 "data.num_workers=0",
                 "data.batch_size=2",
                 "model=unet_random",
+                *SMALL_UNET,
                 "optimizer.lr=0",
                 "optimizer.weight_decay=0",
                 "trainer.max_epochs=1",
