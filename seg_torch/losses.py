@@ -286,7 +286,7 @@ def _check(logits: Tensor, target: Tensor) -> None:
     if logits.shape[1] == 1:
         raise InputError(
             "the model has one output channel, and a softmax over one class is always 1; "
-            "use two classes, background and foreground (num_classes=2)"
+            "use two classes, background and foreground (num_classes=2, two lines in classes.txt)"
         )
     check_labels(target, logits.shape[1])
 

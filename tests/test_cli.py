@@ -457,6 +457,7 @@ def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(
     """
     (tmp_path / "mine/model").mkdir(parents=True)
     text = (cli.CONFIG_FOLDER / "model/unet_random.yaml").read_text()
+    text = text.replace("resnet18", "mobilenetv3_small_050")
     (tmp_path / "mine/model/own.yaml").write_text(text)
     line = "train.py -m --config-dir mine model=own loss=ce,dice trainer.devices=2"
     result = run_as(f"{line} output_dir=sweep {TINY}")

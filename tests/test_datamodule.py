@@ -218,16 +218,16 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
         num_workers=0,
         resize=(40, 40),
     )
-    for rank in (0, 1):
-        module.trainer = trainer_stub(num_devices=2, local_rank=rank)
-        module.trainer.num_devices = 1  # of each of two machines
-        train = [[*batch] for batch in loader_at(module, epoch=3)]
-        val = [[*group] for groups in module.val_dataloader() for group in groups]
-        for split, batches in (("train", train), ("val", val)):
-            for index, (images, masks) in enumerate(batches):
-                _, samples = module.rebuild_batch(split, 3, index, rank)
-                assert torch.equal(torch.stack([image for image, _ in samples]), images)
-                assert torch.equal(torch.stack([mask for _, mask in samples]), masks)
+    rank = 1
+    module.trainer = trainer_stub(num_devices=2, local_rank=rank)
+    module.trainer.num_devices = 1  # of each of two machines
+    train = [[*batch] for batch in loader_at(module, epoch=3)]
+    val = [[*group] for groups in module.val_dataloader() for group in groups]
+    for split, batches in (("train", train), ("val", val)):
+        for index, (images, masks) in enumerate(batches):
+            _, samples = module.rebuild_batch(split, 3, index, rank)
+            assert torch.equal(torch.stack([image for image, _ in samples]), images)
+            assert torch.equal(torch.stack([mask for _, mask in samples]), masks)
 
 
 # Cached samples

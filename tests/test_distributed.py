@@ -242,6 +242,7 @@ def test_what_two_processes_saved_scores_alike_in_one(of_two, compose, monkeypat
     assert Segmenter.load(run, trust=["several_processes"]).predict(image).mask.shape == (40, 50)
 
 
+@pytest.mark.slow  # tests/test_nodes.py has two machines
 def test_two_processes_of_evaluate_write_the_bytes_of_one(alone, compose, monkeypatch, tmp_path):
     command = (f"checkpoint={run_in(alone)}", "trainer.accelerator=cpu", "average_precision=true")
     command = (*command, "trust=[several_processes]")

@@ -95,6 +95,7 @@ BRIEF = (
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=1",
     "trainer.limit_val_batches=2",
+    "trainer.deterministic=true",
 )
 
 
@@ -123,6 +124,7 @@ def run(compose, tmp_path) -> Iterator[Callable[..., Path]]:
         return folder
 
     yield run
+    torch.use_deterministic_algorithms(False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # hundreds of megabytes
 
 

@@ -628,7 +628,10 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
         places = [f"input={many}", f"output={tmp_path / output}", f"checkpoint={weights}"]
         return [*places, "save=[mask,overlay,coco,legend]", f"batch_size={batch_size}"]
 
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command(*arguments("stopped")), cwd=tmp_path)
+    signal.signal(signal.SIGINT, handler)
     masks = tmp_path / "stopped/mask"
     while process.poll() is None and len(list(masks.glob("[0-9]*.png"))) < 60:
         time.sleep(0.005)

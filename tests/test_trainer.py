@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_DATA, SMALL_TRAINER
+from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
@@ -212,7 +212,7 @@ except SystemExit as end:
     note("exit", end.code)
     raise
 """
-FIVE = (*SMALL_DATA, "data.dataset.test=5", "trainer.max_epochs=1", "loss=weighted_ce")
+FIVE = (*SMALL_DATA, *SMALL_UNET, "data.dataset.test=5", "trainer.max_epochs=1", "loss=weighted_ce")
 
 
 def on_two_processes(tmp_path: Path, *overrides: str, **environment: str) -> tuple[int, str]:
