@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
 from seg_torch.datamodule import SegmentationDataModule
@@ -111,6 +112,10 @@ def build_trainer(settings: DictConfig) -> Trainer:
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     if options.get("strategy") == "fsdp":
+        if options["accelerator"] == "cpu" and TorchVersion(torch.__version__) < "2.14":
+            raise InputError(
+                "trainer.strategy=fsdp on a CPU needs PyTorch 2.14: 2.8 trains wrongly"
+            )
         options["strategy"] = FullySharded()
     options = as_launched(options)
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.

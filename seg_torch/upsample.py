@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from seg_torch.hardware import total_memory
 from seg_torch.losses import SegmentationLoss, Sums, WeightedSum
 
-# Numbers of logits at label size: from `LARGE` on a loss goes band by band. A CPU is fastest with
-# bands that stay in its cache, a GPU with bands that keep it busy.
-LARGE = 1 << 25
+# What a loss takes of memory for each logit at label size, with its gradient.
+LOSS_BYTES = 20
+
+# Numbers of logits. A CPU is fastest with bands that stay in its cache, a GPU with ones that keep
+# it busy.
 CPU_BAND = 1 << 20
 GPU_BAND = 1 << 26
 
@@ -41,8 +44,9 @@ def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     """Returns the loss of logits that are first brought to the size of the labels.
 
     With many classes, the logits at that size and what a loss makes of them take more memory than
-    the whole network. So where they are large they are made for a band of rows at a time, and
-    once more for the gradient. Value and gradient are the same but for rounding.
+    the whole network. Where that is more than a quarter of the device's memory they are made for a
+    band of rows at a time, and once more for the gradient, which takes longer (1.8 times on a CPU
+    that keeps freed memory). Value and gradient are the same but for rounding.
 
     Args:
         loss: (logits float32 [N, C, H, W], target) -> scalar. Any that is not a
@@ -55,7 +59,8 @@ def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     """
     size = target.shape[-2:]
     parts: Any = loss.losses if isinstance(loss, WeightedSum) else [loss]
-    large = target.numel() * logits.shape[1] >= LARGE
+    taken = target.numel() * logits.shape[1] * LOSS_BYTES
+    large = taken > total_memory(logits.device) / 4
     if not large or not all(isinstance(part, SegmentationLoss) for part in parts):
         return loss(upsample(logits, size), target)
     sums = iter(_BandedSums.apply(logits, target, parts))

@@ -212,7 +212,6 @@ REFUSED_ON_CUDA = {
     "aten.fractional_max_pool2d_backward",
     "aten.max_unpool2d",
     "aten.upsample_linear1d_backward",
-    "aten.upsample_bilinear2d_backward",
     "aten.upsample_bicubic2d_backward",
     "aten.upsample_trilinear3d_backward",
     "aten.reflection_pad1d_backward",

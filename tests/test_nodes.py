@@ -164,7 +164,8 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     )
     assert (code, other_code) == (0, 0), output + other_output
     assert f"{len(before)} of {IMAGES} images are complete already" in output
-    assert other_output == ""
+    lines = other_output.splitlines()
+    assert not [line for line in lines if line and not line.startswith("[Gloo]")]  # PyTorch's own
     assert before == {n: (tmp_path / f"out/mask/{n}.png").stat().st_mtime_ns for n in before}
     noted = [record["name"] for record in prediction._read_journal(tmp_path / "out")]
     assert sorted(noted) == [f"{i:03d}" for i in range(IMAGES)], "a file twice or never"
