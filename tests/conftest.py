@@ -82,6 +82,16 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
+def new_cache_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Where the results of checks are remembered, a new folder for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
 def compose() -> Callable[..., DictConfig]:
     """`compose("train", "model=fcn", ...)`: the configuration of that command line.
 

@@ -60,6 +60,8 @@ FACTS = {
     "shapes": (6, 1000, 100, 100),
 }
 
+pytestmark = pytest.mark.usefixtures("new_cache_folder")
+
 
 @pytest.fixture(scope="session")
 def copies(tmp_path_factory):
@@ -79,14 +81,6 @@ def build(copies):
         return getattr(datasets, name)(split=split, **root, **options)
 
     return build
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch):
-    """Where the results of checks are remembered, a new folder for each test."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -562,9 +556,11 @@ def test_d12_an_image_is_compared_with_its_mask_as_it_is_seen_upright(own):
         check_folder(own)
 
 
-def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(own, cache_folder, monkeypatch):
+def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(
+    own, new_cache_folder, monkeypatch
+):
     check_folder(own)
-    assert len(list(cache_folder.rglob("*.npz"))) == 2
+    assert len(list(new_cache_folder.rglob("*.npz"))) == 2
     read = []
     monkeypatch.setattr(
         "seg_torch.datasets.check._examine", lambda dataset, i: read.append(i) or []

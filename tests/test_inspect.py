@@ -34,13 +34,7 @@ from seg_torch.losses import CrossEntropyLoss
 ROOT = Path(__file__).parents[1]
 TRAIN = [f"photo_{i}" for i in range(6)]
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch):
-    """Where the results of checks are remembered, a new folder for each test."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("new_cache_folder")
 
 
 @pytest.fixture
@@ -393,10 +387,10 @@ def test_the_second_start_opens_no_file(own, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK cut off"])
-def test_a_damaged_memory_is_made_anew(own, cache_folder, content):
+def test_a_damaged_memory_is_made_anew(own, new_cache_folder, content):
     train = datasets.folder(own, "train")
     expected = check.check(train).pixels
-    [path] = cache_folder.rglob("*.npz")
+    [path] = new_cache_folder.rglob("*.npz")
     path.write_bytes(content)
     assert (check.check(train).pixels == expected).all()
     assert (check.check(train).pixels == expected).all()
