@@ -153,7 +153,7 @@ class CrossEntropyLoss(SegmentationLoss):
         with torch.autocast(logits.device.type, enabled=False):
             # reduction="none" is the one that CUDA computes deterministically.
             pixel_loss = F.cross_entropy(
-                logits.float(),
+                _in_float32(logits, valid),
                 target,
                 weight=self.class_weights if self.weighted else None,
                 ignore_index=IGNORE_INDEX,
@@ -218,8 +218,8 @@ class DiceLoss(SegmentationLoss):
         """Adds up where the two agree, the probabilities and the labels, each [C]; or weighted."""
         _check(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = logits.float().softmax(dim=1)
             valid = (target != IGNORE_INDEX).unsqueeze(1)
+            probabilities = _in_float32(logits, valid[:, 0]).softmax(dim=1)
             class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
             # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
             # deterministic on CUDA.
@@ -310,6 +310,20 @@ def check_labels(target: Tensor, num_classes: int) -> None:
             f"the labels hold the values {target.unique().tolist()}; allowed are "
             f"0..{num_classes - 1} and {IGNORE_INDEX} (ignored)"
         )
+
+
+def _in_float32(logits: Tensor, valid: Tensor) -> Tensor:
+    """Returns float32 logits; those of float16, which overflow, without the ignored pixels.
+
+    The softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
+
+    Args:
+        logits: Float [N, C, H, W].
+        valid: bool [N, H, W].
+    """
+    if logits.dtype == torch.float16:
+        logits = logits.masked_fill(~valid.unsqueeze(1), 0)
+    return logits.float()
 
 
 def _over_processes(sums: Sums) -> Sums:

@@ -72,6 +72,17 @@ def test_ignored_logits_change_no_loss_and_no_gradient(loss, batch):
     assert torch.any(gradient[~ignored] != 0)
 
 
+@pytest.mark.promise(3)
+def test_an_overflow_at_an_ignored_pixel_leaves_no_trace(loss, batch):
+    logits, target = batch
+    logits = logits.half()
+    value, gradient = value_and_gradient(loss, logits, target)
+    logits[0, 1, 0, 0] = math.inf
+    overflown, its_gradient = value_and_gradient(loss, logits, target)
+    assert overflown == value
+    assert torch.equal(its_gradient, gradient)
+
+
 @pytest.mark.promise(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_all_ignored_is_a_finite_zero_with_zero_gradient(loss, dtype):
