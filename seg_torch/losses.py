@@ -24,6 +24,9 @@ Sums = tuple[Tensor, ...]
 class SegmentationLoss(nn.Module):
     """A loss that is a function of sums over pixels, so that it can be taken part by part.
 
+    When several processes train, these are the sums over the pixels of all of them, so the loss is
+    that of one process with all images. All have to call it equally often in training.
+
     Attributes:
         num_sums: How many `sums` returns.
         per_image: Whether an image's share of the sums needs the labels of all of it.
@@ -40,6 +43,10 @@ class SegmentationLoss(nn.Module):
         """Turns the sums over all pixels into the loss, a float32 scalar."""
         raise NotImplementedError
 
+    def loss(self, sums: Sums) -> Tensor:
+        """Returns the loss from the sums over the pixels of this process."""
+        return self.from_sums(_over_processes(sums) if self.training else sums)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Computes the loss.
 
@@ -54,15 +61,11 @@ class SegmentationLoss(nn.Module):
             InputError: The shapes do not fit, there is only one class, (on the CPU) the target
                 holds another value, or the number of class weights is not C.
         """
-        return self.from_sums(self.sums(logits, target))
+        return self.loss(self.sums(logits, target))
 
 
 class CrossEntropyLoss(SegmentationLoss):
     """Cross-entropy per pixel, with optional class weights.
-
-    When several processes train, each divides by the mean of their divisors. Their gradients are
-    averaged, which makes them those of the mean over the pixels of all processes together, however
-    many of them are ignored in each. So all processes have to call it equally often in training.
 
     Args:
         weights: How much each class counts.
@@ -150,7 +153,7 @@ class CrossEntropyLoss(SegmentationLoss):
         with torch.autocast(logits.device.type, enabled=False):
             # reduction="none" is the one that CUDA computes deterministically.
             pixel_loss = F.cross_entropy(
-                logits.float(),
+                _in_float32(logits, valid),
                 target,
                 weight=self.class_weights if self.weighted else None,
                 ignore_index=IGNORE_INDEX,
@@ -164,8 +167,6 @@ class CrossEntropyLoss(SegmentationLoss):
     def from_sums(self, sums: Sums) -> Tensor:
         """Divides the one by the other."""
         loss, divisor = sums
-        if self.training:
-            divisor = _mean_over_processes(divisor)
         return loss / torch.where(divisor > 0, divisor, 1)
 
 
@@ -217,8 +218,8 @@ class DiceLoss(SegmentationLoss):
         """Adds up where the two agree, the probabilities and the labels, each [C]; or weighted."""
         _check(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = logits.float().softmax(dim=1)
             valid = (target != IGNORE_INDEX).unsqueeze(1)
+            probabilities = _in_float32(logits, valid[:, 0]).softmax(dim=1)
             class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
             # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
             # deterministic on CUDA.
@@ -311,13 +312,35 @@ def check_labels(target: Tensor, num_classes: int) -> None:
         )
 
 
-def _mean_over_processes(value: Tensor) -> Tensor:
-    """Average a scalar over the processes that train together, if there are several."""
+def _in_float32(logits: Tensor, valid: Tensor) -> Tensor:
+    """Returns float32 logits; those of float16, which overflow, without the ignored pixels.
+
+    The softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
+
+    Args:
+        logits: Float [N, C, H, W].
+        valid: bool [N, H, W].
+    """
+    if logits.dtype == torch.float16:
+        logits = logits.masked_fill(~valid.unsqueeze(1), 0)
+    return logits.float()
+
+
+def _over_processes(sums: Sums) -> Sums:
+    """Adds sums up over the processes that train together, if there are several.
+
+    The gradient is that of this process's share times the number of processes: the mean of the
+    gradients of all, which is what the optimizer gets, is that of the total. A share that is not
+    finite is so in its own process alone, which can then be told from the others.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    total = value.float()
+        return sums
+    own = torch.cat([each.flatten().float() for each in sums])
+    total = own.detach().nan_to_num(nan=0, posinf=0, neginf=0)
     torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
+    total = total + torch.distributed.get_world_size() * (own - own.detach())
+    parts = total.split([each.numel() for each in sums])
+    return tuple(part.view(each.shape) for part, each in zip(parts, sums, strict=True))
 
 
 def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:

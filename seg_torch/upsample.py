@@ -64,7 +64,7 @@ def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     if not large or not all(isinstance(part, SegmentationLoss) for part in parts):
         return loss(upsample(logits, size), target)
     sums = iter(_BandedSums.apply(logits, target, parts))
-    values = [part.from_sums(tuple(next(sums) for _ in range(part.num_sums))) for part in parts]
+    values = [part.loss(tuple(next(sums) for _ in range(part.num_sums))) for part in parts]
     return loss.total(values) if isinstance(loss, WeightedSum) else values[0]
 
 

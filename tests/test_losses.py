@@ -1,6 +1,8 @@
 import inspect
 import logging
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -70,6 +72,17 @@ def test_ignored_logits_change_no_loss_and_no_gradient(loss, batch):
     assert torch.any(gradient[~ignored] != 0)
 
 
+@pytest.mark.promise(3)
+def test_an_overflow_at_an_ignored_pixel_leaves_no_trace(loss, batch):
+    logits, target = batch
+    logits = logits.half()
+    value, gradient = value_and_gradient(loss, logits, target)
+    logits[0, 1, 0, 0] = math.inf
+    overflown, its_gradient = value_and_gradient(loss, logits, target)
+    assert overflown == value
+    assert torch.equal(its_gradient, gradient)
+
+
 @pytest.mark.promise(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_all_ignored_is_a_finite_zero_with_zero_gradient(loss, dtype):
@@ -121,6 +134,51 @@ def test_one_output_channel_is_refused_with_the_fix(loss):
 def test_shapes_that_do_not_fit_are_refused(loss):
     with pytest.raises(InputError, match=r"\(1, 4, 4, 4\).*\(1, 5, 4\)"):
         loss(torch.randn(1, 4, 4, 4), torch.zeros(1, 5, 4, dtype=torch.uint8))
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """`two_processes(function, a, b)`: function(a) and function(b), as in two that train."""
+    shares: dict[int, Tensor] = {}
+    barrier = threading.Barrier(2, timeout=20)
+
+    def all_reduce(total: Tensor) -> None:
+        shares[threading.get_ident()] = total.clone()
+        barrier.wait()
+        total.copy_(torch.stack(list(shares.values())).sum(0))
+        barrier.wait()
+
+    def run(function, *arguments):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(function, arguments))
+
+    return run
+
+
+@pytest.mark.promise(16)
+def test_two_processes_together_have_the_loss_and_gradient_of_one(loss, batch, two_processes):
+    logits, target = batch
+    target[1, :, 3:] = 255  # fewer pixels than in the other, and not all classes
+    target[1][target[1] == 2] = 255
+    value, gradient = value_and_gradient(loss, logits, target)
+    results = two_processes(
+        lambda i: value_and_gradient(loss, logits[i : i + 1], target[i : i + 1]), 0, 1
+    )
+    values, gradients = zip(*results, strict=True)
+    torch.testing.assert_close(torch.stack(values).mean(), value)
+    # DistributedDataParallel averages the gradients.
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
+
+
+def test_a_loss_that_is_no_number_is_so_in_its_own_process_alone(loss, batch, two_processes):
+    logits, target = batch
+    logits[0, :, 5, 5] = math.nan
+    first, second = two_processes(lambda i: loss(logits[i : i + 1], target[i : i + 1]), 0, 1)
+    assert first.isnan()
+    assert second.isfinite()
 
 
 def test_gradient_matches_finite_differences(loss, batch):
