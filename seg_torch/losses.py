@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 Sums = tuple[Tensor, ...]
 
-DISTANCES = 1 << 22  # that are compared together, see `_distances`
+# Distances that are compared together: what stays in a CPU's cache, what keeps a GPU busy.
+CPU_DISTANCES = 1 << 18
+GPU_DISTANCES = 1 << 26
 
 
 class SegmentationLoss(nn.Module):
@@ -510,8 +512,9 @@ def _distances(mask: Tensor) -> Tensor:
     squares = torch.minimum(above, below).float().square()
     columns = torch.arange(width, device=mask.device).float()
     offsets = (columns[:, None] - columns).square()
-    together = max(1, DISTANCES // width**2)
-    parts = [(part[:, None] + offsets).amin(2) for part in squares.split(together)]
+    together = CPU_DISTANCES if mask.device.type == "cpu" else GPU_DISTANCES
+    bands = squares.split(max(1, together // width**2))
+    parts = [(band[:, None] + offsets).amin(2) for band in bands]
     return torch.cat(parts).sqrt()
 
 

@@ -196,17 +196,32 @@ def test_d30_cuda_counts_like_the_cpu_and_never_synchronises(deterministic):
     prediction, target = random_maps()
     probabilities, _ = random_probabilities()
     inputs = [tensor.cuda() for tensor in (prediction, probabilities, target)]
+    boundary, images, calibration = (
+        metric.cuda()
+        for metric in (BoundaryScores(NUM_CLASSES), ImageScores(NUM_CLASSES, 2), Calibration())
+    )
+    class_ids = inputs[1][0].argmax(0).to(torch.uint8)
     confusion, precision = ConfusionMatrix(NUM_CLASSES).cuda(), AveragePrecision(NUM_CLASSES).cuda()
     torch.use_deterministic_algorithms(deterministic)
     torch.cuda.set_sync_debug_mode("error")
     try:
         confusion.update(inputs[0], inputs[2])
         precision.update(inputs[1], inputs[2])
+        boundary.update(class_ids, inputs[2][0])
+        confidence = confidence_steps(inputs[1][0].log())
+        images.update(1, class_ids, inputs[2][0], confidence)
+        calibration.update(class_ids, inputs[2][0], confidence)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(False)
     assert torch.equal(confusion.compute().cpu(), matrix_of(prediction, target))
     assert torch.equal(precision.compute(), average_precision_of(probabilities, target))
+    on_cpu = BoundaryScores(NUM_CLASSES)
+    on_cpu.update(class_ids.cpu(), target[0])
+    assert torch.equal(boundary.counts.cpu(), on_cpu.counts)
+    rows = calibration.compute()["reliability"]
+    assert sum(row["pixels"] for row in rows) == (target[0] != 255).sum()
+    assert images.compute()["label_pixels"].sum(1).tolist() == [0, (target[0] != 255).sum()]
 
 
 @pytest.mark.parametrize("value", [5, 254, 300, -1])
