@@ -19,13 +19,22 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
-from seg_torch.datamodule import Sample
+from seg_torch.datamodule import EvaluationGroup, Sample
 from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
-from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
+from seg_torch.metrics import (
+    AveragePrecision,
+    BoundaryScores,
+    Calibration,
+    ConfusionMatrix,
+    ImageScores,
+    confidence_steps,
+    report,
+    scores,
+)
 from seg_torch.models.network import Network
 from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
@@ -50,6 +59,8 @@ class SegmentationTask(LightningModule):
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
+        boundary: Score boundaries in tests, too; a width in pixels, or true for 2 % of the
+            diagonal.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class SegmentationTask(LightningModule):
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
+        boundary: bool | int = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -79,11 +91,15 @@ class SegmentationTask(LightningModule):
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
+        width = None if boundary is True else boundary
+        self.boundary = BoundaryScores(len(labels), width) if boundary else None
+        self.calibration = Calibration()
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.finite_batches = torch.tensor(0)  # of the validation, before the first that is not
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
         self.validated = False  # in this epoch
         self.test_report: dict[str, Any] | None = None
+        self.test_images: dict[str, np.ndarray] = {}  # see ImageScores
 
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.loss is None:
@@ -167,8 +183,8 @@ class SegmentationTask(LightningModule):
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def validation_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, _ in groups:
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
                 self.confusion.update(decide(logits)[0], mask)
@@ -197,21 +213,40 @@ class SegmentationTask(LightningModule):
         self.finite_batches.zero_()
         self.validated = True
 
-    def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def on_test_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        num_images = len(data.dataset(data.test_split))
+        self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
+
+    def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, numbers in groups:
+            predictions = torch.empty_like(masks)
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
-                self.confusion.update(decide(logits)[0], mask)
+                prediction = predictions[index, rows, columns] = decide(logits)[0]
+                self.confusion.update(prediction, mask)
+                confidence = confidence_steps(logits)
+                self.image_scores.update(numbers[index], prediction, mask, confidence)
+                self.calibration.update(prediction, mask, confidence)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
+            if self.boundary is not None:
+                for prediction, mask in zip(predictions, masks, strict=True):
+                    self.boundary.update(prediction, mask)
 
     def on_test_epoch_end(self) -> None:
-        average_precision = None
+        others = {}
         if self.average_precision is not None:
-            average_precision = self.average_precision.compute()
+            others["average_precision"] = self.average_precision.compute()
             self.average_precision.reset()
-        self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
+        if self.boundary is not None:
+            others |= self.boundary.compute()
+            self.boundary.reset()
+        self.test_report = report(self.confusion.compute(), self.labels.names, others)
+        self.test_report |= self.calibration.compute()
+        self.calibration.reset()
         self.test_report["precision"] = self.inference.precision
+        self.test_images = self.image_scores.compute()
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -40,7 +40,13 @@ def evaluate(cfg: DictConfig) -> None:
     inference = Inference(
         network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
     )
-    task = SegmentationTask(network, labels, inference, average_precision=cfg.average_precision)
+    task = SegmentationTask(
+        network,
+        labels,
+        inference,
+        average_precision=cfg.average_precision,
+        boundary=cfg.boundary,
+    )
     score(trainer, task, data, folder, cfg.split)
 
 
