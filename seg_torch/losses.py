@@ -165,7 +165,7 @@ class CrossEntropyLoss(SegmentationLoss):
         """Divides the one by the other."""
         loss, divisor = sums
         if self.training:
-            divisor = _mean_over_processes(divisor)
+            divisor = mean_over_processes(divisor)
         return loss / torch.where(divisor > 0, divisor, 1)
 
 
@@ -185,6 +185,14 @@ def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
     weights = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
     weights[present] = usual / present_counts
     return weights
+
+
+class OwnLoss(CrossEntropyLoss):
+    """In training the loss that the model brings itself, see `Network.forward`; in validation,
+    where there are logits alone, cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 class DiceLoss(SegmentationLoss):
@@ -311,7 +319,7 @@ def check_labels(target: Tensor, num_classes: int) -> None:
         )
 
 
-def _mean_over_processes(value: Tensor) -> Tensor:
+def mean_over_processes(value: Tensor) -> Tensor:
     """Average a scalar over the processes that train together, if there are several."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
