@@ -90,7 +90,7 @@ class MaskLoss(nn.Module):
         present = [target[target != IGNORE_INDEX].unique().long() for target in mask_labels]
         count = torch.tensor(float(sum(map(len, present))), device=mask_labels.device)
         num_masks = mean_over_processes(count).clamp(min=1)
-        terms = {}
+        terms: dict[str, Tensor] = {}
         for i, layer in enumerate([*(auxiliary_predictions or []), last]):
             with torch.autocast(mask_labels.device.type, enabled=False):
                 classes = layer["class_queries_logits"].float()

@@ -1,5 +1,5 @@
-"""Segmentation models of Hugging Face's transformers, which is an extra: any that gives the logits of
-classes, and those that classify masks."""
+"""Semantic segmentation models of Hugging Face's transformers, which is an extra: any that gives
+logits of classes, and those that classify masks."""
 
 import json
 import math
@@ -67,12 +67,14 @@ class MaskClassificationModel(TransformersModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        config: Any = model.config
-        model.criterion = MaskLoss(model.criterion)
+        library_model: Any = model
+        config = library_model.config
+        library_model.criterion = MaskLoss(library_model.criterion)
         self.is_eomt = config.model_type.startswith("eomt")
         self.multiple = config.patch_size if self.is_eomt else 32
         if config.model_type == "eomt":
-            model.embeddings.position_embeddings.register_forward_hook(self._fit_positions)
+            embeddings = library_model.embeddings.position_embeddings
+            embeddings.register_forward_hook(self._fit_positions)
         if config.model_type == "oneformer":
             task = torch.zeros(1, config.task_seq_len, dtype=torch.long)
             task[0, : len(SEMANTIC_TASK)] = torch.tensor(SEMANTIC_TASK)
@@ -87,7 +89,7 @@ class MaskClassificationModel(TransformersModel):
 
         Returns:
             `out`: float32 [N, K, h, w], see `seg_torch.models.masks.semantic_logits`. With a target
-            `loss` alone, a float32 scalar: that of the model, see `seg_torch.models.masks.MaskLoss`.
+            `loss` alone, a float32 scalar, see `seg_torch.models.masks.MaskLoss`.
         """
         height, width = x.shape[-2:]
         x = pad_to_multiple(x, self.multiple)
@@ -98,7 +100,7 @@ class MaskClassificationModel(TransformersModel):
         else:
             options["output_hidden_states"] = True  # MaskFormer's auxiliary loss fails without
         if model.config.model_type == "oneformer":
-            options["task_inputs"] = self.task.expand(len(x), -1)
+            options["task_inputs"] = self.get_buffer("task").expand(len(x), -1)
         if target is not None:
             padding = (0, x.shape[-1] - width, 0, x.shape[-2] - height)
             target = F.pad(target, padding, value=IGNORE_INDEX)
@@ -208,7 +210,8 @@ def transformers(
 
 def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation of images scaled to [0, 1], as `Network` wants them."""
-    mean, std = [0.0] * 3, [1.0] * 3
+    mean: Sequence[float] = [0.0] * 3
+    std: Sequence[float] = [1.0] * 3
     if settings.get("do_normalize", True):
         mean = settings.get("image_mean") or IMAGENET_MEAN
         std = settings.get("image_std") or IMAGENET_STD
@@ -236,8 +239,8 @@ def _pretrained(
     new = sorted(other_shape | set(loaded["missing_keys"]))
     if complete and new:
         raise InputError(
-            f"{weights} does not segment: {len(new)} tensors of the head are absent or of another "
-            f"shape, such as {', '.join(new[:3])}; it may be an encoder alone"
+            f"{weights} does not segment: {len(new)} tensors are absent or of another shape, such "
+            f"as {', '.join(new[:3])}; it may be an encoder alone"
         )
     if model_config.model_type in MASK_MODELS:  # whose encoder is of no use without the decoder
         lacking = [name for name in new if not re.search("class_(predictor|embed)|criterion", name)]
