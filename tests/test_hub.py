@@ -47,9 +47,8 @@ def publish(
     kind = "AutoModelForUniversalSegmentation" if mask else "AutoModelForSemanticSegmentation"
     model = getattr(library, kind).from_config(full).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():  # one pixel is not like the next
-            alpha = 2 if "mask_embedder" in key else 0.2 if mask else 0.05
-            parameter.add_(torch.randn_like(parameter), alpha=alpha)
+        for parameter in model.parameters():  # one pixel is not like the next
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 if mask else 0.05)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings or {}))
     return model
