@@ -1445,7 +1445,7 @@ def test_d33_a_missing_extra_names_the_command_that_installs_it(extra, monkeypat
         ["model=lraspp"],
         ["model=smp"],
         ["model=segformer"],
-        ["model=mask2former"],
+        ["model=mask2former", "+model.config.decoder_layers=2", "+model.config.encoder_layers=1"],
     ],
     ids=lambda overrides: overrides[0],
 )
