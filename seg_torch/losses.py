@@ -297,6 +297,14 @@ def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
     return weights
 
 
+class OwnLoss(CrossEntropyLoss):
+    """In training the loss that the model brings itself, see `Network.forward`; in validation,
+    where there are logits alone, cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 class DiceLoss(SegmentationLoss):
     """Soft multi-class Dice loss.
 
@@ -618,6 +626,13 @@ def _over_processes(sums: Sums) -> Sums:
     total = total + torch.distributed.get_world_size() * (own - own.detach())
     parts = total.split([each.numel() for each in sums])
     return tuple(part.view(each.shape) for part, each in zip(parts, sums, strict=True))
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Averages a scalar without gradient over the processes that train together."""
+    (total,) = _over_processes((value,))
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return total / torch.distributed.get_world_size() if distributed else total
 
 
 def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:

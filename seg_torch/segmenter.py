@@ -21,6 +21,7 @@ from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
+from seg_torch.hub import hub
 from seg_torch.images import read_image, upright_rgb
 from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels, decode_segmap, palette_image
@@ -233,6 +234,22 @@ class Segmenter:
             raise InputError(f"no pretrained {model!r}: there are {' and '.join(builders)}")
         network = Network(builders[model](len(VOC_LABELS), backbone))
         return cls(network, VOC_LABELS, device=device, **settings)
+
+    @classmethod
+    def from_hub(
+        cls, name: str, device: torch.device | str | None = None, **settings: Any
+    ) -> Segmenter:
+        """Loads a published model of the Hugging Face Hub, see `seg_torch.hub.hub`.
+
+        Args:
+            name: Repository, such as `nvidia/segformer-b0-finetuned-ade-512-512`, or a folder.
+            device: Where to run; by default the best there is.
+            settings: `tile`, `scales`, `flip` and `precision` of the constructor.
+
+        Raises:
+            InputError: The repository cannot be had, or it is not of a model that segments.
+        """
+        return cls(*hub(name), device, **settings)
 
     def batch_size(self, height: int, width: int) -> int:
         """How many images of one size `predict_batch` should be given."""

@@ -24,7 +24,7 @@ from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels
-from seg_torch.losses import CrossEntropyLoss
+from seg_torch.losses import CrossEntropyLoss, OwnLoss
 from seg_torch.metrics import (
     AveragePrecision,
     BoundaryScores,
@@ -104,6 +104,11 @@ class SegmentationTask(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.loss is None:
             return
+        if isinstance(self.loss, OwnLoss) and not hasattr(self.network.model, "has_own_loss"):
+            raise InputError(
+                "loss=own: this model brings no loss of its own, as model=mask2former does; use "
+                "another loss"
+            )
         for loss in self.loss.modules():
             if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
                 data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -126,8 +131,9 @@ class SegmentationTask(LightningModule):
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         assert self.loss is not None
         images, masks = batch
-        outputs = self.network(images)
-        loss = upsampled_loss(self.loss, outputs["out"], masks)
+        own = isinstance(self.loss, OwnLoss)
+        outputs = self.network(images, masks) if own else self.network(images)
+        loss = outputs["loss"] if own else upsampled_loss(self.loss, outputs["out"], masks)
         if "aux" in outputs:
             loss = loss + self.aux_weight * upsampled_loss(self.loss, outputs["aux"], masks)
         self.step_losses = torch.cat(

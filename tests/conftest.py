@@ -25,6 +25,17 @@ SMALL_DATA = (
 )
 SMALL_TRAINER = ("trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.precision=32")
 SMALL_UNET = ("model.encoder=mobilenetv3_small_050", "model.decoder_channels=[8,8,8,8,8]")
+SMALL_MASK2FORMER = (
+    "model=mask2former",
+    "model.weights=null",
+    "model.config.backbone_config.embed_dim=12",
+    "model.config.backbone_config.depths=[1,1,1,1]",
+    "+model.config.decoder_layers=2",
+    "+model.config.encoder_layers=1",
+    "+model.config.train_num_points=64",
+    *(f"+model.config.{name}=64" for name in ("feature_size", "mask_feature_size", "hidden_dim")),
+    *(f"+model.config.{name}=64" for name in ("encoder_feedforward_dim", "dim_feedforward")),
+)
 ROOT = Path(__file__).parents[1]
 
 

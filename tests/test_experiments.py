@@ -15,6 +15,7 @@ import make_data
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_MASK2FORMER
 from hydra.utils import instantiate
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ RUNS = {
     "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
     "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
     "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
+    "own": ("camvid", ["data=camvid", "loss=own", *SMALL_MASK2FORMER]),
 }
 FROZEN = ["clothing_unet_densenet121", "pet_unet_mobilenetv2"]
 BRIEF = (
@@ -180,7 +182,8 @@ def test_every_choice_of_a_user_is_in_one_of_the_runs_above():
             cfg = hydra.compose("train", command_line(name), return_hydra_config=True)
         chosen |= {f"{group}={cfg.hydra.runtime.choices[group]}" for group in groups}
     files = {f"{group}={p.stem}" for group in groups for p in (CONFIG_FOLDER / group).iterdir()}
-    assert files - chosen == {"data=default", "data=from_checkpoint"}  # no choices of a user
+    # No choices of a user, and one that does not train.
+    assert files - chosen == {"data=default", "data=from_checkpoint", "model=hub"}
 
 
 @pytest.mark.promise(26)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -52,6 +54,65 @@ SEGFORMER = {
     "hidden_sizes": [8, 16, 40, 64],
     "decoder_hidden_size": 16,
 }
+SWIN = {
+    "model_type": "swin",
+    "embed_dim": 8,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 1, 1],
+    "window_size": 2,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+MASK2FORMER = {
+    "model_type": "mask2former",
+    "backbone_config": SWIN,
+    "num_queries": 5,
+    "train_num_points": 64,
+    "feature_size": 64,  # of GroupNorm with 32 groups
+    "mask_feature_size": 64,
+    "hidden_dim": 64,
+    "encoder_feedforward_dim": 16,
+    "dim_feedforward": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "num_attention_heads": 2,
+}
+MASK_MODELS = {
+    "mask2former": MASK2FORMER,
+    "oneformer": {
+        **{key: value for key, value in MASK2FORMER.items() if "feature" not in key},
+        "model_type": "oneformer",
+        "conv_dim": 64,
+        "mask_dim": 64,
+        "query_dec_layers": 1,
+    },
+    "maskformer": {
+        "model_type": "maskformer",
+        "backbone_config": SWIN,
+        "fpn_feature_size": 64,
+        "mask_feature_size": 16,
+        "decoder_config": {
+            "model_type": "detr",
+            "num_queries": 5,
+            "d_model": 16,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 2,
+            "encoder_attention_heads": 2,
+            "decoder_ffn_dim": 16,
+        },
+    },
+    "eomt": {
+        "model_type": "eomt",
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_blocks": 2,
+        "num_queries": 5,
+        "num_register_tokens": 1,
+        "train_num_points": 64,
+    },
+}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "fcn": lambda: fcn(NUM_CLASSES, "resnet50", weights=None),
@@ -78,6 +139,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lraspp": lambda: lraspp(NUM_CLASSES, weights=None),
     "smp": lambda: smp(NUM_CLASSES, "Unet", "resnet18", weights=None),
     "transformers": lambda: transformers(NUM_CLASSES, SEGFORMER),
+    **{name: partial(transformers, NUM_CLASSES, config) for name, config in MASK_MODELS.items()},
 }
 STRIDES = {  # of the logits, where not 1
     "fcn": 8,
@@ -87,8 +149,15 @@ STRIDES = {  # of the logits, where not 1
     "hrnet": 4,
     "lraspp": 8,
     "transformers": 4,
+    **dict.fromkeys(MASK_MODELS, 4),
+    "eomt": 2,
 }
 EXTRAS = {"smp": "segmentation_models_pytorch", "transformers": "transformers"}
+EXTRAS |= dict.fromkeys(MASK_MODELS, "transformers")
+# What transformers leaves in its models and does not use, and what cannot have a gradient: in the
+# first layer of MaskFormer's decoder all queries are zero.
+UNUSED = r"encoder\.(swin|model)\.layernorm\.|logit_scale"
+WITHOUT_GRADIENT = UNUSED + r"|module\.decoder\.layers\.0\.self_attn\."
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -105,6 +174,10 @@ def model(name: str) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # timm starts some at 0, which stops the gradient
             nn.init.uniform_(module.weight, 0.5, 1.5)
+    if name in MASK_MODELS:
+        for parameter in model.parameters():  # and deformable attention at 0
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -191,12 +264,17 @@ def test_d23_aux_head_runs_in_training_only(model, name):
 def test_gradient_reaches_every_trainable_parameter(model):
     outputs = model.train()(images(2, 3, 65, 71))
     target = torch.randint(NUM_CLASSES, (2, 65, 71), generator=torch.Generator().manual_seed(2))
-    model.zero_grad()
     losses = [F.cross_entropy(enlarge(logits, (65, 71)), target) for logits in outputs.values()]
-    sum(losses).backward()
+    losses = [sum(losses)]
+    if hasattr(model, "has_own_loss"):
+        losses.append(model(images(2, 3, 65, 71), target)["loss"])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
-    assert [name for name, p in trainable.items() if p.grad is None or not p.grad.any()] == []
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        without = [name for name, p in trainable.items() if p.grad is None or not p.grad.any()]
+        assert [name for name in without if not re.search(WITHOUT_GRADIENT, name)] == []
 
 
 # trainer.deterministic on a GPU. Training on `meta` shows what it would call there: `meta` computes
@@ -244,12 +322,16 @@ def refused(monkeypatch) -> Iterator[Callable[[nn.Module, Callable], set[str]]]:
     """refused(model, loss): what a training step calls that no GPU does deterministically."""
 
     def refused(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> set[str]:
-        network = Network(copy.deepcopy(model)).to("meta").train()
-        images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta")
-        masks = torch.zeros(2, 64, 64, dtype=torch.uint8, device="meta")
+        own = hasattr(model, "has_own_loss")
+        device = "cpu" if own else "meta"  # what is matched depends on the values
+        network = Network(copy.deepcopy(model)).to(device).train()
+        images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device)
+        masks = torch.zeros(2, 64, 64, dtype=torch.uint8, device=device)
         with Calls() as calls:
             logits = network(images).values()
             sum(loss(upsample(each, masks.shape[-2:]), masks) for each in logits).backward()
+            if own:
+                network(images, masks)["loss"].backward()
         return REFUSED_ON_CUDA & calls.counts.keys()
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown to meta
@@ -259,9 +341,11 @@ def refused(monkeypatch) -> Iterator[Callable[[nn.Module, Callable], set[str]]]:
 
 
 @pytest.mark.promise(25)
-def test_training_calls_nothing_that_a_gpu_has_in_no_deterministic_version(model, refused):
+def test_training_calls_nothing_that_a_gpu_has_in_no_deterministic_version(model, name, refused):
     losses = [CrossEntropyLoss("image"), DiceLoss(), DiceLoss(weights="image")]
-    assert refused(model, WeightedSum(losses, [1, 1, 1])) == set()
+    # The library's deformable attention.
+    known = {"aten.grid_sampler_2d_backward"} if name in ("mask2former", "oneformer") else set()
+    assert refused(model, WeightedSum(losses, [1, 1, 1])) == known
 
 
 def test_what_a_gpu_has_in_no_deterministic_version_is_seen(refused):
@@ -1079,6 +1163,139 @@ def test_transformers_refuses_configurations_that_make_no_model():
         transformers(NUM_CLASSES, {**SEGFORMER, "attn_implementation": "somebody/kernel"})
 
 
+# Mask classification
+
+
+def library_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """The loss of transformers, with its own criterion, of masks of each class."""
+    library = copy.deepcopy(model.model)
+    library.criterion = library.criterion.criterion
+    present = [each.unique() for each in target]
+    masks = [(t == ids[:, None, None]).float() for t, ids in zip(target, present, strict=True)]
+    inputs = {"task_inputs": model.task.expand(len(x), -1)} if hasattr(model, "task") else {}
+    outputs = library(pixel_values=x, mask_labels=masks, class_labels=present, **inputs)
+    return outputs.loss
+
+
+def regions(*shape: int) -> Tensor:
+    """Labels of three classes, in squares of 16 pixels."""
+    coarse = torch.randint(3, (shape[0], shape[1] // 16, shape[2] // 16))
+    return coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+
+@pytest.mark.parametrize("kind", MASK_MODELS)
+def test_without_ignored_pixels_the_loss_is_that_of_transformers(kind):
+    """Exactly for MaskFormer, the others' is estimated at points drawn at random."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    points = {} if kind == "maskformer" else {"train_num_points": 20_000}
+    model = transformers(NUM_CLASSES, MASK_MODELS[kind] | points).eval()
+    model.model.criterion.criterion.importance_sample_ratio = 0.75
+    side = 32 if kind == "eomt" else 64
+    x, target = images(2, 3, side, side), regions(2, side, side)
+    with torch.no_grad():
+        expected = library_loss(model, x, target)
+        loss = model(x, target)["loss"]
+    tolerance = 1e-6 if kind == "maskformer" else 0.005
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", MASK_MODELS)
+def test_the_loss_of_masks_does_not_see_ignored_pixels(kind):
+    pytest.importorskip("transformers")
+    criterion = transformers(NUM_CLASSES, MASK_MODELS[kind]).model.criterion
+    torch.manual_seed(0)
+    masks, classes = torch.randn(2, 5, 16, 24), torch.randn(2, 5, NUM_CLASSES + 1)
+    target = regions(2, 16, 24 * 16)[..., ::16].repeat_interleave(1, 1)
+    target[:, 4:, 5:] = 255
+
+    def loss_and_gradient(masks: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(1)  # of the points
+        masks = masks.clone().requires_grad_()
+        terms = criterion(masks, classes, target, target)
+        sum(terms.values()).backward()
+        return terms, masks.grad
+
+    terms, gradient = loss_and_gradient(masks)
+    other = masks.where(target[:, None] != 255, 100 * torch.randn_like(masks))
+    other_terms, other_gradient = loss_and_gradient(other)
+    assert all(torch.equal(value, other_terms[name]) for name, value in terms.items())
+    assert torch.equal(gradient, other_gradient)
+    assert not gradient.where(target[:, None] == 255, 0).any()
+    assert gradient[:, :, :4].any()
+    # As if they were cut away.
+    if kind == "maskformer":
+        cut = criterion(masks[..., :4, :], classes, target[:, :4], target)
+        target[:, 4:] = 255
+        rest = criterion(masks, classes, target, target)
+        for name, value in cut.items():
+            torch.testing.assert_close(value, rest[name])
+
+
+@pytest.mark.parametrize("kind", MASK_MODELS)
+def test_images_without_a_label_have_no_part_in_the_loss_of_masks(kind):
+    pytest.importorskip("transformers")
+    model = transformers(NUM_CLASSES, MASK_MODELS[kind])
+    criterion = model.model.criterion
+    masks, classes = torch.randn(2, 5, 8, 8), torch.randn(2, 5, NUM_CLASSES + 1)
+    target = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    target[1] = 255
+    torch.manual_seed(0)
+    both = criterion(masks, classes, target, target)
+    torch.manual_seed(0)
+    alone = criterion(masks[:1], classes[:1], target[:1], target[:1])
+    assert all(torch.equal(value, alone[name]) for name, value in both.items())
+    loss = model(images(2, 3, 33, 40), torch.full((2, 33, 40), 255, dtype=torch.uint8))["loss"]
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_each_class_is_matched_with_the_query_that_costs_least():
+    """By trying every assignment, with the costs of Cheng et al. (2022) by hand."""
+    pytest.importorskip("transformers")
+    criterion = transformers(NUM_CLASSES, MASK2FORMER).model.criterion
+    generator = torch.Generator().manual_seed(5)
+    masks = torch.randn(4, 6, 6, generator=generator) * 3
+    classes = torch.randn(4, NUM_CLASSES + 1, generator=generator)
+    target = torch.randint(3, (6, 6), generator=generator)
+    target[0] = 255
+    known = target != 255
+
+    def cost(query: int, label: int) -> float:
+        inside = (target[known] == label).double()
+        logits = masks[query][known].double()
+        p = logits.sigmoid()
+        cross_entropy = F.binary_cross_entropy(p, inside)
+        dice = 1 - (2 * (p * inside).sum() + 1) / (p.sum() + inside.sum() + 1)
+        probability = classes[query].softmax(0)[label]
+        return (5 * cross_entropy + 5 * dice - 2 * probability).item()
+
+    best = min(
+        itertools.permutations(range(4), 3),
+        key=lambda queries: sum(cost(q, label) for label, q in enumerate(queries)),
+    )
+    queries, columns = criterion._match(classes, masks, target, torch.arange(3))
+    assert [queries[columns == label].item() for label in range(3)] == list(best)
+
+
+def test_mask_models_take_published_weights_but_for_other_classes(tmp_path, caplog):
+    pytest.importorskip("transformers")
+    published = transformers(7, MASK2FORMER).model
+    published.criterion = published.criterion.criterion  # as the library has it
+    published.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO):
+        model = transformers(NUM_CLASSES, MASK2FORMER, tmp_path).model
+    own = model.state_dict()
+    for name, tensor in published.state_dict().items():
+        if not name.startswith(("class_predictor", "criterion")):
+            assert torch.equal(tensor, own[name]), name
+    assert own["class_predictor.weight"].shape[0] == NUM_CLASSES + 1
+    assert "class_predictor.weight" in caplog.text
+    with pytest.raises(InputError, match=r"does not fit model\.config"):
+        transformers(NUM_CLASSES, MASK2FORMER | {"num_queries": 6}, tmp_path)
+
+
 # Parameters that no output depends on
 
 TINY_VIT = {
@@ -1164,8 +1381,9 @@ def refuse_meta(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 def test_d21_nothing_is_frozen_where_everything_is_used(model):
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert freeze_unused_parameters(Network(model)) == []
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    unused = [name for name in trainable if re.search(UNUSED, name)]
+    assert freeze_unused_parameters(Network(model)) == [f"model.{name}" for name in unused]
+    assert [n for n, p in model.named_parameters() if p.requires_grad or n in unused] == trainable
 
 
 def test_a_model_that_takes_other_images_only_is_left_as_it_is(caplog):
@@ -1227,6 +1445,7 @@ def test_d33_a_missing_extra_names_the_command_that_installs_it(extra, monkeypat
         ["model=lraspp"],
         ["model=smp"],
         ["model=segformer"],
+        ["model=mask2former", "+model.config.decoder_layers=2", "+model.config.encoder_layers=1"],
     ],
     ids=lambda overrides: overrides[0],
 )

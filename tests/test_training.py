@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_UNET
+from conftest import SMALL_MASK2FORMER, SMALL_UNET
 from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
@@ -412,6 +412,24 @@ def test_d06_d07_resuming_goes_on_in_the_same_folder_until_there_is_nothing_left
 def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, setting):
     with pytest.raises(InputError, match=f"own settings; {setting.split('=')[0]} would"):
         complete_overrides("train", [f"resume={tmp_path}", setting, "trainer.devices=1"])
+
+
+def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
+    pytest.importorskip("transformers")
+    options = [*SMALL_MASK2FORMER, "loss=own", "scheduler=none"]
+    train(small("train", *options, f"output_dir={tmp_path / 'whole'}"))
+    folder = tmp_path / "run"
+    train(small("train", *options, "trainer.max_epochs=1"))
+    resume(folder, max_epochs=2)
+    assert history(folder) == history(tmp_path / "whole")
+    assert same(weights(folder), weights(tmp_path / "whole"))
+    segmenter = Segmenter.load(folder)
+    assert segmenter.predict(np.zeros((40, 50, 3), np.uint8)).mask.shape == (40, 50)
+
+
+def test_a_loss_of_its_own_is_asked_of_a_model_that_has_one(small):
+    with pytest.raises(InputError, match="loss=own: this model brings no loss"):
+        train(small("train", "loss=own"))
 
 
 def test_d25_resuming_fetches_no_weights(small, tmp_path, monkeypatch):

@@ -1,30 +1,46 @@
-"""evaluate.py: scores a checkpoint on the data that it was trained with, or on other data."""
+"""evaluate.py: scores a checkpoint on the data that it was trained with, or on other data; or a
+published model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
+from seg_torch.hub import HUB, Selection, class_order
 from seg_torch.inference import Inference, parse_tta
 from seg_torch.labels import Labels
+from seg_torch.models.network import Network
 from seg_torch.task import SegmentationTask
 from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Scores a checkpoint on a split of its own data or of other data."""
+    """Scores a checkpoint or a published model on a split of its own data or of other data."""
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
-    content = checkpoint.read(cfg.checkpoint)
-    network, labels = checkpoint.build_network(content, cfg.trust)
+    published = cfg.get("model")
+    if (cfg.checkpoint is None) == (published is None) or (
+        published is not None and published._target_ != HUB
+    ):
+        raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
+    if cfg.checkpoint is not None:
+        content = checkpoint.read(cfg.checkpoint)
+        network, labels = checkpoint.build_network(content, cfg.trust)
+        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
+        own_data = content[checkpoint.KEY]["data"]
+    else:
+        network, labels, resize = instantiate(cfg.model)
+        own_data = {}
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, content[checkpoint.KEY])
+    settings = _data_settings(cfg, own_data, resize)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -32,6 +48,8 @@ def evaluate(cfg: DictConfig) -> None:
     on_first_process(trainer, lambda: data.dataset(cfg.split))
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
     found = data.dataset(cfg.split).labels
+    if cfg.checkpoint is None:
+        network, labels = _with_classes_of(network, labels, found, cfg.model.name)
     if found != labels:
         raise InputError(
             f"{cfg.checkpoint} knows the {len(labels)} classes {_shortened(labels)}, the data "
@@ -50,13 +68,36 @@ def evaluate(cfg: DictConfig) -> None:
     score(trainer, task, data, folder, cfg.split)
 
 
-def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the data module: the checkpoint's, and the user's on top."""
+def _with_classes_of(
+    network: Network, labels: Labels, wanted: Labels, name: str
+) -> tuple[Network, Labels]:
+    """Returns a published network with the classes of the data, in their order.
+
+    Raises:
+        InputError: It does not know all of them.
+    """
+    order = class_order(labels.names, wanted.names)
+    if order is None:
+        missing = [n for n in wanted.names if class_order(labels.names, [n]) is None]
+        raise InputError(
+            f"{name} knows the {len(labels)} classes {_shortened(labels)}; of the {len(wanted)} "
+            f"classes of the data it lacks {len(missing)}: {', '.join(missing[:5])}"
+        )
+    if order != list(range(len(labels))):
+        network.model = Selection(network.model, order)
+    return network, wanted
+
+
+def _data_settings(
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
+) -> dict[str, Any]:
+    """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
-        settings = {**_own_data(description["data"]), **settings}
-    resize = description["preprocessing"]["resize"]
+        if not own:
+            raise InputError("model=hub comes without data: give data=ade20k data.root=FOLDER")
+        settings = {**_own_data(own), **settings}
     if given.get("resize") not in (None, resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "

@@ -45,6 +45,7 @@ from seg_torch.commands import video
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.hub import HUB
 from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit, read_image
 from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
@@ -441,10 +442,11 @@ def _run_id(cfg: DictConfig) -> str:
     settings += ["model"] if cfg.checkpoint is None else []
     values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for weights in (cfg.checkpoint, cfg.beside, cfg.model.get("weights")):
+    for weights in (cfg.checkpoint, cfg.beside, cfg.model.get("weights"), cfg.model.get("name")):
         path = Path(weights or "")
-        if weights and path.is_dir():  # of a run
-            path = path / "checkpoints" / "best.ckpt"
+        if weights and path.is_dir():  # of a run, or as on the Hub
+            files = (path / "checkpoints" / "best.ckpt", path / "model.safetensors")
+            path = next((file for file in files if file.is_file()), path)
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -604,13 +606,15 @@ def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     settings["device"] = device
     if cfg.checkpoint is not None:
         first = Segmenter.load(cfg.checkpoint, trust=cfg.trust, **settings)
+    elif cfg.model._target_ == HUB:
+        first = Segmenter.from_hub(cfg.model.name, **settings)
     elif _titles(cfg)[0] in PRETRAINED:
         network = Network(instantiate(cfg.model, num_classes=len(VOC_LABELS)))
         first = Segmenter(network, VOC_LABELS, **settings)
     else:
         raise InputError(
             f"{cfg.model._target_} comes without weights that segment images: give "
-            f"checkpoint=FILE, or use model={' or model='.join(PRETRAINED)}"
+            f"checkpoint=FILE, or use model=hub or model={' or model='.join(PRETRAINED)}"
         )
     if cfg.beside is None:
         return [first]
@@ -621,5 +625,7 @@ def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
 
 def _titles(cfg: DictConfig) -> tuple[str, str]:
     """Return what the two models are called."""
-    name = cfg.model._target_.split(".")[-1] if cfg.checkpoint is None else cfg.checkpoint
+    name = cfg.checkpoint
+    if name is None:
+        name = cfg.model.name if cfg.model._target_ == HUB else cfg.model._target_.split(".")[-1]
     return str(name), str(cfg.beside)

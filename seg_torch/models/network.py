@@ -40,18 +40,21 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute logits.
+    def forward(self, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute logits, or the model's own loss.
 
         Args:
             images: Uint8 [N, C, H, W].
+            target: Integer [N, H, W], class ids or `IGNORE_INDEX`. Only for a model with a loss of
+                its own (`model.has_own_loss`), which takes it after the images.
 
         Returns:
             `out`, and in training `aux` if the model has an auxiliary head: logits [N, K, h, w] at
-            the resolution at which the head works.
+            the resolution at which the head works. With a target `loss` alone, a scalar.
         """
         x = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
-        out = self.model(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        out = self.model(x) if target is None else self.model(x, target)
         return {"out": out} if isinstance(out, Tensor) else out
 
 

@@ -69,6 +69,37 @@ class SMP(nn.Module):
         return {"out": logits[..., :height, :width]}
 
 
+def published_smp(config: dict[str, Any], weights: Path) -> SMP:
+    """Build a model of segmentation_models_pytorch that its `save_pretrained` wrote.
+
+    Args:
+        config: What its config.json says. Its `activation`, and a classifier of whole images beside
+            the segmentation, are left out.
+        weights: A `.safetensors` file.
+
+    Raises:
+        InputError: As for `smp`; weights that do not fit; images of other than three channels; or
+            one class, which is told from the background by a threshold.
+    """
+    given = dict(config)
+    if given.get("in_channels", 3) != 3 or not isinstance(given.get("classes"), int):
+        raise InputError("its config.json is not of a model for RGB images and some classes")
+    if given["classes"] < 2:
+        raise InputError("it has one class, told by a threshold; two or more are needed")
+    left_out = ("_model_class", "encoder_name", "encoder_weights", "classes", "in_channels")
+    architecture, encoder, _, num_classes, _ = (given.pop(key, None) for key in left_out)
+    given.update(activation=None, aux_params=None)
+    model = _library_model(str(architecture), str(encoder), num_classes, given)
+    state = read_state_dict(weights)
+    state = {k: v for k, v in state.items() if not k.startswith("classification_head.")}
+    try:
+        model.model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise InputError(f"{weights} does not fit its own config.json: {reason}") from error
+    return model
+
+
 def smp(
     num_classes: int,
     architecture: str = "Unet",
@@ -92,6 +123,28 @@ def smp(
         InputError: segmentation_models_pytorch is not installed; unknown architecture or encoder,
             or two that do not fit; weights that cannot be loaded or do not fit.
     """
+    # Unless told otherwise, DPT's Vision Transformers take one size and keep their classifier.
+    is_dpt = architecture == "DPT"
+    options: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0} if is_dpt else {}
+    model = _library_model(architecture, encoder, num_classes, options)
+    if weights is None:
+        return model
+    if not encoder.startswith("tu-"):
+        _load_encoder(model, encoder, weights)
+        return model
+    options = {"num_classes": 0} if is_dpt else {"features_only": True}
+    timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
+    model.mean, model.std = image_statistics(timm_encoder)
+    given = timm_encoder.state_dict()  # may have stages that the library cuts off
+    own: Any = cast(Any, model.model.encoder).model
+    own.load_state_dict({name: given[name] for name in own.state_dict()})
+    return model
+
+
+def _library_model(
+    architecture: str, encoder: str, num_classes: int, options: dict[str, Any]
+) -> SMP:
+    """Make a model of the library with random weights; `options` are those of its constructor."""
     try:
         import segmentation_models_pytorch as library
     except ImportError as error:
@@ -111,38 +164,23 @@ def smp(
             f"model.encoder is {encoder!r}, which segmentation_models_pytorch does not have; use "
             f"{', '.join([*nearest, 'tu-NAME'])} with the name of a timm model"
         )
-    # Unless told otherwise, DPT's Vision Transformers take one size and keep their classifier.
-    is_dpt = architecture == "DPT"
-    options: dict[str, Any] = {"dynamic_img_size": True, "num_classes": 0} if is_dpt else {}
     try:
         library_model = library.create_model(
             architecture, encoder, encoder_weights=None, classes=num_classes, **options
         )
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"cannot make {architecture} with {encoder}: {reason}") from error
     # These two halve their encoder's features of stride 16 three times more, and once more.
     multiple = {"PAN": 128, "DPT": 32}.get(architecture, library_model.encoder.output_stride)
-    model = SMP(library_model, multiple)
-    if weights is None:
-        return model
-    if not encoder.startswith("tu-"):
-        published = library.encoders.encoders[encoder]["pretrained_settings"]
-        _load_encoder(model, encoder, weights, published)
-        return model
-    options = {"num_classes": 0} if is_dpt else {"features_only": True}
-    timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
-    model.mean, model.std = image_statistics(timm_encoder)
-    given = timm_encoder.state_dict()  # may have stages that the library cuts off
-    own = library_model.encoder.model
-    own.load_state_dict({name: given[name] for name in own.state_dict()})
-    return model
+    return SMP(library_model, multiple)
 
 
-def _load_encoder(
-    model: SMP, encoder: str, weights: str | Path, published: dict[str, dict[str, str]]
-) -> None:
+def _load_encoder(model: SMP, encoder: str, weights: str | Path) -> None:
     """Load weights that the library publishes for one of its encoders, or those of a file."""
+    import segmentation_models_pytorch as library
+
+    published = library.encoders.encoders[encoder]["pretrained_settings"]
     if str(weights) in published:
         # Asked for here, since the library asks for a minute when there is no network.
         repository, revision = itemgetter("repo_id", "revision")(published[str(weights)])

@@ -1,17 +1,27 @@
-"""Any semantic segmentation model of Hugging Face's transformers, which is an extra."""
+"""Semantic segmentation models of Hugging Face's transformers, which is an extra: any that gives
+logits of classes, and those that classify masks."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
+from seg_torch.labels import IGNORE_INDEX
+from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
+from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import download_from_hugging_face, log_loading
+
+MASK_MODELS = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
+# "the task is semantic" for OneFormer, in the tokens of CLIP, between those of start and end.
+SEMANTIC_TASK = (49406, 518, 10549, 533, 29119, 1550, 49407)
 
 
 class TransformersModel(nn.Module):
@@ -46,8 +56,78 @@ class TransformersModel(nn.Module):
         return {"out": self.model(pixel_values=x).logits}
 
 
+class MaskClassificationModel(TransformersModel):
+    """A model of transformers that proposes masks and their classes, for images of every size.
+
+    Args:
+        model: A Mask2Former, MaskFormer, OneFormer or EoMT.
+    """
+
+    has_own_loss = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        library_model: Any = model
+        config = library_model.config
+        library_model.criterion = MaskLoss(library_model.criterion)
+        self.is_eomt = config.model_type.startswith("eomt")
+        self.multiple = config.patch_size if self.is_eomt else 32
+        if config.model_type == "eomt":
+            embeddings = library_model.embeddings.position_embeddings
+            embeddings.register_forward_hook(self._fit_positions)
+        if config.model_type == "oneformer":
+            task = torch.zeros(1, config.task_seq_len, dtype=torch.long)
+            task[0, : len(SEMANTIC_TASK)] = torch.tensor(SEMANTIC_TASK)
+            self.register_buffer("task", task, persistent=False)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute logits, or the loss.
+
+        Args:
+            x: Float [N, 3, H, W].
+            target: Integer [N, H, W], class ids or `IGNORE_INDEX`.
+
+        Returns:
+            `out`: float32 [N, K, h, w], see `seg_torch.models.masks.semantic_logits`. With a target
+            `loss` alone, a float32 scalar, see `seg_torch.models.masks.MaskLoss`.
+        """
+        height, width = x.shape[-2:]
+        x = pad_to_multiple(x, self.multiple)
+        model: Any = self.model
+        options: dict[str, Any] = {}
+        if self.is_eomt:
+            model.grid_size = tuple(side // self.multiple for side in x.shape[-2:])
+        else:
+            options["output_hidden_states"] = True  # MaskFormer's auxiliary loss fails without
+        if model.config.model_type == "oneformer":
+            options["task_inputs"] = self.get_buffer("task").expand(len(x), -1)
+        if target is not None:
+            padding = (0, x.shape[-1] - width, 0, x.shape[-2] - height)
+            target = F.pad(target, padding, value=IGNORE_INDEX)
+            # They are passed on to the criterion, which is ours.
+            result = model(pixel_values=x, mask_labels=target, class_labels=target, **options)
+            return {"loss": result.loss}
+        result = model(pixel_values=x, **options)
+        logits = semantic_logits(result.class_queries_logits, result.masks_queries_logits)
+        stride = x.shape[-1] // logits.shape[-1]
+        return {"out": logits[..., : -(-height // stride), : -(-width // stride)]}
+
+    def _fit_positions(self, module: nn.Module, inputs: Any, positions: Tensor) -> Tensor:
+        """Resizes the position embeddings [1, S * S, D] of EoMT to the grid of the image."""
+        side = math.isqrt(positions.shape[1])
+        grid: Any = self.model.grid_size
+        if grid == (side, side):
+            return positions
+        square = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
 def transformers(
-    num_classes: int, config: dict[str, Any], weights: str | Path | None = None
+    num_classes: int,
+    config: dict[str, Any],
+    weights: str | Path | None = None,
+    complete: bool = False,
 ) -> TransformersModel:
     """Build a semantic segmentation model of transformers.
 
@@ -56,16 +136,19 @@ def transformers(
 
     Args:
         num_classes: Number of classes K.
-        config: `model_type`, such as `segformer`, `upernet`, `dpt`, `beit` or `mobilevit`, and
+        config: `model_type`, such as `segformer`, `upernet`, `dpt`, `beit` or `mobilevit`, or, of
+            those that classify masks, `mask2former`, `maskformer`, `oneformer` or `eomt`; and
             whatever of the model's `config.json` differs from the defaults of that type.
         weights: Repository on the Hub, such as `nvidia/segformer-b0-finetuned-ade-512-512` or, with
             an encoder alone, `nvidia/mit-b0`; or a folder that `save_pretrained` wrote; or `None`
             for random ones. The encoder must fit. Layers of the head that do not, such as those for
             other classes, are new, and the skipped keys are logged.
+        complete: Layers of the head have to fit, too.
 
     Returns:
         Module: float [N, 3, H, W] -> {"out": logits [N, K, h, w]}, of a quarter of H and W for
-        SegFormer.
+        SegFormer and for those that classify masks. The latter have a loss of their own; that of
+        OneFormer is without the contrast to texts.
 
     Raises:
         InputError: transformers is not installed; no or an unsuitable configuration; weights that
@@ -73,7 +156,11 @@ def transformers(
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoModelForSemanticSegmentation
+        from transformers import (
+            AutoConfig,
+            AutoModelForSemanticSegmentation,
+            AutoModelForUniversalSegmentation,
+        )
         from transformers import logging as library_logging
         from transformers.models.auto.modeling_auto import (
             MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as MODEL_NAMES,
@@ -83,7 +170,8 @@ def transformers(
             f"this model needs transformers ({error}); install it with pip install transformers"
         ) from error
 
-    check_choice("model.config.model_type", config.get("model_type"), MODEL_NAMES)
+    kind = config.get("model_type")
+    check_choice("model.config.model_type", kind, [*MODEL_NAMES, *MASK_MODELS])
     # These can name files, or weights and code on the Hub, and the configuration may come from
     # anybody's checkpoint.
     found = re.search(r"\w*attn_implementation|'backbone': [^N]|[/\\]", str(config))
@@ -96,24 +184,46 @@ def transformers(
         model_config = AutoConfig.for_model(**config)
         model_config.num_labels = num_classes
         model_config.use_auxiliary_head = False  # its logits would not come out
+        model_config.is_training = False  # OneFormer's, for which it needs texts
+        classifies_masks = kind in MASK_MODELS
+        library_model: Any = (
+            AutoModelForUniversalSegmentation
+            if classifies_masks
+            else AutoModelForSemanticSegmentation
+        )
+        wrap = MaskClassificationModel if classifies_masks else TransformersModel
         if weights is None:
-            return TransformersModel(AutoModelForSemanticSegmentation.from_config(model_config))
-    except (TypeError, ValueError, StrictDataclassError) as error:
+            return wrap(library_model.from_config(model_config))
+    except (ImportError, TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"model.config: {error}") from error
 
     settings = _image_settings(weights)
     library_logging.set_verbosity_error()  # its report is what is logged here, as a long table
-    result = TransformersModel(_pretrained(AutoModelForSemanticSegmentation, model_config, weights))
-    if settings.get("do_normalize", True):
-        result.mean = settings.get("image_mean", IMAGENET_MEAN)
-        result.std = settings.get("image_std", IMAGENET_STD)
-    else:
-        result.mean, result.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    result = wrap(_pretrained(library_model, model_config, weights, complete))
+    result.mean, result.std = _statistics(settings)
+    if settings.get("do_flip_channel_order"):  # the weights are for images in BGR
+        first = next(m for m in result.modules() if isinstance(m, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1)
+        result.mean, result.std = result.mean[::-1], result.std[::-1]
     return result
 
 
-def _pretrained(auto_model: Any, model_config: Any, weights: str | Path) -> nn.Module:
-    """Load published weights; the encoder must fit, the head need not."""
+def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of images scaled to [0, 1], as `Network` wants them."""
+    mean: Sequence[float] = [0.0] * 3
+    std: Sequence[float] = [1.0] * 3
+    if settings.get("do_normalize", True):
+        mean = settings.get("image_mean") or IMAGENET_MEAN
+        std = settings.get("image_std") or IMAGENET_STD
+    # What they were scaled to, which is [0, 1] but for BEiT's older checkpoints and a few others.
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
+    return [m / (255 * factor) for m in mean], [s / (255 * factor) for s in std]
+
+
+def _pretrained(
+    auto_model: Any, model_config: Any, weights: str | Path, complete: bool
+) -> nn.Module:
+    """Load published weights; the encoder must fit, the head only where asked for."""
     try:
         model, loaded = auto_model.from_pretrained(
             weights,
@@ -127,8 +237,16 @@ def _pretrained(auto_model: Any, model_config: Any, weights: str | Path) -> nn.M
         raise InputError(f"cannot load {weights}: {error}") from error
     other_shape = {name for name, *_ in loaded["mismatched_keys"]}
     new = sorted(other_shape | set(loaded["missing_keys"]))
-    encoder = f"{model.base_model_prefix or 'backbone'}."
-    lacking = [name for name in new if name.startswith(encoder)]
+    if complete and new:
+        raise InputError(
+            f"{weights} does not segment: {len(new)} tensors are absent or of another shape, such "
+            f"as {', '.join(new[:3])}; it may be an encoder alone"
+        )
+    if model_config.model_type in MASK_MODELS:  # whose encoder is of no use without the decoder
+        lacking = [name for name in new if not re.search("class_(predictor|embed)|criterion", name)]
+    else:
+        encoder = f"{model.base_model_prefix or 'backbone'}."
+        lacking = [name for name in new if name.startswith(encoder)]
     if lacking:
         raise InputError(
             f"{weights} does not fit model.config: {len(lacking)} tensors of the encoder are "
