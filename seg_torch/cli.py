@@ -102,6 +102,10 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
             if "none" not in groups[key]:
                 raise InputError(f"{key} must not be null; there are: {', '.join(groups[key])}")
             override = f"{key}=none"
+        if override == "hydra/sweeper=optuna":
+            if importlib.util.find_spec("optuna") is None:
+                raise InputError(f"{override} needs a package: pip install hydra-optuna-sweeper")
+            override = "hydra/sweeper=optuna_miou"
         complete.append(override)
     if command != "train":
         return complete
@@ -174,8 +178,19 @@ def _groups(command: str, folder: Any = None) -> dict[str, list[str]]:
 def _compose_and_run(call: Namespace, codes: list[int]) -> None:
     """Calls Hydra, which runs the command once, or once for each job of a sweep."""
 
-    def job(cfg: DictConfig) -> None:
-        codes.append(_exit_code(lambda: _run(call, _check(call, cfg))))
+    def job(cfg: DictConfig) -> float | None:
+        """Returns the score of a run that was trained: sweepers such as Optuna's go by it."""
+        score = None
+
+        def work() -> Any:
+            nonlocal score
+            result = _run(call, _check(call, cfg))
+            if call.command != "train":
+                return result
+            score = result
+
+        codes.append(_exit_code(work))
+        return score
 
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]
