@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
@@ -18,6 +20,21 @@ from seg_torch.trainer import build_trainer, on_first_process, on_other_machines
 
 def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint on a split of its own data or of other data."""
+    score(*prepare(cfg), cfg.split)
+
+
+def prepare(
+    cfg: DictConfig, **settings: Any
+) -> tuple[Trainer, SegmentationTask, SegmentationDataModule, Path]:
+    """Returns all that `seg_torch.trainer.score` needs but the split.
+
+    Args:
+        cfg: Settings of the command.
+        settings: Further ones of `SegmentationTask`.
+
+    Raises:
+        InputError: The checkpoint, the data or a setting cannot be used.
+    """
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
     content = checkpoint.read(cfg.checkpoint)
@@ -40,8 +57,8 @@ def evaluate(cfg: DictConfig) -> None:
     inference = Inference(
         network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
     )
-    task = SegmentationTask(network, labels, inference, average_precision=cfg.average_precision)
-    score(trainer, task, data, folder, cfg.split)
+    settings["average_precision"] = cfg.average_precision
+    return trainer, SegmentationTask(network, labels, inference, **settings), data, folder
 
 
 def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:
