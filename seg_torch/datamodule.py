@@ -46,6 +46,8 @@ from seg_torch.transforms import resize_image, resize_mask
 log = logging.getLogger(__name__)
 
 Sample = tuple[torch.Tensor, torch.Tensor]
+# Images [n, C, H, W] of one size, masks [n, h, w], and their numbers in the dataset.
+EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -233,11 +235,11 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
 
     def val_dataloader(self) -> DataLoader:
-        """Return a loader of lists of (images, masks), one pair per size."""
+        """Return a loader of lists of (images, masks, their numbers), one triple per size."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return a loader of lists of (images, masks), one pair per size."""
+        """Return a loader of lists of (images, masks, their numbers), one triple per size."""
         return self._evaluation_loader(self.test_split)
 
     def rebuild_batch(
@@ -268,7 +270,7 @@ class SegmentationDataModule(LightningDataModule):
         return _TrainingSamples(samples, self.augment, self.seed)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        dataset = self._samples(split, resize_labels=False)
+        dataset = _NumberedSamples(self._samples(split, resize_labels=False))
         batches = self._evaluation_batches(len(dataset), *self._rank_and_world())
         return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
 
@@ -391,6 +393,19 @@ class _Samples(Dataset):
         return image, mask
 
 
+class _NumberedSamples(Dataset):
+    """Samples (image, mask, number in the dataset): scores are also those of each image."""
+
+    def __init__(self, samples: _Samples | CachedSamples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return *self.samples[index], index
+
+
 class _TrainingSamples(Dataset):
     """Augmented samples, by the (epoch, index) that `EpochSampler` yields."""
 
@@ -499,9 +514,14 @@ def stack(samples: Sequence[Sample]) -> Sample:
     return torch.stack(images), torch.stack(masks)
 
 
-def group_by_size(samples: Sequence[Sample]) -> list[Sample]:
-    """Return evaluation samples as (images [n, C, H, W], masks [n, h, w]), a pair per size."""
-    groups: dict[tuple, list[Sample]] = {}
-    for image, mask in samples:
-        groups.setdefault((image.shape, mask.shape), []).append((image, mask))
-    return [stack(group) for group in groups.values()]
+def group_by_size(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
+) -> list[EvaluationGroup]:
+    """Return evaluation samples (image, mask, number) as batches of one size each."""
+    groups: dict[tuple, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}
+    for sample in samples:
+        groups.setdefault((sample[0].shape, sample[1].shape), []).append(sample)
+    return [
+        (*stack([(image, mask) for image, mask, _ in group]), [number for *_, number in group])
+        for group in groups.values()
+    ]

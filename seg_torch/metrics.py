@@ -1,9 +1,15 @@
-"""One streaming confusion matrix, and every score derived from it; average precision apart."""
+"""Scores over a dataset, from sums of integers that are counted batch by batch.
+
+Most derive from one confusion matrix; each of the others has counts of its own. All are the same
+for every batch size and number of processes, and take the same memory however many pixels there
+are.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torchmetrics
 from torch import Tensor
@@ -13,6 +19,7 @@ from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import check_labels
 
 SCORE_STEPS = 1024  # of average precision: scores are rounded to multiples of 1 / 1024
+CONFIDENCE_STEPS = 65536
 
 
 class ConfusionMatrix(torchmetrics.Metric):
@@ -125,6 +132,76 @@ class AveragePrecision(torchmetrics.Metric):
         labelled = true_positives[:, -1:].double()
         recall = true_positives / labelled  # 0 / 0 is the nan that the docstring promises
         return (recall.diff(dim=1, prepend=0 * labelled) * precision).sum(1)
+
+
+class ImageScores(torchmetrics.Metric):
+    """What each image by itself was scored: counts from which its IoU and accuracy follow.
+
+    Args:
+        num_classes: Number of classes C.
+        num_images: Number of images N of the dataset.
+    """
+
+    full_state_update = False
+
+    counts: Tensor
+    confidence: Tensor
+
+    def __init__(self, num_classes: int, num_images: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        empty = torch.zeros(num_images, 3, num_classes, dtype=torch.int64)
+        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+        self.add_state("confidence", default=empty[:, 0, 0].clone(), dist_reduce_fx="sum")
+
+    def update(self, index: int, prediction: Tensor, target: Tensor, confidence: Tensor) -> None:
+        """Counts an image or a part of it; on CUDA without waiting for the device.
+
+        Args:
+            index: Number of the image, in 0..N-1.
+            prediction: Integer [...], class ids in 0..C-1.
+            target: Integer, the shape of `prediction`, class ids in 0..C-1 or `IGNORE_INDEX`.
+            confidence: Of the prediction, see `confidence_steps`.
+        """
+        num_classes = self.num_classes
+        ignored = target == IGNORE_INDEX
+        maps = (target.masked_fill(prediction != target, num_classes), target, prediction)
+        bins = [each.to(torch.int16).masked_fill(ignored, num_classes) for each in maps]
+        self.counts[index] += torch.stack([_count(b, num_classes + 1)[:-1] for b in bins])
+        self.confidence[index] += confidence.masked_fill(ignored, 0).sum()
+
+    def compute(self) -> dict[str, np.ndarray]:
+        """Returns the counts so far, over the labelled pixels of each image.
+
+        Returns:
+            int64 [N, C] `intersection` (pixels of the class in both), `label_pixels`
+            and `predicted_pixels`; float32 [N] `confidence`, the mean over the pixels, or nan for
+            an image without labelled pixels.
+        """
+        intersection, labelled, predicted = self.counts.cpu().clone().unbind(1)
+        confidence = self.confidence.cpu().double() / (CONFIDENCE_STEPS * labelled.sum(1))
+        return {
+            "intersection": intersection.numpy(),
+            "label_pixels": labelled.numpy(),
+            "predicted_pixels": predicted.numpy(),
+            "confidence": confidence.float().numpy(),
+        }
+
+
+def confidence_steps(logits: Tensor) -> Tensor:
+    """Returns how sure the prediction of each pixel is: the highest of its softmax probabilities.
+
+    In whole numbers, whose sums do not depend on the order in which they are added up.
+
+    Args:
+        logits: Float [C, H, W].
+
+    Returns:
+        int32 [H, W], the probability in steps of 1 / 65536; 0 where it is not a number.
+    """
+    logits = logits.float()
+    highest = 1 / (logits - logits.amax(0)).exp_().sum(0)
+    return (highest.nan_to_num_() * CONFIDENCE_STEPS).round_().to(torch.int32)
 
 
 def _count(bins: Tensor, num_bins: int) -> Tensor:

@@ -19,13 +19,20 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
-from seg_torch.datamodule import Sample
+from seg_torch.datamodule import EvaluationGroup, Sample
 from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
-from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
+from seg_torch.metrics import (
+    AveragePrecision,
+    ConfusionMatrix,
+    ImageScores,
+    confidence_steps,
+    report,
+    scores,
+)
 from seg_torch.models.network import Network
 from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
@@ -84,6 +91,7 @@ class SegmentationTask(LightningModule):
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
         self.validated = False  # in this epoch
         self.test_report: dict[str, Any] | None = None
+        self.test_images: dict[str, np.ndarray] = {}  # see ImageScores
 
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.loss is None:
@@ -167,8 +175,8 @@ class SegmentationTask(LightningModule):
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def validation_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, _ in groups:
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
                 self.confusion.update(decide(logits)[0], mask)
@@ -197,11 +205,19 @@ class SegmentationTask(LightningModule):
         self.finite_batches.zero_()
         self.validated = True
 
-    def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def on_test_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        num_images = len(data.dataset(data.test_split))
+        self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
+
+    def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, numbers in groups:
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
-                self.confusion.update(decide(logits)[0], mask)
+                prediction = decide(logits)[0]
+                self.confusion.update(prediction, mask)
+                confidence = confidence_steps(logits)
+                self.image_scores.update(numbers[index], prediction, mask, confidence)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
 
@@ -212,6 +228,7 @@ class SegmentationTask(LightningModule):
             self.average_precision.reset()
         self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
         self.test_report["precision"] = self.inference.precision
+        self.test_images = self.image_scores.compute()
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

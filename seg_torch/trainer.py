@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
 from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.datasets.base import sample_name
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.task import SegmentationTask
@@ -250,7 +252,7 @@ def _on_some_processes(
 def score(
     trainer: Trainer, task: SegmentationTask, data: SegmentationDataModule, folder: Path, split: str
 ) -> None:
-    """Scores a task, prints the table and writes `<split>_metrics.json`."""
+    """Scores a task, prints the table and writes `<split>_metrics.json` and `<split>_images`."""
     if task.inference.precision == "32-true":  # not TensorFloat-32, which is 10 bits
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -262,9 +264,39 @@ def score(
         text = json.dumps(report, indent=1)
         write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
         matrix = np.array(report["confusion_matrix"])
+        save_image_scores(task.test_images, data.dataset(split), folder / f"{split}_images")
         save_confusion_matrix(matrix, task.labels, folder / f"{split}_confusion_matrix.png")
         print_scores(report, f"{split}: {len(data.dataset(split))} images")
         log.info("scores (%s): %s", report["precision"], path)
+
+
+def save_image_scores(images: dict[str, np.ndarray], dataset: Any, path: Path) -> None:
+    """Writes what each image was scored: as counts to `path.npz`, as scores to `path.csv`.
+
+    Args:
+        images: Of all images of the dataset, see `seg_torch.metrics.ImageScores`. The `.npz` holds
+            these arrays, and `names`.
+        dataset: Gives the names of images and classes.
+        path: Without the suffix.
+    """
+    names = [sample_name(dataset, index, "name") for index in range(len(dataset))]
+    arrays: dict[str, Any] = {"names": np.array(names), **images}
+    write_atomically(path.with_suffix(".npz"), lambda name: np.savez_compressed(name, **arrays))
+    correct, labelled = images["intersection"], images["label_pixels"]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan: what has no score
+        iou = correct / (labelled + images["predicted_pixels"] - correct)
+        accuracy = correct.sum(1) / labelled.sum(1)
+
+    def write(name: str) -> None:
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            classes = [f"iou {label}" for label in dataset.labels.names]
+            writer.writerow(["name", "pixel_accuracy", "confidence", *classes])
+            scores = np.column_stack([accuracy, images["confidence"], iou])
+            for image, row in zip(names, scores, strict=True):
+                writer.writerow([image, *("" if np.isnan(v) else f"{v:.6f}" for v in row)])
+
+    write_atomically(path.with_suffix(".csv"), write)
 
 
 def print_scores(report: dict[str, Any], title: str) -> None:

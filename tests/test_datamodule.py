@@ -102,16 +102,18 @@ def test_every_image_is_evaluated_exactly_once(length, world):
     assert sorted(i for shard in shards for batch in shard for i in batch) == [*range(length)]
 
 
-def test_evaluation_groups_by_size_and_keeps_labels_at_theirs():
-    def item(size, mask_size):
-        return tv_tensors.Image(torch.zeros(3, *size)), tv_tensors.Mask(torch.zeros(mask_size))
+def test_evaluation_groups_by_size_keeps_labels_at_theirs_and_tells_which_is_which():
+    def item(size, number):
+        mask = tv_tensors.Mask(torch.full((20, 20), number))
+        return tv_tensors.Image(torch.zeros(3, *size)), mask, number
 
-    a, b = item((8, 9), (20, 20)), item((9, 8), (20, 20))
-    groups = group_by_size([a, b, a])
-    assert [(i.shape, m.shape) for i, m in groups] == [
-        ((2, 3, 8, 9), (2, 20, 20)),
-        ((1, 3, 9, 8), (1, 20, 20)),
+    groups = group_by_size([item((8, 9), 4), item((9, 8), 5), item((8, 9), 6)])
+    assert [(i.shape, m.shape, numbers) for i, m, numbers in groups] == [
+        ((2, 3, 8, 9), (2, 20, 20), [4, 6]),
+        ((1, 3, 9, 8), (1, 20, 20), [5]),
     ]
+    for _, masks, numbers in groups:
+        assert masks[:, 0, 0].tolist() == numbers
 
 
 @pytest.mark.promise(13)
@@ -119,7 +121,7 @@ def test_resize_changes_images_but_never_evaluation_labels():
     module = SegmentationDataModule(small_shapes, num_workers=0, resize=(16, 24))
     images, masks = next(iter(module.train_dataloader()))
     assert images.shape[-2:] == masks.shape[-2:] == (16, 24)
-    [(images, masks)] = next(iter(module.val_dataloader()))
+    [(images, masks, _)] = next(iter(module.val_dataloader()))
     assert images.shape[-2:] == (16, 24)
     assert torch.equal(masks[0], small_shapes("val")[0][1])
 
@@ -222,7 +224,7 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
     module.trainer = trainer_stub(num_devices=2, local_rank=rank)
     module.trainer.num_devices = 1  # of each of two machines
     train = [[*batch] for batch in loader_at(module, epoch=3)]
-    val = [[*group] for groups in module.val_dataloader() for group in groups]
+    val = [[*group[:2]] for groups in module.val_dataloader() for group in groups]
     for split, batches in (("train", train), ("val", val)):
         for index, (images, masks) in enumerate(batches):
             _, samples = module.rebuild_batch(split, 3, index, rank)
@@ -441,7 +443,7 @@ def test_each_size_has_samples_of_its_own_on_disk(own_folder):
         module = SegmentationDataModule(folder, str(own_folder), cache="disk", resize=resize)
         images, masks = next(iter(module.train_dataloader()))
         assert images.shape[-2:] == masks.shape[-2:] == resize
-        [(images, masks)] = next(iter(module.val_dataloader()))
+        [(images, masks, _)] = next(iter(module.val_dataloader()))
         assert images.shape[-2:] == resize
         assert masks.shape[-2:] == (32, 32)
 

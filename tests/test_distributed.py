@@ -97,6 +97,8 @@ def test_three_processes_score_uneven_and_empty_shards_as_one_does(of_three, cas
     assert first["test"]["confusion_matrix"] == matrix.tolist()
     alone = scored(length, batch_size=1, devices=1)
     assert first["test"] == alone["test"]
+    assert first["images"] == alone["images"]
+    assert np.sum(first["images"]["intersection"], 0).tolist() == matrix.diagonal().tolist()
     # Whose loss is a mean of floats.
     assert first["validation"] == pytest.approx(alone["validation"], rel=1e-6, nan_ok=True)
     correct, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)

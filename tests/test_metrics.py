@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from sklearn.metrics import (
     average_precision_score,
@@ -16,7 +17,14 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from seg_torch import labels, metrics
 from seg_torch.errors import InputError
-from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
+from seg_torch.metrics import (
+    AveragePrecision,
+    ConfusionMatrix,
+    ImageScores,
+    confidence_steps,
+    report,
+    scores,
+)
 
 NUM_CLASSES = 5
 
@@ -393,3 +401,41 @@ def test_report_holds_average_precision_where_it_is_given():
     assert result["mean_average_precision"] == 0.5
     assert result["per_class"]["road"]["average_precision"] == 0.5
     assert result["per_class"]["sky"]["average_precision"] is None
+
+
+def image_scores_of(prediction: Tensor, target: Tensor, rows: int = 13) -> dict[str, np.ndarray]:
+    metric = ImageScores(NUM_CLASSES, len(target))
+    for index in range(len(target)):
+        confidence = torch.full(target.shape[1:], 16384 * (index % 4), dtype=torch.int32)
+        parts = (each.split(rows) for each in (prediction[index], target[index], confidence))
+        for part in zip(*parts, strict=True):
+            metric.update(index, *part)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_counts_of_each_image_are_scikit_learns_in_whatever_parts_it_comes(rows):
+    prediction, target = random_maps()
+    found = image_scores_of(prediction, target, rows)
+    for index in range(len(target)):
+        matrix = scikit_matrix(prediction[index], target[index], NUM_CLASSES)
+        np.testing.assert_array_equal(found["intersection"][index], matrix.diagonal())
+        np.testing.assert_array_equal(found["label_pixels"][index], matrix.sum(1))
+        np.testing.assert_array_equal(found["predicted_pixels"][index], matrix.sum(0))
+        assert found["confidence"][index] == (index % 4) / 4
+
+
+def test_one_image_without_labels_has_counts_of_zero_and_no_confidence():
+    prediction, target = random_maps()
+    found = image_scores_of(prediction[:1], torch.full_like(target[:1], 255))
+    assert found["confidence"].shape == (1,)
+    assert np.isnan(found["confidence"]).all()
+    assert not any(found[name].any() for name in ("intersection", "label_pixels"))
+
+
+def test_confidence_is_the_highest_softmax_probability():
+    logits = 5 * torch.randn(NUM_CLASSES, 13, 17, generator=torch.Generator().manual_seed(0))
+    expected = scipy.special.softmax(logits.double().numpy(), 0).max(0)
+    np.testing.assert_allclose(confidence_steps(logits) / 65536, expected, atol=0.6 / 65536)
+    extreme = torch.tensor([[1e4, -1e4, 3.0], [0.0, 0.0, 3.0], [-1e4, -1e4, float("nan")]])
+    assert confidence_steps(extreme[:, None]).tolist() == [[65536, 32768 * 2, 0]]

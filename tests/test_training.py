@@ -21,6 +21,7 @@ from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional
 
@@ -60,6 +61,8 @@ def test_a_run_leaves_what_the_design_promises(small, tmp_path):
         "config.yaml",
         "metrics.csv",
         "test_metrics.json",
+        "test_images.npz",
+        "test_images.csv",
         "curves.png",
         "samples/epoch_000.png",
         "samples/epoch_001.png",
@@ -72,6 +75,53 @@ def test_a_run_leaves_what_the_design_promises(small, tmp_path):
     assert report["pixel_accuracy"] == pytest.approx(np.trace(matrix) / matrix.sum())
     labelled = sum(int((np.asarray(shapes("test", 32)[i][1]) != 255).sum()) for i in range(3))
     assert matrix.sum() == labelled
+
+
+@pytest.mark.promise(2)
+def test_scores_of_each_image_are_written_and_add_up_to_those_of_all(small, compose, tmp_path):
+    """Four images at a time, of two sizes, in tiles: each row is that of the image it names."""
+    samples = [shapes("val", size=size)[i] for i, size in enumerate((96, 64, 96, 64, 96))]
+    samples[3][1][:] = 255
+    write_folder(samples, shapes("val").labels, tmp_path / "data")
+    for split, names in (("train", "0003"), ("val", "0003"), ("test", "0004 0001 0003 0000 0002")):
+        (tmp_path / f"data/{split}.txt").write_text(names.replace(" ", "\n"))
+    train(small("train", "trainer.max_epochs=1"))
+    options = (f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={tmp_path / 'data'}")
+    options = (*options, "data.eval_batch_size=4", "tile=64", f"output_dir={tmp_path / 'scores'}")
+    evaluate(compose("evaluate", *options))
+    found = np.load(tmp_path / "scores/test_images.npz")
+    with (tmp_path / "scores/test_images.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == found["names"].tolist()
+    assert sorted(rows) == ["0000", "0001", "0002", "0003", "0004"]
+    segmenter = Segmenter.load(tmp_path / "run", tile=64, precision="32-true")
+    for place, name in enumerate(found["names"]):
+        image, mask = samples[int(name)]
+        result = segmenter.predict(image, probabilities=True)
+        valid = mask.numpy() != 255
+        label, predicted = mask.numpy()[valid], result.mask[valid]
+        counts = [
+            np.bincount(ids, minlength=6) for ids in (label[label == predicted], label, predicted)
+        ]
+        for array, expected in zip(
+            ("intersection", "label_pixels", "predicted_pixels"), counts, strict=True
+        ):
+            assert found[array].dtype == np.int64
+            np.testing.assert_array_equal(found[array][place], expected)
+        row = rows[name]
+        if name == "0003":
+            assert np.isnan(found["confidence"][place])
+            assert set(row.values()) == {name, ""}, "nothing is labelled"
+            continue
+        confidence = result.probabilities().max(0)[valid].mean(dtype=float)
+        assert found["confidence"][place] == pytest.approx(confidence, abs=1e-3)
+        assert float(row["confidence"]) == pytest.approx(found["confidence"][place], abs=1e-6)
+        assert float(row["pixel_accuracy"]) == pytest.approx((label == predicted).mean(), abs=1e-6)
+        iou = jaccard_score(label, predicted, average=None, labels=range(6), zero_division=0)
+        written = [row[f"iou {label}"] for label in shapes("val").labels.names]
+        np.testing.assert_allclose([float(v or 0) for v in written], iou, atol=1e-6)
+        present = [c in label or c in predicted for c in range(6)]
+        assert [v != "" for v in written] == present
 
 
 def test_a_run_is_not_overwritten_by_another(small, tmp_path):

@@ -333,7 +333,7 @@ def check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
 
 
 def sample_name(dataset: Any, index: int, kind: str = "mask") -> str:
-    """Return what messages call a sample: the file of its "mask" or "image", if it has one."""
+    """Return what a sample is called: the file of its "mask" or "image", or its "name", if any."""
     files = isinstance(dataset, SegmentationDataset)
     name = getattr(dataset.pairs[index], kind) if files else f"{type(dataset).__name__}[{index}]"
     return str(name)
