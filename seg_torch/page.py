@@ -37,9 +37,9 @@ td + td, th + th {{ text-align: right; overflow-wrap: normal; }}
 figure {{ margin: 0; display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: start; }}
 figure img {{ width: 100%; }}
 figcaption {{ grid-column: 1 / 3; font-size: .8rem; }}
-.bar {{ display: block; height: .35rem; background: #48c; }}
+.bar {{ display: block; height: .35rem; min-width: 1px; margin-left: auto; background: #48c; }}
+td:has(.bar) {{ min-width: 6rem; }}
 .scroll {{ overflow-x: auto; }}
-.scroll img {{ display: block; width: 100%; min-width: 36rem; }}
 </style>
 </head>
 <body>
@@ -87,7 +87,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table of cells that are HTML; all columns but the first are right-aligned."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div style="overflow-x: auto"><table>\n<tr>{head}</tr>\n{body}</table></div>'
+    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def figure(images: Iterable[Image.Image], caption: str) -> str:
@@ -118,5 +118,6 @@ def plot(drawing: Any, name: str) -> str:
     content = io.BytesIO()
     drawing.savefig(content, format="svg")
     source = base64.b64encode(content.getvalue()).decode()
-    image = f'<img src="data:image/svg+xml;base64,{source}" alt="{escape(name)}">'
+    width = f"width:{96 * drawing.get_figwidth():.0f}px"  # its letters are as large as the page's
+    image = f'<img src="data:image/svg+xml;base64,{source}" style="{width}" alt="{escape(name)}">'
     return f'<div class="scroll">{image}</div>'

@@ -29,6 +29,7 @@ from seg_torch.metrics import (
     AveragePrecision,
     ConfusionMatrix,
     ImageScores,
+    LabelQuality,
     confidence_steps,
     report,
     scores,
@@ -57,6 +58,7 @@ class SegmentationTask(LightningModule):
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
+        label_quality: Score the labels of each image in tests, too.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SegmentationTask(LightningModule):
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
+        label_quality: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -86,6 +89,8 @@ class SegmentationTask(LightningModule):
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
+        self.label_quality: LabelQuality | None = None
+        self.scores_labels = label_quality
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.finite_batches = torch.tensor(0)  # of the validation, before the first that is not
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
@@ -209,6 +214,8 @@ class SegmentationTask(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         num_images = len(data.dataset(data.test_split))
         self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
+        if self.scores_labels:
+            self.label_quality = LabelQuality(num_images).to(self.device)
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
         for images, masks, numbers in groups:
@@ -218,6 +225,8 @@ class SegmentationTask(LightningModule):
                 self.confusion.update(prediction, mask)
                 confidence = confidence_steps(logits)
                 self.image_scores.update(numbers[index], prediction, mask, confidence)
+                if self.label_quality is not None:
+                    self.label_quality.update(numbers[index], logits, mask)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
 
@@ -229,6 +238,8 @@ class SegmentationTask(LightningModule):
         self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
         self.test_report["precision"] = self.inference.precision
         self.test_images = self.image_scores.compute()
+        if self.label_quality is not None:
+            self.test_images["label_quality"] = self.label_quality.compute()
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

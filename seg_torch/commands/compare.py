@@ -256,11 +256,12 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
 
 def _rows(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> tuple[list[Row], Titled]:
     """The rows of all groups, and the table of the classes that moved."""
-    rows, moved = [], []
+    rows: list[Row] = []
+    moved = []
     classes = list(groups[0][0].scores["per_class"])
     baseline = _resampled(groups[0])
     for group, name in zip(groups, names, strict=True):
-        paired = [np.nan] * 4
+        paired: Any = [np.nan] * 4
         other = _resampled(group) if len(rows) else None
         if baseline is not None and other is not None:
             means, ious = (b - a for a, b in zip(baseline, other, strict=True))
@@ -270,7 +271,7 @@ def _rows(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> tuple[list[R
                 first, second = baseline[1][0, i], other[1][0, i]
                 change = _signed(ious[0, i], low[i], high[i])
                 moved.append([name, classes[i], f"{first:.4f}", f"{second:.4f}", change])
-        values = [
+        values: Any = [
             number
             for score in (
                 [run.scores["mean_iou"] for run in group],
@@ -281,7 +282,7 @@ def _rows(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> tuple[list[R
         ]
         seconds = statistics.fmean(run.seconds for run in group)
         memory = max(run.memory for run in group)
-        rows.append(Row(name, len(group), *values, *map(float, paired), seconds, memory))
+        rows.append(Row._make([name, len(group), *values, *map(float, paired), seconds, memory]))
     header = ("settings", "class", "IoU of the first row", "IoU", "difference [95 % interval]")
     return rows, Titled("Classes whose IoU differs from the first row's", header, moved)
 

@@ -24,13 +24,13 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def prepare(
-    cfg: DictConfig, **settings: Any
+    cfg: DictConfig, label_quality: bool = False
 ) -> tuple[Trainer, SegmentationTask, SegmentationDataModule, Path]:
     """Returns all that `seg_torch.trainer.score` needs but the split.
 
     Args:
         cfg: Settings of the command.
-        settings: Further ones of `SegmentationTask`.
+        label_quality: Score the labels of each image, too.
 
     Raises:
         InputError: The checkpoint, the data or a setting cannot be used.
@@ -57,8 +57,14 @@ def prepare(
     inference = Inference(
         network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
     )
-    settings["average_precision"] = cfg.average_precision
-    return trainer, SegmentationTask(network, labels, inference, **settings), data, folder
+    task = SegmentationTask(
+        network,
+        labels,
+        inference,
+        average_precision=cfg.average_precision,
+        label_quality=label_quality,
+    )
+    return trainer, task, data, folder
 
 
 def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:

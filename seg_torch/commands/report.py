@@ -82,17 +82,16 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
     }
     rows = []
     for name, value in scores.items():
-        if value is None or isinstance(value, float):
-            low, high = limits.get(name, (np.nan, np.nan))
-            rows.append((name.replace("_", " "), _number(value), _interval(low, high)))
-    low, high = limits["mean_iou"]
-    yield (
-        f'<p class="verdict">Mean IoU {_number(scores["mean_iou"])} [{_interval(low, high)}] on the '
-        f"{len(counts.names):,} images of {split}.</p>"
-    )
+        # Recall is another name of accuracy.
+        if name != "mean_recall" and (value is None or isinstance(value, float)):
+            limit = _interval(*limits[name]) if name in limits else ""
+            rows.append((_words(name), _number(value), limit))
+    found = f"{_number(scores['mean_iou'])} ({_interval(*limits['mean_iou'])})"
+    images = f"{len(counts.names):,} images of {split}"
+    yield f'<p class="verdict">Mean IoU {found} on the {images}.</p>'
     yield "<h2>Scores</h2>"
     yield table(("score", "value", "95 % interval"), rows)
-    yield f"<p>{METHOD}. Where there are few images, it is too narrow.</p>"
+    yield f"<p>{METHOD}. With few images they are too narrow.</p>"
 
 
 def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Iterator[str]:
@@ -112,7 +111,7 @@ def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Ite
             )
         )
     yield "<h2>Classes</h2>"
-    header = ("class", "IoU", "95 % interval", *(name.replace("_", " ") for name in more), "pixels")
+    header = ("class", "IoU", "95 % interval", *map(_words, more), "pixels")
     yield table(header, rows)
 
 
@@ -237,9 +236,13 @@ def _origin(cfg: DictConfig, precision: str, trainer: Trainer) -> Iterator[str]:
     yield f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>"
 
 
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("iou", "IoU")
+
+
 def _number(value: float | None) -> str:
     return "absent" if value is None else f"{value:.4f}"
 
 
-def _interval(low: float, high: float) -> str:
+def _interval(low: Any, high: Any) -> str:
     return "" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
