@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import signal
@@ -21,16 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
-from seg_torch.run import next_step
+from seg_torch.run import COLUMNS, SCORES, TIMES, next_step, read_table, write_table
 from seg_torch.segmenter import Segmenter
 from seg_torch.visualize import sample_sheet, save_curves
 
 log = logging.getLogger(__name__)
 
-SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
-COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
-COLUMNS |= {f"val_{name}": float for name in SCORES}
-TIMES = {"epoch": int, "seconds": float, "memory_gb": float}
 # Batches between two agreements of several processes on whether to stop.
 AGREE_EVERY = 10
 
@@ -122,26 +117,6 @@ class History(Callback):
         self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
         if share > 0.1 and self.waited > 1:  # else it is the start of the workers
             self.line += f"; {_how_to_wait_less(trainer.datamodule)}"
-
-
-def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
-    """Reads the rows of `metrics.csv` or `times.csv`; cells without a value are left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]) -> None:
-    """Writes such a table."""
-
-    def write(name: str) -> None:
-        with open(name, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
 
 
 def _how_to_wait_less(data: Any) -> str:

@@ -222,6 +222,31 @@ def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     write_atomically(path, curves(history).savefig)
 
 
+def reliability(bins: Sequence[dict[str, Any]]) -> Figure:
+    """Draw how often predictions are right against how confident they are.
+
+    Args:
+        bins: By confidence, each with its upper end `up_to`, its `pixels`, and their `accuracy` and
+            mean `confidence`; None in an empty bin.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [row for row in bins if row["pixels"]]
+    upper.plot((0, 1), (0, 1), color="grey", linestyle="dashed", label="calibrated")
+    points = [[row[name] for row in filled] for name in ("confidence", "accuracy")]
+    upper.plot(*points, marker=".", label="model")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    upper.legend()
+    total = sum(row["pixels"] for row in filled)
+    ends = [row["up_to"] for row in filled]
+    shares = [row["pixels"] / total for row in filled]
+    lower.bar(ends, shares, width=-0.9 / len(bins), align="edge")
+    lower.set(xlabel="confidence", ylabel="share of pixels")
+    return figure
+
+
 def confusion_matrix(matrix: np.ndarray, labels: Labels) -> Figure:
     """Draw a confusion matrix whose rows, one per label, add up to one.
 

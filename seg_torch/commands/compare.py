@@ -26,9 +26,9 @@ from seg_torch.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.callbacks import COLUMNS, TIMES, read_table
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
+from seg_torch.run import COLUMNS, TIMES, read_table
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
             words.append(f"{key.removesuffix('._target_')}={function}")
         elif key in settings:
             words.append(f"{key}={settings[key]}")
-    return " ".join(words)
+    return " ".join(words) or f"no {keys[-1]}"
 
 
 def _rows(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> tuple[list[Row], Titled]:

@@ -27,22 +27,29 @@ from seg_torch.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.callbacks import COLUMNS, read_table
 from seg_torch.commands.evaluate import prepare
 from seg_torch.datasets.base import checked_sample
 from seg_torch.files import write_atomically
 from seg_torch.labels import Labels, palette_image
 from seg_torch.page import SORT, figure, grid, key, page, plot, table
+from seg_torch.run import COLUMNS, read_table
 from seg_torch.segmenter import Segmenter
 from seg_torch.task import SegmentationTask
 from seg_torch.trainer import score
-from seg_torch.visualize import confusion_matrix, curves, errors
+from seg_torch.visualize import confusion_matrix, curves, errors, reliability
 
 log = logging.getLogger(__name__)
 
 WORST, BEST, DOUBTFUL = 6, 4, 6  # images that are shown
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy")
-COLUMNS_OF_CLASSES = ("dice", "accuracy", "precision", "average_precision", "boundary_iou")
+COLUMNS_OF_CLASSES = (
+    "dice",
+    "accuracy",
+    "precision",
+    "average_precision",
+    "boundary_iou",
+    "boundary_f",
+)
 
 
 def report(cfg: DictConfig) -> None:
@@ -60,6 +67,7 @@ def report(cfg: DictConfig) -> None:
         "<h2>Confusion matrix</h2>",
         "<p>Shares of the pixels of each label.</p>",
         plot(confusion_matrix(np.array(scores["confusion_matrix"]), task.labels), "confusion"),
+        *_calibration(scores),
         *_learning_curves(cfg.checkpoint),
         *shown,
         *_origin(cfg, scores["precision"], trainer),
@@ -113,6 +121,16 @@ def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Ite
     yield "<h2>Classes</h2>"
     header = ("class", "IoU", "95 % interval", *map(_words, more), "pixels")
     yield table(header, rows)
+
+
+def _calibration(scores: dict[str, Any]) -> Iterator[str]:
+    if bins := scores.get("reliability"):
+        yield "<h2>Reliability</h2>"
+        yield (
+            "<p>How often the predictions of a confidence are right. The expected calibration "
+            f"error is {_number(scores['expected_calibration_error'])}.</p>"
+        )
+        yield plot(reliability(bins), "accuracy by confidence")
 
 
 def _learning_curves(path: str) -> Iterator[str]:
