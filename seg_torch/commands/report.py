@@ -40,9 +40,9 @@ from seg_torch.visualize import confusion_matrix, curves, errors, reliability
 
 log = logging.getLogger(__name__)
 
-WORST, BEST, DOUBTFUL = 6, 4, 6  # images that are shown
+WORST, BEST, DOUBTFUL = 6, 3, 6  # images that are shown
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy")
-COLUMNS_OF_CLASSES = (
+CLASS_SCORES = (
     "dice",
     "accuracy",
     "precision",
@@ -99,13 +99,16 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
     yield f'<p class="verdict">Mean IoU {found} on the {images}.</p>'
     yield "<h2>Scores</h2>"
     yield table(("score", "value", "95 % interval"), rows)
-    yield f"<p>{METHOD}. With few images they are too narrow.</p>"
+    yield (
+        f"<p>{METHOD}. They are too narrow where there are few images, or where these depend on "
+        "each other, as the frames of a video do.</p>"
+    )
 
 
 def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Iterator[str]:
     limits = interval(class_iou(resampled_sums(counts.stacked)))
     per_class = list(scores["per_class"].values())
-    more = [name for name in COLUMNS_OF_CLASSES if name in per_class[0]]
+    more = [name for name in CLASS_SCORES if name in per_class[0]]
     rows = []
     for i, (row, low, high) in enumerate(zip(per_class, *limits, strict=True)):
         width = 100 * (row["iou"] or 0)
