@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import signal
@@ -21,15 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
-from seg_torch.run import next_step
+from seg_torch.run import COLUMNS, SCORES, TIMES, next_step, read_table, write_table
 from seg_torch.segmenter import Segmenter
 from seg_torch.visualize import sample_sheet, save_curves
 
 log = logging.getLogger(__name__)
 
-SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
-COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
-COLUMNS |= {f"val_{name}": float for name in SCORES}
 # Batches between two agreements of several processes on whether to stop.
 AGREE_EVERY = 10
 
@@ -47,26 +43,31 @@ class History(Callback):
     """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it.
 
     Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay. There
-    are no times in it, so that a resumed run leaves the same file as an undisturbed one. The line
-    about an epoch is printed when its checkpoint is complete.
+    are no times in it, so that a resumed run leaves the same file as an undisturbed one; they are
+    in `times.csv`: the seconds of each epoch with its validation and checkpoints (of an epoch that
+    was interrupted, those after the resumption), and the most memory that the first process's
+    tensors have taken on its GPU since the start. The line about an epoch is printed when its
+    checkpoint is complete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.table = folder / "metrics.csv"
+        self.times_table = folder / "times.csv"
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
+        self.times: list[dict[str, Any]] = []
         self.line = ""  # about the epoch that has just ended
         self.waited = self.steps_ended = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
-        if trainer.current_epoch > 0 and self.table.exists():
-            with self.table.open(newline="", encoding="utf-8") as file:
-                for row in list(csv.DictReader(file))[: trainer.current_epoch]:
-                    self.rows.append({k: COLUMNS[k](value) for k, value in row.items() if value})
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self.rows = read_table(self.table, COLUMNS)[: trainer.current_epoch]
+        self.times = read_table(self.times_table, TIMES)[: trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._tell()
+        self._tell(pl_module)
         self.started = self.steps_ended = time.perf_counter()
         self.waited = 0.0
 
@@ -77,11 +78,17 @@ class History(Callback):
         self.steps_ended = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._tell()
+        self._tell(pl_module)
 
-    def _tell(self) -> None:
+    def _tell(self, pl_module: Any) -> None:
         if self.line:
-            log.info("%s (%.1f s)", self.line, time.perf_counter() - self.started)
+            seconds = time.perf_counter() - self.started
+            log.info("%s (%.1f s)", self.line, seconds)
+            row = {"epoch": self.rows[-1]["epoch"], "seconds": round(seconds, 2)}
+            if pl_module.device.type == "cuda":
+                row["memory_gb"] = round(torch.cuda.max_memory_allocated(pl_module.device) / 1e9, 3)
+            self.times.append(row)
+            write_table(self.times_table, TIMES, self.times)
         self.line = ""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -99,7 +106,7 @@ class History(Callback):
             value = trainer.callback_metrics.get(f"val/{name}") if pl_module.validated else None
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
-        write_atomically(self.table, self._write)
+        write_table(self.table, COLUMNS, self.rows)
         with only_a_figure():
             save_curves(self.rows, self.figure)
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
@@ -110,12 +117,6 @@ class History(Callback):
         self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
         if share > 0.1 and self.waited > 1:  # else it is the start of the workers
             self.line += f"; {_how_to_wait_less(trainer.datamodule)}"
-
-    def _write(self, path: str) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 def _how_to_wait_less(data: Any) -> str:

@@ -31,6 +31,7 @@ from seg_torch.metrics import (
     Calibration,
     ConfusionMatrix,
     ImageScores,
+    LabelQuality,
     confidence_steps,
     report,
     scores,
@@ -61,6 +62,7 @@ class SegmentationTask(LightningModule):
         average_precision: Score it in tests, too.
         boundary: Score boundaries in tests, too; a width in pixels, or true for 2 % of the
             diagonal.
+        label_quality: Score the labels of each image in tests, too.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SegmentationTask(LightningModule):
         seed: int = 0,
         average_precision: bool = False,
         boundary: bool | int = False,
+        label_quality: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -94,6 +97,8 @@ class SegmentationTask(LightningModule):
         width = None if boundary is True else boundary
         self.boundary = BoundaryScores(len(labels), width) if boundary else None
         self.calibration = Calibration()
+        self.label_quality: LabelQuality | None = None
+        self.scores_labels = label_quality
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.finite_batches = torch.tensor(0)  # of the validation, before the first that is not
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
@@ -223,6 +228,8 @@ class SegmentationTask(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         num_images = len(data.dataset(data.test_split))
         self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
+        if self.scores_labels:
+            self.label_quality = LabelQuality(num_images).to(self.device)
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
         for images, masks, numbers in groups:
@@ -234,6 +241,8 @@ class SegmentationTask(LightningModule):
                 confidence = confidence_steps(logits)
                 self.image_scores.update(numbers[index], prediction, mask, confidence)
                 self.calibration.update(prediction, mask, confidence)
+                if self.label_quality is not None:
+                    self.label_quality.update(numbers[index], logits, mask)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
             if self.boundary is not None:
@@ -253,6 +262,8 @@ class SegmentationTask(LightningModule):
         self.calibration.reset()
         self.test_report["precision"] = self.inference.precision
         self.test_images = self.image_scores.compute()
+        if self.label_quality is not None:
+            self.test_images["label_quality"] = self.label_quality.compute()
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

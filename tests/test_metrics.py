@@ -24,6 +24,7 @@ from seg_torch.metrics import (
     Calibration,
     ConfusionMatrix,
     ImageScores,
+    LabelQuality,
     confidence_steps,
     report,
     scores,
@@ -631,3 +632,35 @@ def test_a_missed_class_scores_zero_and_an_absent_one_nothing():
 def test_an_impossible_width_is_refused(width):
     with pytest.raises(InputError, match=f"boundary={width}: expected true for 2 %"):
         BoundaryScores(3, width)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_the_quality_of_a_label_is_the_softmin_of_the_probabilities_of_its_pixels(rows):
+    """cleanlab's formula: the product of the pixels' scores s with softmax((1 - s) / 0.1)."""
+    _, target = random_maps()
+    logits = 4 * torch.randn(len(target), NUM_CLASSES, *target.shape[1:])
+    target[1] = 255
+    metric = LabelQuality(len(target))
+    for index in reversed(range(len(target))):
+        for part in zip(logits[index].split(rows, 1), target[index].split(rows), strict=True):
+            metric.update(index, *part)
+    found = metric.compute()
+    for index, (label, values) in enumerate(zip(target.numpy(), logits, strict=True)):
+        probabilities = scipy.special.softmax(values.double().numpy(), 0)
+        valid = label != 255
+        if index == 1:
+            assert np.isnan(found[index])
+            continue
+        s = np.take_along_axis(probabilities, label[None] * valid, 0)[0][valid]
+        assert found[index] == pytest.approx(s @ scipy.special.softmax((1 - s) / 0.1), rel=1e-5)
+
+
+def test_a_few_wrong_labels_lower_the_quality_more_than_doubts_everywhere():
+    logits = torch.zeros(2, 2, 10, 10)
+    logits[:, 0] = torch.tensor([6.0, 0.8])[:, None, None]
+    target = torch.zeros(10, 10, dtype=torch.uint8)
+    target[:3, :3] = 1
+    metric = LabelQuality(2)
+    metric.update(0, logits[0], target)  # sure, and nine pixels have another label
+    metric.update(1, logits[1], torch.zeros_like(target))  # unsure of all
+    assert metric.compute()[0] < 0.02 < 0.6 < metric.compute()[1]

@@ -53,13 +53,14 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_a_run_leaves_what_the_design_promises(small, tmp_path):
-    train(small("train"))
+    best = train(small("train"))
     run = tmp_path / "run"
     for name in (
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
         "metrics.csv",
+        "times.csv",
         "test_metrics.json",
         "test_images.npz",
         "test_images.csv",
@@ -69,6 +70,10 @@ def test_a_run_leaves_what_the_design_promises(small, tmp_path):
     ):
         assert (run / name).stat().st_size > 0, name
     assert len(history(run)) == 2
+    assert best == max(float(row["val_mean_iou"]) for row in history(run))
+    with (run / "times.csv").open() as file:
+        times = [(row["epoch"], float(row["seconds"]) > 0) for row in csv.DictReader(file)]
+    assert times == [("0", True), ("1", True)]
     assert OmegaConf.load(run / "config.yaml").trainer.max_epochs == 2
     report = json.loads((run / "test_metrics.json").read_text())
     matrix = np.array(report["confusion_matrix"])

@@ -4,9 +4,11 @@ published model."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
@@ -23,6 +25,21 @@ from seg_torch.trainer import build_trainer, on_first_process, on_other_machines
 
 def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint or a published model on a split of its own data or of other data."""
+    score(*prepare(cfg), cfg.split)
+
+
+def prepare(
+    cfg: DictConfig, label_quality: bool = False
+) -> tuple[Trainer, SegmentationTask, SegmentationDataModule, Path]:
+    """Returns all that `seg_torch.trainer.score` needs but the split.
+
+    Args:
+        cfg: Settings of the command.
+        label_quality: Score the labels of each image, too.
+
+    Raises:
+        InputError: The checkpoint, the data or a setting cannot be used.
+    """
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
     published = cfg.get("model")
@@ -64,8 +81,9 @@ def evaluate(cfg: DictConfig) -> None:
         inference,
         average_precision=cfg.average_precision,
         boundary=cfg.boundary,
+        label_quality=label_quality,
     )
-    score(trainer, task, data, folder, cfg.split)
+    return trainer, task, data, folder
 
 
 def _with_classes_of(

@@ -30,8 +30,11 @@ from seg_torch.trainer import build_trainer, on_first_process, on_other_machines
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig) -> float | None:
     """Trains, keeps the best epoch, and scores it on the test set.
+
+    Returns:
+        The mean IoU of the best epoch's validation; `None` if there was no validation.
 
     Raises:
         InputError: Something is wrong with the settings, the data, the disk or the numbers.
@@ -42,7 +45,7 @@ def train(cfg: DictConfig) -> None:
     folder = run_folder(trainer, cfg)
     try:
         with StopOnSignal(folder) as stop:
-            _train(cfg, trainer, folder, stop)
+            return _train(cfg, trainer, folder, stop)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
@@ -52,7 +55,7 @@ def train(cfg: DictConfig) -> None:
         ) from error
 
 
-def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) -> None:
+def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) -> float | None:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
     on_first_process(trainer, partial(claim, folder, cfg.trainer, resumed))
@@ -62,12 +65,13 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
     task = _task(cfg, data, trainer, folder, resumed)
 
     trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    best = Checkpoints(folder, "best", monitor="val/mean_iou")
     trainer.callbacks += [  # type: ignore[attr-defined]
         *([LearningRateMonitor("step")] if trainer.loggers else []),
         History(folder),
         SampleSheet(folder),
         *(instantiate(node) for node in cfg.callbacks.values()),
-        Checkpoints(folder, "best", monitor="val/mean_iou"),
+        best,
         Checkpoints(folder, "last"),  # after all that it has to contain
         stop,
     ]
@@ -78,8 +82,9 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
         last = None if resumed is None else last_checkpoint(folder)
         with hardware.named_nondeterminism():
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-    best = (folder / "checkpoints" / "best.ckpt").exists()
-    state: Any = checkpoint.network_state(checkpoint.read(folder)) if best else None
+    state: Any = None
+    if (folder / "checkpoints" / "best.ckpt").exists():
+        state = checkpoint.network_state(checkpoint.read(folder))
     state = trainer.strategy.broadcast(state)  # other machines may not see the folder
     if state is not None:
         whole = StateDictOptions(full_state_dict=True)  # of which FSDP takes each process's share
@@ -87,6 +92,7 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
     # As evaluate.py will score it: in float32.
     task.inference = Inference(task.network, len(task.labels), data.resize, precision="32-true")
     score(trainer, task, data, folder, "test")
+    return None if best.best_model_score is None else best.best_model_score.item()
 
 
 def _task(
