@@ -3,10 +3,13 @@
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+
+from seg_torch.models.depthwise import FastDepthwiseGradients
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,9 @@ class Network(nn.Module):
             the resolution at which the head works.
         """
         x = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
-        out = self.model(x.contiguous(memory_format=torch.channels_last))
+        on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+        with FastDepthwiseGradients() if on_cpu else nullcontext():
+            out = self.model(x.contiguous(memory_format=torch.channels_last))
         return {"out": out} if isinstance(out, Tensor) else out
 
 
