@@ -55,12 +55,11 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "STEPS", 3)
     monkeypatch.setattr(training, "WARM_UP", 1)
     monkeypatch.setattr(training, "UNET_SIZE", (2, 32, 32))
-    monkeypatch.setattr(training, "TORCHVISION_SIZE", {"cpu": (2, 32, 32)})
     monkeypatch.setattr(training, "seconds_of", lambda step, calls: step() or 1.0)
     monkeypatch.setattr(training.hardware, "available_cpus", lambda: 0)  # no workers
     root = tmp_path / "camvid"
     make_data.make_camvid(root)
-    for comparison in (training.unet, training.encoders, training.torchvision_models):
+    for comparison in (training.unet, training.encoders):
         (case,) = itertools.islice(comparison(root, "cpu"), 1)
         for way in (case.ours, *case.peers.values(), *case.also.values()):
             assert math.isfinite(way()) and case.name
