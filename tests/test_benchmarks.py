@@ -2,9 +2,7 @@
 
 import importlib
 import itertools
-import json
 import math
-import subprocess
 import sys
 
 import make_data
@@ -34,8 +32,10 @@ def test_sides_take_turns_in_processes_of_their_own(benchmarks, tmp_path, monkey
     case = comparison.Case("work", lambda: None, {"SMP": lambda: None})
     (result,) = comparison.compare(case, [str(program), str(log)], 2)
     ways, processes = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
-    assert ways == ("ours", "SMP", "ours", "SMP") and len(set(processes)) == 4
-    assert result.ratios == [3, 3] and result.memory == (0.5, 0.5)
+    assert ways == ("ours", "SMP", "ours", "SMP")
+    assert len(set(processes)) == 4
+    assert result.ratios == [3, 3]
+    assert result.memory == (0.5, 0.5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
@@ -45,7 +45,8 @@ def test_only_our_sides_get_our_setting_of_the_memory(benchmarks, monkeypatch):
     monkeypatch.setattr(comparison.hardware, "reuse_memory", lambda: calls.append(1))
     case = comparison.Case("work", lambda: 1.0, {"SMP": lambda: 2.0}, {"ours, too": lambda: 3.0})
     found = [case.measure(way, "cpu")["seconds"] for way in ("ours", "SMP", "ours, too")]
-    assert found == [1, 2, 3] and len(calls) == 2
+    assert found == [1, 2, 3]
+    assert len(calls) == 2
 
 
 def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
@@ -62,4 +63,5 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     for comparison in (training.unet, training.encoders):
         (case,) = itertools.islice(comparison(root, "cpu"), 1)
         for way in (case.ours, *case.peers.values(), *case.also.values()):
-            assert math.isfinite(way()) and case.name
+            assert math.isfinite(way())
+            assert case.name

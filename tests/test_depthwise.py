@@ -60,7 +60,8 @@ def test_in_bfloat16_they_are_as_exact_as_bfloat16(calls, kernel, stride):
     expected = gradients(conv, x, fast=False)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(conv, x, fast=True)
-    assert calls and found[0].dtype == torch.bfloat16
+    assert calls
+    assert found[0].dtype == torch.bfloat16
     for a, b in zip(found, expected, strict=True):
         # Numbers have 8 bits; those that are added up here are of the size of the largest sum.
         assert (a.float() - b).abs().max() < 2**-7 * b.abs().max()
@@ -71,12 +72,14 @@ def test_frozen_weights_and_inputs_get_no_gradient(calls):
     x = torch.randn(1, 4, 8, 8)
     with FastDepthwiseGradients():
         conv(x).sum().backward()
-        assert x.grad is None and conv.weight.grad is not None
+        assert x.grad is None
+        assert conv.weight.grad is not None
         conv.zero_grad()
         conv.weight.requires_grad_(False)
         x.requires_grad_()
         conv(x).sum().backward()
-    assert x.grad is not None and conv.weight.grad is None
+    assert x.grad is not None
+    assert conv.weight.grad is None
     assert len(calls) == 2
 
 
