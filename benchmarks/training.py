@@ -183,7 +183,8 @@ def same_logits(ours: nn.Module, theirs: nn.Module) -> None:
     images, _ = batch((1, 64, 96), 2)
     with torch.no_grad():
         expected = theirs.eval()(normalised(images))
-        found = upsample(Network(ours).eval()(images)["out"], images.shape[-2:])
+        network = Network(ours, IMAGENET_MEAN, IMAGENET_STD).eval()
+        found = upsample(network(images)["out"], images.shape[-2:])
     expected = expected if isinstance(expected, Tensor) else expected["out"]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
