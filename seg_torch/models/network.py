@@ -3,10 +3,13 @@
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+
+from seg_torch.models.depthwise import FastDepthwiseGradients
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,9 @@ class Network(nn.Module):
         """
         x = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
         x = x.contiguous(memory_format=torch.channels_last)
-        out = self.model(x) if target is None else self.model(x, target)
+        on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+        with FastDepthwiseGradients() if on_cpu else nullcontext():
+            out = self.model(x) if target is None else self.model(x, target)
         return {"out": out} if isinstance(out, Tensor) else out
 
 
