@@ -421,27 +421,26 @@ class LovaszSoftmaxLoss(nn.Module):
                 is_class = target == class_id
                 errors = (is_class.float() - probabilities[:, class_id]).abs()
                 errors = torch.where(valid, errors, 0)
-                losses.append((errors * _jaccard_losses(errors.detach(), is_class, valid)).sum())
+                losses.append((errors * _jaccard_losses(errors.detach(), is_class)).sum())
                 pixels.append(is_class.sum())
             return _mean_over_present(torch.stack(losses), torch.stack(pixels))
 
 
-def _jaccard_losses(errors: Tensor, is_class: Tensor, valid: Tensor) -> Tensor:
+def _jaccard_losses(errors: Tensor, is_class: Tensor) -> Tensor:
     """Returns what the IoU of a class loses by each pixel if those of larger error are wrong, too.
 
     These are the differences of algorithm 1, but without subtracting numbers that are almost equal.
 
     Args:
-        errors: float32 [N, H, W].
+        errors: float32 [N, H, W], 0 at ignored pixels: they come last, where nothing counts.
         is_class: bool [N, H, W], the pixels of the class.
-        valid: bool [N, H, W]; the others come last, and lose nothing that counts.
 
     Returns:
         float32 [N, H, W].
     """
     if errors.device.type == "cpu" and not is_class.any():
         return torch.zeros_like(errors)  # will not count; a GPU would have to be waited for
-    order = torch.where(valid, errors, -1).flatten().argsort(descending=True, stable=True)
+    order = errors.flatten().argsort(descending=True, stable=True)
     wrong = is_class.flatten()[order]
     missed = wrong.cumsum(0)  # whole numbers: exact, and deterministic on CUDA
     ranks = torch.arange(1, len(order) + 1, device=order.device)

@@ -300,25 +300,30 @@ def save_image_scores(images: dict[str, np.ndarray], dataset: Any, path: Path) -
 
 
 def print_scores(report: dict[str, Any], title: str) -> None:
-    """Prints the scores as a table with a row per class."""
-    columns = ["iou", "dice", "accuracy", "precision"]
-    others = ("average_precision", "boundary_iou", "boundary_f")
-    columns += [name for name in others if f"mean_{name}" in report]
-    means = [f"mean_{column}" for column in columns]
-    table = Table(title=title)
-    table.add_column("class")
-    for name in (*columns, "pixels"):
-        table.add_column(name, justify="right")
+    """Prints the scores as a table with a row per class, and one of boundaries if there are any."""
 
     def cells(values: list[float | None]) -> list[str]:
         return ["absent" if value is None else f"{value:.4f}" for value in values]
 
-    for name, row in report["per_class"].items():
-        table.add_row(name, *cells([row[c] for c in columns]), f"{row['pixels']:,}")
-    table.add_section()
-    pixels = sum(row["pixels"] for row in report["per_class"].values())
-    table.add_row("mean", *cells([report[m] for m in means]), f"{pixels:,}", style="bold")
     console = Console()
-    console.print(table)
+    pixels = sum(row["pixels"] for row in report["per_class"].values())
+    # Two tables: together they would be too wide for a terminal.
+    for names in (
+        ("iou", "dice", "accuracy", "precision", "average_precision"),
+        ("boundary_iou", "boundary_f"),
+    ):
+        columns = [name for name in names if f"mean_{name}" in report]
+        if not columns:
+            continue
+        table = Table(title=title)
+        table.add_column("class")
+        for name in (*columns, "pixels"):
+            table.add_column(name, justify="right")
+        for name, row in report["per_class"].items():
+            table.add_row(name, *cells([row[c] for c in columns]), f"{row['pixels']:,}")
+        table.add_section()
+        means = [report[f"mean_{column}"] for column in columns]
+        table.add_row("mean", *cells(means), f"{pixels:,}", style="bold")
+        console.print(table)
     accuracy, error = cells([report["pixel_accuracy"], report["expected_calibration_error"]])
     console.print(f"pixel accuracy {accuracy}, expected calibration error {error}")

@@ -372,6 +372,10 @@ REFERENCES = {
     "focal tversky": (lambda c: TverskyLoss(gamma=4 / 3), lambda p, t: tversky(p, t, 4 / 3)),
     "lovasz": (lambda c: LovaszSoftmaxLoss(), lovasz),
     "ohem by threshold": (lambda c: OhemCrossEntropyLoss(), lambda p, t: ohem(p, t, 0.7, 1 / 16)),
+    "ohem of all": (
+        lambda c: OhemCrossEntropyLoss(threshold=1.0),
+        lambda p, t: ohem(p, t, 1.0, 1 / 16),
+    ),
     "ohem by number": (
         lambda c: OhemCrossEntropyLoss(0.001, 0.3125),
         lambda p, t: ohem(p, t, 0.001, 0.3125),
