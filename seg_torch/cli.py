@@ -103,6 +103,8 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
                 raise InputError(f"{key} must not be null; there are: {', '.join(groups[key])}")
             override = f"{key}=none"
         complete.append(override)
+    if command == "evaluate" and "model" in given and "checkpoint" not in given:
+        return [*complete, "checkpoint=null"]  # a published model in its place
     if command != "train":
         return complete
     if "checkpoint" in given:

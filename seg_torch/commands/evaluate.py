@@ -25,10 +25,8 @@ def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint or a published model on a split of its own data or of other data."""
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
-    published = cfg.get("model")
-    if (cfg.checkpoint is None) == (published is None) or (
-        published is not None and published._target_ != HUB
-    ):
+    model = cfg.get("model")
+    if (cfg.checkpoint is None) != (model is not None and model._target_ == HUB):
         raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
     if cfg.checkpoint is not None:
         content = checkpoint.read(cfg.checkpoint)
