@@ -111,6 +111,8 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
                 raise InputError(f"{override} needs a package: pip install hydra-optuna-sweeper")
             override = "hydra/sweeper=optuna_miou"
         complete.append(override)
+    if command == "evaluate" and "model" in given and "checkpoint" not in given:
+        return [*complete, "checkpoint=null"]  # a published model in its place
     if command != "train":
         return complete
     if "checkpoint" in given:

@@ -79,7 +79,8 @@ def hub(name: str, num_classes: int | None = None) -> Published:
     names = _names(name, config)
     _file(name, "preprocessor_config.json", optional=True)
     weights = _file(name, "model.safetensors", optional=True)  # else sharded, or older
-    source = name if weights is None else weights.parent
+    folder = Path(name).expanduser()
+    source = weights.parent if weights else folder if folder.is_dir() else name
     try:
         model = transformers(len(names), _plain(config), source, complete=True)
     except InputError as error:
@@ -186,7 +187,7 @@ def _json(name: str, file: str, optional: bool = False) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> Any:
-    """Returns a config.json without the names of its classes and of where it came from.
+    """Returns a config.json without the names of its classes, of where it came from and of code.
 
     That of MaskFormer's decoder names the backbone of a whole DETR, of which nothing is used.
     """
@@ -194,7 +195,7 @@ def _plain(config: Any) -> Any:
         return [_plain(value) for value in config]
     if not isinstance(config, dict):
         return config
-    left_out = {"id2label", "label2id", "auto_map", "architectures"}
+    left_out = {"id2label", "label2id", "auto_map", "architectures", "quantization_config"}
     plain = {k: _plain(v) for k, v in config.items() if k not in left_out and k[0] != "_"}
     if isinstance(plain.get("decoder_config"), dict):
         decoder = plain["decoder_config"]

@@ -421,7 +421,8 @@ def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, se
 
 def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
     pytest.importorskip("transformers")
-    options = [*SMALL_MASK2FORMER, "loss=own", "scheduler=none"]
+    options = [*SMALL_MASK2FORMER, "loss=own", "scheduler=none", "data.dataset.train=8"]
+    options += ["data.dataset.val=1", "data.dataset.test=1"]
     train(small("train", *options, f"output_dir={tmp_path / 'whole'}"))
     folder = tmp_path / "run"
     train(small("train", *options, "trainer.max_epochs=1"))

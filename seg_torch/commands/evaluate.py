@@ -42,10 +42,8 @@ def prepare(
     """
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
-    published = cfg.get("model")
-    if (cfg.checkpoint is None) == (published is None) or (
-        published is not None and published._target_ != HUB
-    ):
+    model = cfg.get("model")
+    if (cfg.checkpoint is None) != (model is not None and model._target_ == HUB):
         raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
     if cfg.checkpoint is not None:
         content = checkpoint.read(cfg.checkpoint)

@@ -69,6 +69,7 @@ class MaskClassificationModel(TransformersModel):
         super().__init__(model)
         library_model: Any = model
         config = library_model.config
+        self.image_size = 64  # EoMT's takes others, too
         library_model.criterion = MaskLoss(library_model.criterion)
         self.is_eomt = config.model_type.startswith("eomt")
         self.multiple = config.patch_size if self.is_eomt else 32
