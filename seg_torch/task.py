@@ -27,6 +27,8 @@ from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.metrics import (
     AveragePrecision,
+    BoundaryScores,
+    Calibration,
     ConfusionMatrix,
     ImageScores,
     LabelQuality,
@@ -58,6 +60,8 @@ class SegmentationTask(LightningModule):
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
+        boundary: Score boundaries in tests, too; a width in pixels, or true for 2 % of the
+            diagonal.
         label_quality: Score the labels of each image in tests, too.
     """
 
@@ -74,6 +78,7 @@ class SegmentationTask(LightningModule):
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
+        boundary: bool | int = False,
         label_quality: bool = False,
     ) -> None:
         super().__init__()
@@ -89,6 +94,9 @@ class SegmentationTask(LightningModule):
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
+        width = None if boundary is True else boundary
+        self.boundary = BoundaryScores(len(labels), width) if boundary else None
+        self.calibration = Calibration()
         self.label_quality: LabelQuality | None = None
         self.scores_labels = label_quality
         self.validation_loss = MeanMetric(nan_strategy="disable")
@@ -219,23 +227,33 @@ class SegmentationTask(LightningModule):
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
         for images, masks, numbers in groups:
+            predictions = torch.empty_like(masks)
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
-                prediction = decide(logits)[0]
+                prediction = predictions[index, rows, columns] = decide(logits)[0]
                 self.confusion.update(prediction, mask)
                 confidence = confidence_steps(logits)
                 self.image_scores.update(numbers[index], prediction, mask, confidence)
+                self.calibration.update(prediction, mask, confidence)
                 if self.label_quality is not None:
                     self.label_quality.update(numbers[index], logits, mask)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
+            if self.boundary is not None:
+                for prediction, mask in zip(predictions, masks, strict=True):
+                    self.boundary.update(prediction, mask)
 
     def on_test_epoch_end(self) -> None:
-        average_precision = None
+        others = {}
         if self.average_precision is not None:
-            average_precision = self.average_precision.compute()
+            others["average_precision"] = self.average_precision.compute()
             self.average_precision.reset()
-        self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
+        if self.boundary is not None:
+            others |= self.boundary.compute()
+            self.boundary.reset()
+        self.test_report = report(self.confusion.compute(), self.labels.names, others)
+        self.test_report |= self.calibration.compute()
+        self.calibration.reset()
         self.test_report["precision"] = self.inference.precision
         self.test_images = self.image_scores.compute()
         if self.label_quality is not None:

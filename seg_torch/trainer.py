@@ -302,8 +302,8 @@ def save_image_scores(images: dict[str, np.ndarray], dataset: Any, path: Path) -
 def print_scores(report: dict[str, Any], title: str) -> None:
     """Prints the scores as a table with a row per class."""
     columns = ["iou", "dice", "accuracy", "precision"]
-    if "mean_average_precision" in report:
-        columns.append("average_precision")
+    others = ("average_precision", "boundary_iou", "boundary_f")
+    columns += [name for name in others if f"mean_{name}" in report]
     means = [f"mean_{column}" for column in columns]
     table = Table(title=title)
     table.add_column("class")
@@ -320,4 +320,5 @@ def print_scores(report: dict[str, Any], title: str) -> None:
     table.add_row("mean", *cells([report[m] for m in means]), f"{pixels:,}", style="bold")
     console = Console()
     console.print(table)
-    console.print(f"pixel accuracy {cells([report['pixel_accuracy']])[0]}")
+    accuracy, error = cells([report["pixel_accuracy"], report["expected_calibration_error"]])
+    console.print(f"pixel accuracy {accuracy}, expected calibration error {error}")

@@ -72,6 +72,7 @@ def scored(length: int, batch_size: int, devices: int | str = "auto") -> dict:
         Inference(network, 3, precision="32-true"),
         loss=CrossEntropyLoss(),
         average_precision=True,
+        boundary=True,
     )
     trainer.validate(task, datamodule=data, verbose=False)
     validation = {name: value.item() for name, value in trainer.callback_metrics.items()}

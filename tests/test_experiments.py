@@ -73,18 +73,34 @@ RUNS = {
         ["experiment=voc_fcn_resnet101", "model.backbone=resnet50", "data.augment.crop=[32,32]"],
     ),
     "folder": ("folder", ["data=folder", "model=lraspp", "loss=weighted_ce", "scheduler=cosine"]),
+    "folder_focal": (
+        "folder",
+        ["data=folder", "model=unet_random", "loss=focal", "loss.weights=dataset"],
+    ),
     "camvid": ("camvid", ["data=camvid", "model=unet", "loss=dice", "model.encoder=resnet10t"]),
     "cityscapes": (
         "cityscapes",
-        ["data=cityscapes", "model=smp", "model.encoder=tu-resnet10t", "scheduler=step"],
+        [
+            "data=cityscapes",
+            "model=smp",
+            "model.encoder=tu-resnet10t",
+            "scheduler=step",
+            "loss=ohem",
+        ],
     ),
     "ade20k": (
         "ade20k",
-        ["data=ade20k", "model=segformer", "model.config.depths=[1,1,1,1]", "scheduler=multistep"],
+        [
+            "data=ade20k",
+            "model=segformer",
+            "model.config.depths=[1,1,1,1]",
+            "scheduler=multistep",
+            "loss=lovasz",
+        ],
     ),
-    "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random"]),
-    "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random"]),
-    "clothing": ("clothing", ["data=clothing", "model=unet_random"]),
+    "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
+    "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
+    "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
 }
 FROZEN = ["clothing_unet_densenet121", "pet_unet_mobilenetv2"]
 BRIEF = (
@@ -316,7 +332,7 @@ def test_the_published_weights_can_be_scored_without_training(run):
     assert not (folder / "metrics.csv").exists()
 
 
-def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_path):
+def test_more_scores_are_reported_where_they_are_asked_for(run, compose, tmp_path):
     small = ["data.dataset.size=32", *FEW, "data.dataset.test=3"]
     trained = run("shapes", *small, "model=unet_random")
     reports = []
@@ -324,15 +340,26 @@ def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_p
         options = [f"checkpoint={trained}", f"data.eval_batch_size={size}", "data.num_workers=0"]
         folder = tmp_path / f"evaluation{size}"
         settings = ["trainer.accelerator=cpu", f"output_dir={folder}"]
-        evaluate(compose("evaluate", *options, *settings, "average_precision=true"))
+        asked = ["average_precision=true", "boundary=3" if size == 3 else "boundary=true"]
+        evaluate(compose("evaluate", *options, *settings, *asked))
         reports.append(scores(folder))
     for report in reports:
         values = [row["average_precision"] for row in report["per_class"].values()]
         known = [value for value in values if value is not None]
         assert report["mean_average_precision"] == pytest.approx(np.mean(known))
+        for score in ("boundary_iou", "boundary_f"):
+            values = [row[score] for row in report["per_class"].values() if row[score] is not None]
+            assert report[f"mean_{score}"] == pytest.approx(np.mean(values))
+            assert 0 <= min(values) <= max(values) <= 1
+        pixels = sum(row["pixels"] for row in report["reliability"])
+        assert pixels == np.sum(report["confusion_matrix"])
     means = [report["mean_average_precision"] for report in reports]
     assert means[0] == pytest.approx(means[1], abs=1e-4)
-    assert "mean_average_precision" not in scores(trained)
+    # 2 % of the diagonal of 32 x 32 is 1 pixel.
+    assert reports[0]["mean_boundary_iou"] < reports[1]["mean_boundary_iou"]
+    for name in ("mean_average_precision", "mean_boundary_iou", "mean_boundary_f"):
+        assert name not in scores(trained)
+    assert 0 <= scores(trained)["expected_calibration_error"] <= 1
 
 
 # The eight-fold training set, each variant computed with other means

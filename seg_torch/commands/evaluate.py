@@ -62,6 +62,7 @@ def prepare(
         labels,
         inference,
         average_precision=cfg.average_precision,
+        boundary=cfg.boundary,
         label_quality=label_quality,
     )
     return trainer, task, data, folder
