@@ -21,8 +21,8 @@ from seg_torch.losses import check_labels
 
 SCORE_STEPS = 1024  # of average precision: scores are rounded to multiples of 1 / 1024
 CONFIDENCE_STEPS = 65536
-CALIBRATION_BINS = 15
 LABEL_TEMPERATURE = 0.1
+CALIBRATION_BINS = 15
 
 # Logits that are looked at together on a CPU, in whose cache they stay.
 CPU_BAND = 1 << 19
@@ -192,6 +192,46 @@ class ImageScores(torchmetrics.Metric):
             "predicted_pixels": predicted.numpy(),
             "confidence": confidence.float().numpy(),
         }
+
+
+class LabelQuality(torchmetrics.Metric):
+    """How likely the label of each image is to be right: the softmin score of cleanlab.
+
+    The mean over the labelled pixels of s, the probability that the network gives the label,
+    weighted by exp((1 - s) / 0.1), so that a few improbable labels count more than many probable
+    ones (Lad and Mueller 2023, "Estimating label quality and errors in semantic segmentation data
+    via any model"; the temperature is that of their code).
+
+    Args:
+        num_images: Number of images N of the dataset.
+    """
+
+    full_state_update = False
+
+    sums: Tensor
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__()
+        self.add_state("sums", default=torch.zeros(num_images, 2), dist_reduce_fx="sum")
+
+    def update(self, index: int, logits: Tensor, target: Tensor) -> None:
+        """Counts an image or a part of it; on CUDA without waiting for the device.
+
+        Args:
+            index: Number of the image, in 0..N-1.
+            logits: Float [C, H, W].
+            target: Integer [H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
+        """
+        logits, ignored = logits.float(), target == IGNORE_INDEX
+        own = logits.gather(0, target.masked_fill(ignored, 0).long()[None])[0]
+        probability = (own - logits.logsumexp(0)).exp()
+        weight = ((1 - probability) / LABEL_TEMPERATURE).exp().masked_fill(ignored, 0)
+        self.sums[index] += torch.stack([(weight * probability).sum(), weight.sum()])
+
+    def compute(self) -> np.ndarray:
+        """Returns float32 [N] in [0, 1], or nan for an image without labelled pixels."""
+        weighted, weights = self.sums.cpu().double().unbind(1)
+        return (weighted / weights).float().numpy()
 
 
 class Calibration(torchmetrics.Metric):
@@ -375,46 +415,6 @@ def _maximum_within(values: Tensor, reach: int) -> Tensor:
             covered += step
         values = values.T
     return values
-
-
-class LabelQuality(torchmetrics.Metric):
-    """How likely the label of each image is to be right: the softmin score of cleanlab.
-
-    The mean over the labelled pixels of s, the probability that the network gives the label,
-    weighted by exp((1 - s) / 0.1), so that a few improbable labels count more than many probable
-    ones (Lad and Mueller 2023, "Estimating label quality and errors in semantic segmentation data
-    via any model"; the temperature is that of their code).
-
-    Args:
-        num_images: Number of images N of the dataset.
-    """
-
-    full_state_update = False
-
-    sums: Tensor
-
-    def __init__(self, num_images: int) -> None:
-        super().__init__()
-        self.add_state("sums", default=torch.zeros(num_images, 2), dist_reduce_fx="sum")
-
-    def update(self, index: int, logits: Tensor, target: Tensor) -> None:
-        """Counts an image or a part of it; on CUDA without waiting for the device.
-
-        Args:
-            index: Number of the image, in 0..N-1.
-            logits: Float [C, H, W].
-            target: Integer [H, W], class ids in 0..C-1 or `IGNORE_INDEX`.
-        """
-        logits, ignored = logits.float(), target == IGNORE_INDEX
-        own = logits.gather(0, target.masked_fill(ignored, 0).long()[None])[0]
-        probability = (own - logits.logsumexp(0)).exp()
-        weight = ((1 - probability) / LABEL_TEMPERATURE).exp().masked_fill(ignored, 0)
-        self.sums[index] += torch.stack([(weight * probability).sum(), weight.sum()])
-
-    def compute(self) -> np.ndarray:
-        """Returns float32 [N] in [0, 1], or nan for an image without labelled pixels."""
-        weighted, weights = self.sums.cpu().double().unbind(1)
-        return (weighted / weights).float().numpy()
 
 
 def confidence_steps(logits: Tensor) -> Tensor:

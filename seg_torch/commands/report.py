@@ -242,7 +242,7 @@ def _origin(cfg: DictConfig, precision: str, trainer: Trainer) -> Iterator[str]:
         description = checkpoint.read(cfg.checkpoint)[checkpoint.KEY]
         config = OmegaConf.to_yaml({k: description[k] for k in ("model", "data", "preprocessing")})
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = [
         ("seg_torch", __version__),
         *((package, version(package)) for package in PACKAGES),
