@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import tempfile
 import uuid
@@ -30,12 +29,14 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
+import seg_torch
 from seg_torch.datasets import base
 from seg_torch.datasets.cache import (
     CachedSamples,
     map_samples,
-    samples_in_folder,
     samples_in_memory,
+    samples_on_disk,
+    write_samples,
 )
 from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
 from seg_torch.errors import InputError, check_choice
@@ -288,15 +289,14 @@ class SegmentationDataModule(LightningDataModule):
         strategy = self.trainer.strategy
         # Machines may share the folder of temporary files, too.
         name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}"
-        folder = Path(tempfile.gettempdir(), name)
+        path = Path(tempfile.gettempdir(), name)
         if self.trainer.local_rank == 0:
-            samples_in_folder(samples, folder)
+            write_samples(samples, path)
         strategy.barrier()
-        cached = map_samples(folder)
-        cached.folder = None
+        cached = map_samples(path)
         strategy.barrier()
         if self.trainer.local_rank == 0:
-            shutil.rmtree(folder)  # the memory stays mapped
+            path.unlink()  # the memory stays mapped, and whatever ends the run frees it
         return cached
 
     def _samples_on_disk(self, samples: _Samples) -> CachedSamples:
@@ -304,16 +304,12 @@ class SegmentationDataModule(LightningDataModule):
         files = fingerprint(samples.dataset)
         if files is None:
             raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-        key = repr((files, samples.size, samples.size is not None and samples.resize_labels))
+        sizes = samples.size, samples.size is not None and samples.resize_labels
+        key = repr((files, sizes, seg_torch.__version__))
         folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
-        if self.trainer is None:
-            return samples_in_folder(samples, folder)
-        if self.trainer.local_rank == 0:
-            if not folder.exists():
-                log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-            samples_in_folder(samples, folder)
-        self.trainer.strategy.barrier()
-        return map_samples(folder)
+        if not folder.exists():
+            log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
+        return samples_on_disk(samples, folder)
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers

@@ -1,5 +1,6 @@
 """Order, shards and batches."""
 
+import os
 import pickle
 import resource
 import tempfile
@@ -266,7 +267,7 @@ def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
         if not others:  # at the first barrier, the file is complete
             others.append(None)
             with monkeypatch.context() as patch:
-                patch.setattr("seg_torch.datamodule.samples_in_folder", None)  # it reads no image
+                patch.setattr("seg_torch.datamodule.write_samples", None)  # it reads no image
                 others[0] = module(1, lambda: None)._samples("val", resize_labels=False)
 
     samples = module(0, other_process)._samples("val", resize_labels=False)
@@ -429,10 +430,10 @@ def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(own_
 def test_a_write_that_breaks_off_leaves_no_samples_on_disk(own_folder, monkeypatch):
     module = SegmentationDataModule(folder, str(own_folder), cache="disk")
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             module.train_dataloader()
-    assert not list((own_folder.parent / "cache/seg_torch/samples").iterdir())
+    assert not list((own_folder.parent / "cache/seg_torch/samples").rglob("*.bin"))
     assert len(list(module.train_dataloader())) == 1
 
 
