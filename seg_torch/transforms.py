@@ -153,7 +153,7 @@ class ColourJitter(v2.Transform):
             )
         ]
         order = torch.randperm(4).tolist()
-        return colour_matrices(*factors, hue, order)  # type: ignore[arg-type,call-arg]
+        return colour_matrices(*factors, hue, order)  # type: ignore[call-arg]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         image = inpt.as_subclass(torch.Tensor)
