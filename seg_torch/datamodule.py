@@ -40,7 +40,7 @@ from seg_torch.datasets.cache import (
 )
 from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
 from seg_torch.errors import InputError, check_choice
-from seg_torch.hardware import available_cpus
+from seg_torch.hardware import available_cpus, reuse_memory
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
 
@@ -324,7 +324,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_start_worker,
             **arguments,
         )
 
@@ -338,12 +338,15 @@ class SegmentationDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
+def _start_worker(worker: int) -> None:
+    """Lets a worker process keep its memory, and work on after Ctrl-C.
 
-    So does Slurm with SIGUSR1 and SIGTERM. The run finishes its step before it stops. When it ends,
-    its own SIGTERM ends a worker; dying of it would be reported as an error.
+    For a sample it allocates some megabytes, which the system would clear again and again. The
+    terminal sends Ctrl-C to it, too, and so does Slurm with SIGUSR1 and SIGTERM. The run finishes
+    its step before it stops. When it ends, its own SIGTERM ends a worker; dying of it would be
+    reported as an error.
     """
+    reuse_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -212,7 +212,7 @@ def png_files() -> dict[str, bytes]:
     rgb, files = rgba.convert("RGB"), {}
     saved = {mode: (rgba.convert(mode), {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
     saved["I;16"] = Image.fromarray(values[..., 0].astype(np.uint16) * 257), {}
-    saved["transparent"] = rgb, {"transparency": (1, 2, 3)}
+    saved["transparent"] = rgb, {"transparency": rgb.getpixel((0, 0))}
     saved["animated"] = rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}
     for name, (image, options) in saved.items():
         file = BytesIO()
@@ -275,6 +275,14 @@ def test_a_plain_png_is_not_decoded_by_pillow_where_libspng_is_installed(tmp_pat
     path = written(Image.new("RGB", (3, 2), "red"), tmp_path / "a.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
     assert read_image(path)[1, 2].tolist() == [255, 0, 0]
+
+
+def test_what_is_not_decoded_to_8_bits_is_left_to_pillow(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_files()["16 bit"])
+    wide = np.zeros((2, 3, 3), np.uint16)
+    monkeypatch.setattr(images, "_spng_decode", lambda: lambda content: wide)
+    assert read_image(path).dtype == np.uint8
 
 
 def test_without_libspng_png_files_are_read_all_the_same(tmp_path, monkeypatch):
