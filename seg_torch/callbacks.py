@@ -57,7 +57,7 @@ class History(Callback):
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.line = ""  # about the epoch that has just ended
-        self.waited = self.steps_ended = 0.0
+        self.waited = self.worked = self.ready = 0.0  # seconds of an epoch; since when
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
@@ -68,14 +68,21 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._tell(pl_module)
-        self.started = self.steps_ended = time.perf_counter()
-        self.waited = 0.0
+        self.started = self.ready = time.perf_counter()
+        self.waited = self.worked = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.waited += time.perf_counter() - self.steps_ended
+        self.waited += self._since_ready()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.steps_ended = time.perf_counter()
+        self.worked += self._since_ready()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._since_ready()  # within an epoch: neither
+
+    def _since_ready(self) -> float:
+        before, self.ready = self.ready, time.perf_counter()
+        return self.ready - before
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._tell(pl_module)
@@ -112,7 +119,7 @@ class History(Callback):
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         values = [f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None]
         epoch = trainer.current_epoch + 1
-        share = self.waited / max(self.steps_ended - self.started, 1e-9)
+        share = self.waited / max(self.waited + self.worked, 1e-9)
         values.append(f"{share:.0%} of the time waiting for data")
         self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
         if share > 0.1 and self.waited > 1:  # else it is the start of the workers

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import tempfile
 import uuid
@@ -30,16 +29,18 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
+import seg_torch
 from seg_torch.datasets import base
 from seg_torch.datasets.cache import (
     CachedSamples,
     map_samples,
-    samples_in_folder,
     samples_in_memory,
+    samples_on_disk,
+    write_samples,
 )
 from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
 from seg_torch.errors import InputError, check_choice
-from seg_torch.hardware import available_cpus
+from seg_torch.hardware import available_cpus, reuse_memory
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
 
@@ -290,15 +291,14 @@ class SegmentationDataModule(LightningDataModule):
         strategy = self.trainer.strategy
         # Machines may share the folder of temporary files, too.
         name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}"
-        folder = Path(tempfile.gettempdir(), name)
+        path = Path(tempfile.gettempdir(), name)
         if self.trainer.local_rank == 0:
-            samples_in_folder(samples, folder)
+            write_samples(samples, path)
         strategy.barrier()
-        cached = map_samples(folder)
-        cached.folder = None
+        cached = map_samples(path)
         strategy.barrier()
         if self.trainer.local_rank == 0:
-            shutil.rmtree(folder)  # the memory stays mapped
+            path.unlink()  # the memory stays mapped, and whatever ends the run frees it
         return cached
 
     def _samples_on_disk(self, samples: _Samples) -> CachedSamples:
@@ -306,16 +306,12 @@ class SegmentationDataModule(LightningDataModule):
         files = fingerprint(samples.dataset)
         if files is None:
             raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-        key = repr((files, samples.size, samples.size is not None and samples.resize_labels))
+        sizes = samples.size, samples.size is not None and samples.resize_labels
+        key = repr((files, sizes, seg_torch.__version__))
         folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
-        if self.trainer is None:
-            return samples_in_folder(samples, folder)
-        if self.trainer.local_rank == 0:
-            if not folder.exists():
-                log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-            samples_in_folder(samples, folder)
-        self.trainer.strategy.barrier()
-        return map_samples(folder)
+        if not folder.exists():
+            log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
+        return samples_on_disk(samples, folder)
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers
@@ -330,7 +326,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_start_worker,
             **arguments,
         )
 
@@ -344,12 +340,15 @@ class SegmentationDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
+def _start_worker(worker: int) -> None:
+    """Lets a worker process keep its memory, and work on after Ctrl-C.
 
-    So does Slurm with SIGUSR1 and SIGTERM. The run finishes its step before it stops. When it ends,
-    its own SIGTERM ends a worker; dying of it would be reported as an error.
+    For a sample it allocates some megabytes, which the system would clear again and again. The
+    terminal sends Ctrl-C to it, too, and so does Slurm with SIGUSR1 and SIGTERM. The run finishes
+    its step before it stops. When it ends, its own SIGTERM ends a worker; dying of it would be
+    reported as an error.
     """
+    reuse_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,8 +1,12 @@
 """Order, shards and batches."""
 
+import multiprocessing
+import os
 import pickle
 import resource
+import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from seg_torch.datamodule import (
@@ -20,8 +25,9 @@ from seg_torch.datamodule import (
     evaluation_batches,
     group_by_size,
 )
-from seg_torch.datasets import folder, shapes, write_folder
+from seg_torch.datasets import base, folder, shapes, write_folder
 from seg_torch.errors import InputError
+from seg_torch.files import PARTIAL
 from seg_torch.transforms import augment
 
 
@@ -268,14 +274,17 @@ def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
         if not others:  # at the first barrier, the file is complete
             others.append(None)
             with monkeypatch.context() as patch:
-                patch.setattr("seg_torch.datamodule.samples_in_folder", None)  # it reads no image
+                patch.setattr("seg_torch.datamodule.write_samples", None)  # it reads no image
                 others[0] = module(1, lambda: None)._samples("val", resize_labels=False)
 
     samples = module(0, other_process)._samples("val", resize_labels=False)
     assert not path.exists()
-    for index in range(5):
-        assert equal(list(samples[index]), list(small_shapes("val")[index]))
-        assert equal(list(others[0][index]), list(small_shapes("val")[index]))
+    monkeypatch.undo()
+    spawned = DataLoader(others[0], None, num_workers=1, multiprocessing_context="spawn")
+    assert len(pickle.dumps(others[0])) < 2000  # no copy of the samples
+    for index, by_worker in enumerate(spawned):
+        for sample in (samples[index], others[0][index], by_worker):
+            assert equal(list(sample), list(small_shapes("val")[index]))
 
 
 # Resuming
@@ -431,11 +440,57 @@ def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(own_
 def test_a_write_that_breaks_off_leaves_no_samples_on_disk(own_folder, monkeypatch):
     module = SegmentationDataModule(folder, str(own_folder), cache="disk")
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             module.train_dataloader()
-    assert not list((own_folder.parent / "cache/seg_torch/samples").iterdir())
+    assert not list((own_folder.parent / "cache/seg_torch/samples").rglob("*.bin"))
     assert len(list(module.train_dataloader())) == 1
+
+
+def killed_while_decoding(root: str) -> None:
+    module = SegmentationDataModule(folder, root, cache="disk", num_workers=0)
+    dataset = module.dataset("train")
+    read = dataset.read_mask
+
+    def read_or_die(path):
+        if path == dataset.pairs[4].mask:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    # Not a new function for the dataset, by whose source the samples would get another name.
+    dataset.mask = lambda index: read_or_die(dataset.pairs[index].mask)
+    module.train_dataloader()
+
+
+def test_what_a_killed_run_had_decoded_is_neither_used_nor_kept(own_folder):
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_while_decoding, args=(str(own_folder),)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    cached = own_folder.parent / "cache/seg_torch/samples"
+    [partial] = cached.rglob(f"{PARTIAL}*")
+    module = SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
+    plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
+    assert equal(epoch(module, 0), epoch(plain, 0))
+    assert not partial.exists()
+    assert [path.parent for path in cached.rglob("*.bin")] == [partial.parent]
+
+
+def test_of_runs_that_start_at_once_one_decodes_and_the_others_wait(own_folder, monkeypatch):
+    files = []
+    read = base.read_image
+    monkeypatch.setattr(base, "read_image", lambda path: (files.append(path), read(path))[1])
+    modules = [
+        SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
+        for _ in range(3)
+    ]
+    with ThreadPoolExecutor() as pool:
+        epochs = list(pool.map(lambda module: epoch(module, 0), modules))
+    assert len(files) == len(set(files)) == len(modules[0].dataset("train"))
+    assert equal(epochs[0], epochs[1])
+    assert equal(epochs[0], epochs[2])
 
 
 def test_each_size_has_samples_of_its_own_on_disk(own_folder):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from seg_torch import checkpoint
+from seg_torch.callbacks import History
 from seg_torch.cli import complete_overrides
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
@@ -782,3 +784,42 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.current_epoch == 1:
             raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize(
+    ("wait", "cache", "shown", "hint"),
+    [
+        (0.1, "none", "9% of the time waiting for data", ""),
+        (1.0, "none", "50% of the time waiting for data", "; data.cache=ram or disk keeps"),
+        (1.0, "disk", "50% of the time waiting for data", "; data.num_workers=N lets N"),
+    ],
+)
+def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
+    tmp_path, monkeypatch, wait, cache, shown, hint
+):
+    """Ten steps of one second; validation after the fourth and the last is not waiting."""
+    clock = [0.0]
+    monkeypatch.setattr("seg_torch.callbacks.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("seg_torch.callbacks.save_curves", lambda *_: None)
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        current_epoch=0,
+        max_epochs=3,
+        global_step=10,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        datamodule=SimpleNamespace(cache=cache),
+    )
+    task = SimpleNamespace(training_loss=lambda: 0.5, validated=False)
+    line = History(tmp_path)
+    line.on_train_epoch_start(trainer, task)
+    for step in range(10):
+        clock[0] += wait
+        line.on_train_batch_start(trainer, task)
+        clock[0] += 1
+        line.on_train_batch_end(trainer, task)
+        if step in (3, 9):
+            clock[0] += 20
+            line.on_validation_end(trainer, task)
+    line.on_train_epoch_end(trainer, task)
+    assert line.line.startswith(f"epoch 1 of 3: loss 0.5000, {shown}{hint}")
+    assert hint or line.line.endswith(shown)

@@ -309,8 +309,10 @@ class SegmentationDataset(Dataset):
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Return an image uint8 [H, W, C] and its mask uint8 [H, W] as a sample."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-    return tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(mask))
+    # A view: cutting and resizing are faster with the channels of a pixel side by side.
+    return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(
+        torch.from_numpy(mask)
+    )
 
 
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
