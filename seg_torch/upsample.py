@@ -16,9 +16,8 @@ from seg_torch.losses import SegmentationLoss, Sums, WeightedSum
 # What a loss takes of memory for each logit at label size, with its gradient.
 LOSS_BYTES = 20
 
-# Numbers of logits. A CPU is fastest with bands that stay in its cache, a GPU with ones that keep
-# it busy.
-CPU_BAND = 1 << 20
+# Numbers of logits: of a few rows on a CPU, which has little to do beside; many keep a GPU busy.
+CPU_BAND = 1 << 22
 GPU_BAND = 1 << 26
 
 
