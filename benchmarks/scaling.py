@@ -181,7 +181,7 @@ def draw(results: dict[str, dict[int, Cost]], path: Path) -> None:
     for column, (name, costs) in zip(axes.T, results.items(), strict=True):
         amounts = list(costs)
         for axis, field in zip(column, Cost._fields, strict=True):
-            values = [max(getattr(c, field), 1e-3) for c in costs.values()]
+            values = [max(getattr(c, field), 1 if field == "memory" else 0) for c in costs.values()]
             work = [a**2 if name == "image size" else a for a in amounts]
             if name != "processes":
                 linear = [values[-1] * w / work[-1] for w in work]
