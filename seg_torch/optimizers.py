@@ -105,7 +105,7 @@ def encoder_layers(encoder: nn.Module) -> dict[str, int]:
     """
     if not hasattr(encoder, "group_matcher"):
         raise InputError(
-            "optimizer.layer_decay needs an encoder whose layers timm tells apart, such as those of "
+            "optimizer.layer_decay needs an encoder whose layers timm tells apart, such as one of "
             "model=vit; leave it at 1"
         )
     layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)

@@ -925,8 +925,8 @@ def test_another_number_of_classes_exchanges_both_classifiers_of_lraspp(publishe
 
 
 def test_the_dpt_head_gives_the_logits_of_transformers_with_its_weights():
-    """Its BatchNorm before the last convolution, which this one leaves out, goes into the convolution
-    before it: w' = w g, b' = beta - mean g with g = gamma / sqrt(var + eps).
+    """Its BatchNorm before the last convolution, which this one leaves out, goes into the one
+    before: w' = w g, b' = beta - mean g with g = gamma / sqrt(var + eps).
     """
     library = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -1027,7 +1027,7 @@ def test_what_is_no_plain_vision_transformer_is_refused():
             vit(NUM_CLASSES, encoder, weights=None)
     with pytest.raises(InputError, match=r"'vit_smal_patch14_dinov2'.*did you mean"):
         vit(NUM_CLASSES, "vit_smal_patch14_dinov2", weights=None)
-    with pytest.raises(InputError, match="cannot download .*model.weights=FILE"):
+    with pytest.raises(InputError, match=r"cannot download .*model\.weights=FILE"):
         vit(NUM_CLASSES, "test_vit.r160_in1k")
     with pytest.raises(InputError, match=r"model\.head is 'upernet'; use one of dpt, linear"):
         vit(NUM_CLASSES, head="upernet")
