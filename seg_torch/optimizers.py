@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 from timm.models import group_parameters
 from torch import nn
@@ -108,5 +108,6 @@ def encoder_layers(encoder: nn.Module) -> dict[str, int]:
             "optimizer.layer_decay needs an encoder whose layers timm tells apart, such as one of "
             "model=vit; leave it at 1"
         )
-    layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    matcher = cast(Any, encoder).group_matcher(coarse=False)
+    layers = group_parameters(encoder, matcher, reverse=True)
     return layers | {name: 0 for name in layers if name in TOKENS}

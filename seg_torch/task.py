@@ -222,7 +222,8 @@ class SegmentationTask(LightningModule):
         assert self.make_optimizer is not None
         options = dict(getattr(self.make_optimizer, "keywords", {}))
         parts = {key: options.pop(key) for key in PARTS if key in options}
-        groups = parameter_groups(self.network.model, options.get("lr"), **parts)
+        lr: Any = options.get("lr")
+        groups = parameter_groups(self.network.model, lr, **parts)
         learnt = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
         if not groups:
             raise InputError("all of the model's weights are frozen: there is nothing to train")

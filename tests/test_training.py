@@ -346,7 +346,7 @@ def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
     monkeypatch.setattr(SegmentationTask, "validation_step", validated)
     monkeypatch.setattr(SegmentationTask, "test_step", scored)
     monkeypatch.setattr("seg_torch.callbacks.SampleSheet.on_validation_end", drawn)
-    train(small("train", "ema=0.75"))
+    train(small("train", "ema=0.75", "loss=weighted_ce"))
 
     assert len(trained) == 6
     averages = [trained[0]]  # the average of one
