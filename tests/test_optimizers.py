@@ -72,7 +72,8 @@ def test_the_auxiliary_head_has_ten_times_the_rate_as_in_torchvisions_reference(
 def test_each_layer_of_a_vit_has_a_share_of_the_rate_of_the_next():
     """BEiT's: with L blocks, block i (from 1) has decay ** (L + 1 - i), the embedding L + 1."""
     model = vit(2, "test_vit", None)
-    model.encoder.reg_token = nn.Parameter(torch.zeros(1, 4, 64))  # as DINOv2's with registers
+    for token in ("reg_token", "dist_token"):  # which timm's groups know or not, by its version
+        model.encoder.register_parameter(token, nn.Parameter(torch.zeros(1, 1, 64)))
     found = rates(model, encoder_lr=0.5, layer_decay=0.8)
     for name, lr in found.items():
         path = name.split(".")
@@ -83,7 +84,7 @@ def test_each_layer_of_a_vit_has_a_share_of_the_rate_of_the_next():
         elif path[1] == "norm":  # with the last block
             expected = 0.1 * 0.5 * 0.8
         else:
-            assert path[1] in ("cls_token", "reg_token", "pos_embed", "patch_embed")
+            assert path[1] in ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed")
             expected = 0.1 * 0.5 * 0.8**7
         assert lr == pytest.approx(expected), name
 
