@@ -37,6 +37,7 @@ from seg_torch.metrics import (
     scores,
 )
 from seg_torch.models.network import Network
+from seg_torch.optimizers import PARTS, parameter_groups
 from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
 from seg_torch.upsample import upsampled_loss
@@ -57,6 +58,7 @@ class SegmentationTask(LightningModule):
         scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
         aux_weight: Weight of the loss of the auxiliary head, where there is one.
         description: What `seg_torch.checkpoint` needs to build the network again.
+        warmup_steps: First optimizer steps, with (step + 1) / warmup_steps of the scheduled rate.
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
@@ -75,6 +77,7 @@ class SegmentationTask(LightningModule):
         scheduler: Callable[..., Any] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
+        warmup_steps: int = 0,
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
@@ -90,6 +93,7 @@ class SegmentationTask(LightningModule):
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.description = description
+        self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.seed = seed
         self.confusion = ConfusionMatrix(len(labels))
@@ -268,15 +272,22 @@ class SegmentationTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        options = dict(getattr(self.make_optimizer, "keywords", {}))
+        parts = {key: options.pop(key) for key in PARTS if key in options}
+        lr: Any = options.get("lr")
+        groups = parameter_groups(self.network.model, lr, **parts)
+        learnt = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
+        if not groups:
+            raise InputError("all of the model's weights are frozen: there is nothing to train")
+        groups[0]["params"] += learnt
         # One pass over all parameters, several times as fast. It cannot be combined with clipping,
         # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
         can_fuse = "fused" in inspect.signature(function).parameters
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
-        options = {"fused": True} if can_fuse and whole else {}
-        options |= getattr(self.make_optimizer, "keywords", {})
-        optimizer = self.make_optimizer(parameters, **options)
+        if can_fuse and whole:
+            options.setdefault("fused", True)
+        optimizer = function(groups, **options)
         if self.make_scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -289,6 +300,16 @@ class SegmentationTask(LightningModule):
             # saved, and not at all in the first epoch of a resumed run.
             config["frequency"] = sys.maxsize
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    def optimizer_step(
+        self, epoch: int, batch_index: int, optimizer: Any, closure: Callable[[], Any] | None = None
+    ) -> None:
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= min(1, (self.global_step + 1) / max(self.warmup_steps, 1))
+        super().optimizer_step(epoch, batch_index, optimizer, closure)
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         if self.description is not None:

@@ -366,6 +366,110 @@ def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeyp
         assert_same_run(folder, tmp_path / "whole")
 
 
+# The moving average of the weights
+
+
+def numpy_state(task: SegmentationTask) -> dict[str, np.ndarray]:
+    return {k: v.numpy().copy() for k, v in task.network.state_dict().items()}
+
+
+def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
+    small, tmp_path, monkeypatch
+):
+    trained: list[dict[str, np.ndarray]] = []  # after each step
+    used: dict[str, list] = {"validated": [], "drawn": [], "scored": []}
+    step, validate, test = (
+        getattr(SegmentationTask, n) for n in ("optimizer_step", "validation_step", "test_step")
+    )
+
+    def stepped(task, *arguments):
+        step(task, *arguments)
+        trained.append(numpy_state(task))
+
+    def validated(task, *arguments):
+        if not task.trainer.sanity_checking:
+            used["validated"].append(numpy_state(task))
+        validate(task, *arguments)
+
+    def drawn(self, trainer, task):
+        if not trainer.sanity_checking:
+            used["drawn"].append(numpy_state(task))
+
+    def scored(task, *arguments):
+        used["scored"].append(numpy_state(task))
+        test(task, *arguments)
+
+    monkeypatch.setattr(SegmentationTask, "optimizer_step", stepped)
+    monkeypatch.setattr(SegmentationTask, "validation_step", validated)
+    monkeypatch.setattr(SegmentationTask, "test_step", scored)
+    monkeypatch.setattr("seg_torch.callbacks.SampleSheet.on_validation_end", drawn)
+    train(small("train", "ema=0.75", "loss=weighted_ce"))
+
+    assert len(trained) == 6
+    averages = [trained[0]]  # the average of one
+    for state in trained[1:]:
+        last = averages[-1]
+        averages.append({k: 0.75 * last[k] + 0.25 * v for k, v in state.items()})
+    epochs = [averages[2], averages[5]]
+    run = tmp_path / "run"
+    best = int(np.argmax([float(row["val_mean_iou"]) for row in history(run)]))
+    loaded = {k: v.numpy() for k, v in Segmenter.load(run).network.state_dict().items()}
+    pairs = [
+        *zip(used["validated"][:: len(used["validated"]) // 2], epochs, strict=True),
+        *zip(used["drawn"], epochs, strict=True),
+        (used["scored"][0], epochs[best]),
+        (loaded, epochs[best]),
+        ({k: v.numpy() for k, v in weights(run).items()}, epochs[1]),
+    ]
+    for found, expected in pairs:
+        for name in expected:  # with the running statistics of BatchNorm
+            if "num_batches" not in name:
+                np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert (found["mean"] == trained[0]["mean"]).all()  # to the last bit
+    content = checkpoint.read(run / "checkpoints/last.ckpt")["current_model_state"]
+    assert all((content[f"network.{k}"].numpy() == v).all() for k, v in trained[5].items())
+
+
+def test_a_run_with_ema_is_stopped_anywhere_and_goes_on_as_if_undisturbed(
+    small, tmp_path, monkeypatch
+):
+    options = ("ema=0.75", "trainer.max_epochs=3")
+    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
+    for moment in ("validation_step", "training_step"):
+        plain = getattr(SegmentationTask, moment)
+
+        def signalled(task, *arguments, plain=plain):
+            if task.current_epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(task, *arguments)
+
+        folder = tmp_path / moment
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentationTask, moment, signalled)
+            with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
+                train(small("train", f"output_dir={folder}", *options))
+        resume(folder)
+        assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_run_with_ema_that_diverges_keeps_the_average_before(small, tmp_path, monkeypatch):
+    plain = SegmentationTask.training_step
+
+    def diverging(task, batch, index):
+        return plain(task, batch, index) * (float("nan") if task.current_epoch == 1 else 1)
+
+    monkeypatch.setattr(SegmentationTask, "training_step", diverging)
+    with pytest.raises(InputError, match="diverged"):
+        train(small("train", "ema=0.75"))
+    for name in ("best", "last"):
+        assert all(v.isfinite().all() for v in weights(tmp_path / "run", name).values())
+
+
+def test_an_impossible_ema_is_refused(small):
+    with pytest.raises(InputError, match=r"ema is 1; it is a decay between 0 and 1"):
+        train(small("train", "ema=1"))
+
+
 def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path):
     """On a small disk of its own where the user may mount one, else with a limit for its files."""
     disk = tmp_path / "disk"

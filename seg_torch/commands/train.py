@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch import checkpoint, hardware
-from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
+from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal, WeightAverage
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -25,7 +25,14 @@ from seg_torch.models.network import Network, freeze_unused_parameters, synchron
 from seg_torch.models.weights import load_matching_weights
 from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
 from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
+from seg_torch.trainer import (
+    FullySharded,
+    build_trainer,
+    on_first_process,
+    on_other_machines,
+    run_folder,
+    score,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +77,7 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
         *([LearningRateMonitor("step")] if trainer.loggers else []),
         History(folder),
         SampleSheet(folder),
+        *([_weight_average(cfg.ema, trainer)] if cfg.get("ema") is not None else []),
         *(instantiate(node) for node in cfg.callbacks.values()),
         best,
         Checkpoints(folder, "last"),  # after all that it has to contain
@@ -128,12 +136,21 @@ def _task(
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
         aux_weight=cfg.aux_weight,
+        warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
         seed=cfg.seed,
     )
+
+
+def _weight_average(decay: float, trainer: Trainer) -> WeightAverage:
+    if not 0 < decay < 1:
+        raise InputError(f"ema is {decay}; it is a decay between 0 and 1, such as 0.999, or null")
+    if isinstance(trainer.strategy, FullySharded):
+        raise InputError("ema needs whole weights: use trainer.strategy=ddp, or ema=null")
+    return WeightAverage(decay, trainer.strategy.root_device)
 
 
 def _announce(
