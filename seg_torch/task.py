@@ -50,6 +50,7 @@ class SegmentationTask(LightningModule):
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
+        benchmark: Let cuDNN try its algorithms for the training images, and remember the fastest.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SegmentationTask(LightningModule):
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
+        benchmark: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,6 +79,7 @@ class SegmentationTask(LightningModule):
         self.description = description
         self.max_steps = max_steps
         self.seed = seed
+        self.benchmark = benchmark
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
         self.validation_loss = MeanMetric(nan_strategy="disable")
@@ -103,6 +106,7 @@ class SegmentationTask(LightningModule):
         self.validated = False
 
     def on_train_batch_start(self, batch: Sample, batch_index: int) -> None:
+        torch.backends.cudnn.benchmark = self.benchmark
         # By epoch and batch, so that a resumed run goes on with the numbers of an undisturbed one.
         place = [self.seed, self.current_epoch, batch_index, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
@@ -161,6 +165,7 @@ class SegmentationTask(LightningModule):
             plateau.step(self.trainer.callback_metrics["val/loss"])
 
     def on_validation_start(self) -> None:
+        torch.backends.cudnn.benchmark = False  # the images have several sizes
         if self.trainer.world_size > 1:
             # Where BatchNorm is not synchronised, each process has running statistics of its own.
             # A checkpoint holds those of the first, and they are what is scored.
@@ -173,8 +178,9 @@ class SegmentationTask(LightningModule):
                 mask = masks[index, rows, columns]
                 self.confusion.update(decide(logits)[0], mask)
                 if self.loss is not None:
-                    share = mask.numel() / masks[index].numel()
-                    self.validation_loss.update(self.loss(logits[None], mask[None]), share)
+                    loss = self.loss(logits[None], mask[None])
+                    share = torch.full_like(loss, mask.numel() / masks[index].numel())
+                    self.validation_loss.update(loss, share)  # of a float, it waits for the GPU
         total = self.validation_loss.mean_value
         self.finite_batches = self.finite_batches.to(total.device) + total.isfinite()
 
@@ -196,6 +202,9 @@ class SegmentationTask(LightningModule):
         self.validation_loss.reset()
         self.finite_batches.zero_()
         self.validated = True
+
+    def on_test_start(self) -> None:
+        torch.backends.cudnn.benchmark = False
 
     def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
         for images, masks in groups:
