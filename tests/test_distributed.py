@@ -6,9 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -35,31 +37,36 @@ def environment(folder: Path, **others: str) -> dict[str, str]:
     return {**os.environ, **own, **others}
 
 
-def finish(*processes: subprocess.Popen) -> str:
+Started = tuple[subprocess.Popen, IO[str]]
+
+
+def finish(*started: Started) -> str:
     """Returns what they printed when all have ended well; ends all if one takes too long."""
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=240)[0])
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    output = "".join(outputs)
+    processes = [process for process, _ in started]
+    end = time.monotonic() + 240
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+    late = [process for process in processes if process.poll() is None]
+    for process in late:
+        os.killpg(process.pid, signal.SIGKILL)
+    # Of all, also where one waited for another that had failed.
+    output = "".join(file.read() for _, file in started if file.seek(0) == 0)
+    assert not late, f"{len(late)} of {len(processes)} had to be ended\n{output}"
     assert all(process.returncode == 0 for process in processes), output
     return output
 
 
-def start(folder: Path, *command: str | Path, **others: str) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(folder: Path, *command: str | Path, **others: str) -> Started:
+    file = TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
         env=environment(folder, **others),
-        stdout=subprocess.PIPE,
+        stdout=file,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
+    return process, file
 
 
 def torchrun(count: int) -> list[str]:
@@ -163,14 +170,15 @@ RUN = (
 FOLDER = "output_dir=runs/${now:%H-%M-%S-%f}"
 
 
-def agents(folder: Path, *command: str | Path) -> list[subprocess.Popen]:
+def agents(folder: Path, *command: str | Path) -> list[Started]:
     """Starts torchrun as on two machines, with a process on each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1"]
     run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meet]
-    return [start(folder, *run, *command) for _ in range(2)]
+    # Both would take loopback for the machine of the endpoint.
+    return [start(folder, *run, f"--rdzv-conf=is_host={i}", *command) for i in (1, 0)]
 
 
 def run_in(folder: Path) -> Path:
