@@ -65,6 +65,7 @@ class SegmentationTask(LightningModule):
         boundary: Score boundaries in tests, too; a width in pixels, or true for 2 % of the
             diagonal.
         label_quality: Score the labels of each image in tests, too.
+        benchmark: Let cuDNN try its algorithms for the training images, and remember the fastest.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class SegmentationTask(LightningModule):
         average_precision: bool = False,
         boundary: bool | int = False,
         label_quality: bool = False,
+        benchmark: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -96,6 +98,7 @@ class SegmentationTask(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.seed = seed
+        self.benchmark = benchmark
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
         width = None if boundary is True else boundary
@@ -133,6 +136,7 @@ class SegmentationTask(LightningModule):
         self.validated = False
 
     def on_train_batch_start(self, batch: Sample, batch_index: int) -> None:
+        torch.backends.cudnn.benchmark = self.benchmark
         # By epoch and batch, so that a resumed run goes on with the numbers of an undisturbed one.
         place = [self.seed, self.current_epoch, batch_index, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
@@ -192,6 +196,7 @@ class SegmentationTask(LightningModule):
             plateau.step(self.trainer.callback_metrics["val/loss"])
 
     def on_validation_start(self) -> None:
+        torch.backends.cudnn.benchmark = False  # the images have several sizes
         if self.trainer.world_size > 1:
             # Where BatchNorm is not synchronised, each process has running statistics of its own.
             # A checkpoint holds those of the first, and they are what is scored.
@@ -204,8 +209,9 @@ class SegmentationTask(LightningModule):
                 mask = masks[index, rows, columns]
                 self.confusion.update(decide(logits)[0], mask)
                 if self.loss is not None:
-                    share = mask.numel() / masks[index].numel()
-                    self.validation_loss.update(self.loss(logits[None], mask[None]), share)
+                    loss = self.loss(logits[None], mask[None])
+                    share = torch.full_like(loss, mask.numel() / masks[index].numel())
+                    self.validation_loss.update(loss, share)  # of a float, it waits for the GPU
         total = self.validation_loss.mean_value
         self.finite_batches = self.finite_batches.to(total.device) + total.isfinite()
 
@@ -229,6 +235,7 @@ class SegmentationTask(LightningModule):
         self.validated = True
 
     def on_test_start(self) -> None:
+        torch.backends.cudnn.benchmark = False
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         num_images = len(data.dataset(data.test_split))
         self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)

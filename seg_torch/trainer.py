@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
@@ -31,8 +31,9 @@ from torch.torch_version import TorchVersion
 from seg_torch import hardware
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.base import sample_name
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
+from seg_torch.models.network import COMPILE_MODES
 from seg_torch.task import SegmentationTask
 from seg_torch.visualize import save_confusion_matrix
 
@@ -62,6 +63,20 @@ def save(content: dict[str, Any], path: str) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+class ProgressBar(RichProgressBar):
+    """Shows a new loss when the bar moves. Lightning's has to wait for a GPU in each step."""
+
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate)
+        self.shown: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        done = trainer.fit_loop.epoch_loop.batch_idx + 1
+        if not trainer.training or done % self.refresh_rate == 0:
+            self.shown = super().get_metrics(trainer, pl_module)
+        return self.shown
 
 
 class FullySharded(ModelParallelStrategy):
@@ -111,6 +126,16 @@ def build_trainer(settings: DictConfig) -> Trainer:
     """
     options: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
+    # The task sets the one, for training alone, and the train command does the other.
+    by_time = {"benchmark": options.pop("benchmark", None), "compile": options.pop("compile", None)}
+    check_choice("trainer.benchmark", by_time["benchmark"], (None, False, True))
+    check_choice("trainer.compile", by_time["compile"], (None, *COMPILE_MODES))
+    for name, value in by_time.items():
+        if value and options.get("deterministic") is True:
+            raise InputError(
+                f"trainer.deterministic=true repeats a run bit for bit, trainer.{name}={value} may "
+                "choose other operations each time: use one of the two"
+            )
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     if options.get("strategy") == "fsdp":
@@ -128,7 +153,7 @@ def build_trainer(settings: DictConfig) -> Trainer:
     try:
         trainer = Trainer(
             **options,
-            callbacks=[RichProgressBar(refresh_rate=10)] if bar else [],
+            callbacks=[ProgressBar(refresh_rate=10)] if bar else [],
             enable_progress_bar=bar,
             logger=False,
             plugins=[AtomicCheckpointIO()],

@@ -21,7 +21,12 @@ from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.inference import Inference
-from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.network import (
+    Network,
+    freeze_unused_parameters,
+    named_compile_errors,
+    synchronise_batchnorm,
+)
 from seg_torch.models.weights import load_matching_weights
 from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
 from seg_torch.task import SegmentationTask
@@ -88,7 +93,7 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
 
     if resumed is None or not is_complete(resumed, cfg.trainer):  # else it was killed in the test
         last = None if resumed is None else last_checkpoint(folder)
-        with hardware.named_nondeterminism():
+        with hardware.named_nondeterminism(), named_compile_errors():
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     state: Any = None
     if (folder / "checkpoints" / "best.ckpt").exists():
@@ -128,6 +133,8 @@ def _task(
     if trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
         # Without it each GPU normalises its few images by their own statistics.
         synchronise_batchnorm(network)
+    if mode := cfg.trainer.get("compile"):
+        network.compile_for_training(mode)
     return SegmentationTask(
         network,
         labels,
@@ -142,6 +149,7 @@ def _task(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
         seed=cfg.seed,
+        benchmark=bool(cfg.trainer.get("benchmark")),
     )
 
 
