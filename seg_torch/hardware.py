@@ -52,6 +52,14 @@ def reuse_memory() -> None:
             mallopt(m_mmap_max, 0)
 
 
+def return_memory() -> None:
+    """Gives what `reuse_memory` has kept back to the system (glibc only), before other sizes."""
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
 def best_device() -> torch.device:
     """Returns a CUDA GPU, else Apple's, else the CPU."""
     if torch.cuda.is_available():

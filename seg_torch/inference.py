@@ -140,6 +140,7 @@ class Inference:
         out. Only what is still to be faded into the next tiles is kept: the right edge of the last
         tile, and the lower edge of the last row of tiles.
         """
+        hardware.return_memory()  # of reading an image of hundreds of megabytes
         height, width = image.shape[-2:]
         overlap = max(32, tile // 8 // 32 * 32)
         ramp = (torch.arange(overlap, device=self.device) + 0.5) / overlap
@@ -170,6 +171,8 @@ class Inference:
                 del logits
                 yield Block(*place, block)
                 del block  # not to be kept beside what the network makes of the next tile
+        del lower_edge, right_edge
+        hardware.return_memory()  # before the whole image is drawn
 
     def _tile_logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
         """Logits float32 [C, h, w] of each window; those of one size go through together."""
@@ -179,8 +182,10 @@ class Inference:
             for start in range(0, len(alike), together):
                 batch = list(self._logits(torch.stack(alike[start : start + together])))
                 while batch:
-                    # A copy, since what is faded is written to; its source is not kept beside it.
-                    yield upsample(batch.pop(0)[None], size)[0].to(torch.float32, copy=True)
+                    # What is faded is written to: a copy, where upsampling has not made one. The
+                    # source is not kept beside it.
+                    made = batch[0].shape[-2:] != size
+                    yield upsample(batch.pop(0)[None], size)[0].to(torch.float32, copy=not made)
 
     def _logits(self, images: Tensor) -> Tensor:
         """Images uint8 [N, 3, h, w] -> logits [N, C, ...] at the network's own resolution."""

@@ -156,6 +156,7 @@ def test_d30_no_metric_waits_for_the_device():
     images.update(1, target[1], target[1], confidence_steps(logits))
     calibration.update(target[1], target[1], confidence_steps(logits))
     BoundaryScores(NUM_CLASSES).to("meta").update(target[1], target[1])
+    LabelQuality(2).to("meta").update(1, logits, target[1])
 
 
 @pytest.mark.promise(25)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import struct
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
@@ -707,3 +709,34 @@ def test_d20_with_two_real_processes_the_reason_is_printed_once(weights, images,
     assert result.returncode == 2
     assert result.stderr.count("cannot be written") == 1
     assert "Traceback" not in result.stderr
+
+
+def memory_by_height(folder: Path) -> None:
+    """Predicts an image and one ten times as tall; prints the peak of each in kilobytes."""
+    random_checkpoint(folder / "random.ckpt", labels=Labels(tuple(map(str, range(21)))))
+    peaks = []
+    for height in (768, 7680):
+        Image.linear_gradient("L").resize((512, height)).save(folder / f"{height}.jpg")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        settings = f"input={height}.jpg output=out tile=256 trainer.accelerator=cpu"
+        assert run_command(f"predict checkpoint=random.ckpt {settings}", folder) == 0
+        peaks.append(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+    print("peaks", *peaks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_taller_image_takes_a_few_bytes_per_pixel(tmp_path):
+    """Reading takes 10, all outputs 8; float32 logits of 21 classes would take 84."""
+    code = f"import pathlib, {__name__} as test; test.memory_by_height(pathlib.Path.cwd())"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    ).stdout
+    short, tall = map(int, output.split("peaks ")[1].split())
+    assert 1024 * (tall - short) < 32 * 512 * (7680 - 768)
