@@ -220,7 +220,7 @@ def test_d34_help_shows_examples_choices_and_every_setting_with_its_comment(name
     page = run_as(f"{name}.py -h").stdout
     assert "Hydra" not in page
     assert f"Usage: python {name}.py [key=value ...]" in page
-    assert page.count(f"\n  python {name}.py") == 3
+    assert page.count(f"\n  python {name}.py") >= 3
     assert not re.search(r"[ =](default|from_checkpoint)( |$)", page, re.MULTILINE)
 
     def check(node, prefix=""):

@@ -3,7 +3,6 @@ published model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from hydra.utils import instantiate
@@ -31,14 +30,13 @@ def evaluate(cfg: DictConfig) -> None:
     if cfg.checkpoint is not None:
         content = checkpoint.read(cfg.checkpoint)
         network, labels = checkpoint.build_network(content, cfg.trust)
-        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        own_data = content[checkpoint.KEY]["data"]
+        description = content[checkpoint.KEY]
     else:
         network, labels, resize = instantiate(cfg.model)
-        own_data = {}
+        description = {"data": {}, "preprocessing": {"resize": resize}}
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, own_data, resize)
+    settings = _data_settings(cfg, description)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -80,16 +78,15 @@ def _with_classes_of(
     return network, wanted
 
 
-def _data_settings(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
-) -> dict[str, Any]:
-    """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
+def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the data module: the checkpoint's, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
-        if not own:
+        if not description["data"]:
             raise InputError("model=hub comes without data: give data=ade20k data.root=FOLDER")
-        settings = {**_own_data(own), **settings}
+        settings = {**_own_data(description["data"]), **settings}
+    resize = description["preprocessing"]["resize"]
     if given.get("resize") not in (None, resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
