@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+ON_ALL_CORES := --numprocesses auto --dist loadfile
 
 .PHONY: setup demo test test-lowest test-wheel lint clean
 
@@ -27,14 +28,14 @@ demo: setup  ## train on generated images, then segment others with the result
 	@echo "Predicted overlays: $(DEMO)/predictions/overlay/"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 test-lowest:  ## with the oldest versions that pyproject.toml allows; they know Python 3.10 to 3.12
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/uv pip install --python .venv-lowest --resolution lowest-direct \
 	    --editable '.[dev]'
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest $(ON_ALL_CORES)
 
 test-wheel: setup  ## install the wheel into an empty environment and train, evaluate, predict there
 	$(BIN)/python -m pytest -m slow tests/test_package.py

@@ -2,9 +2,10 @@
 
     python benchmarks/run.py DATA/camvid [--only NAME ...] [--device cpu|cuda] [--rounds 5]
 
-Each comparison first checks that both sides compute the same thing. Then they work in turn, since
-the speed of a machine drifts; a ratio is the time of theirs by the time of ours, so above 1 ours is
-faster. The peers come with `pip install -e .[bench]`.
+Each comparison first checks that both sides compute the same thing. Then each side works in a fresh
+process of its own, with the settings that its user has, and they take turns; a ratio is the time of
+theirs by the time of ours, so above 1 ours is faster. The peers come with
+`pip install -e .[bench]`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import training
-from comparison import Comparison, in_turn
+from comparison import Case, Comparison, compare
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -54,7 +57,7 @@ PEERS = (
 )
 
 
-def palette(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def palette(_: Path, device: str) -> Iterator[Case]:
     """decode_segmap against the usual tutorial's pass over the image for each class and channel."""
     colours = VOC_PALETTE[:21]
     mask = np.random.default_rng(0).integers(0, 21, (1024, 2048)).astype(np.uint8)
@@ -67,15 +70,14 @@ def palette(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
         return np.stack(channels, axis=-1)
 
     assert np.array_equal(loop(), decode_segmap(mask, colours))
-    yield from in_turn(
+    yield Case(
         "decode_segmap, 1024 x 2048, 21 classes",
         lambda: decode_segmap(mask, colours),
         {"loop over classes": loop},
-        rounds,
     )
 
 
-def scores(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def scores(_: Path, device: str) -> Iterator[Case]:
     """The confusion matrix against torchmetrics' scores of the same kind."""
     from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -89,15 +91,14 @@ def scores(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
     ours.update(prediction, target)
     theirs.update(prediction, long_target)
     assert torch.equal(ours.compute(), theirs.confmat)
-    yield from in_turn(
+    yield Case(
         "scores, 8 x 520 x 520, 21 classes",
         lambda: ours.update(prediction, target),
         {"torchmetrics MulticlassJaccardIndex": lambda: theirs.update(prediction, long_target)},
-        rounds,
     )
 
 
-def dice(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def dice(_: Path, device: str) -> Iterator[Case]:
     """The Dice loss with its gradient against MONAI's."""
     from monai.losses import DiceLoss as MonaiDice
 
@@ -107,15 +108,14 @@ def dice(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
     ours = DiceLoss()
     monai = MonaiDice(softmax=True, to_onehot_y=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
     assert torch.allclose(ours(logits, target), monai(logits, target[:, None]), atol=1e-5)
-    yield from in_turn(
+    yield Case(
         "Dice loss, 4 x 352 x 480, 21 classes",
         lambda: ours(logits, target).backward(),
         {"MONAI DiceLoss": lambda: monai(logits, target[:, None]).backward()},
-        rounds,
     )
 
 
-def many_classes(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def many_classes(_: Path, device: str) -> Iterator[Case]:
     """Losses of 150 classes, band by band, against all logits at label size at once."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 150, 128, 128, generator=generator).to(device).requires_grad_()
@@ -139,13 +139,10 @@ def many_classes(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
     ):
         banded = partial(upsampled_loss, loss, logits, target)
         torch.testing.assert_close(banded(), plain(), rtol=1e-5, atol=1e-5)
-        memory = [f"{peak_memory(gradient(way), device):.2f} GB" for way in (banded, plain)]
-        yield from in_turn(
+        yield Case(
             f"{name}, 8 x 512 x 512, 150 classes",
             gradient(banded),
             {"F.interpolate + F.cross_entropy": gradient(plain)},
-            rounds,
-            f"peak {' against '.join(memory)}",
         )
 
 
@@ -154,7 +151,7 @@ def gradient(loss: Callable[[], Tensor]) -> Callable[[], None]:
     return lambda: loss().backward()
 
 
-def loading(root: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def loading(root: Path, device: str) -> Iterator[Case]:
     """Training samples a second and core, against torchvision's reference preset with jitter."""
     crop = (352, 480)
     data = SegmentationDataModule(camvid, str(root), augment=augment(crop))
@@ -168,19 +165,15 @@ def loading(root: Path, device: str, rounds: int) -> Iterator[Comparison]:
     assert torch.equal(mask[mask != 255], v2.functional.pil_to_tensor(labels)[0][mask != 255])
     indices = range(40)
     with one_thread():
-        peers = {
-            "torchvision's preset + ColorJitter": lambda: [theirs[i] for i in indices],
-            "ours, in memory": lambda: [in_memory[0, i] for i in indices],
-        }
-        yield from in_turn(
+        yield Case(
             "loading, CamVid, scale + crop + flip + jitter",
             lambda: [ours[0, i] for i in indices],
-            peers,
-            rounds,
+            {"torchvision's preset + ColorJitter": lambda: [theirs[i] for i in indices]},
+            {"ours, in memory": lambda: [in_memory[0, i] for i in indices]},
         )
 
 
-def tiles(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
+def tiles(_: Path, device: str) -> Iterator[Case]:
     """A large image in tiles against MONAI's sliding window with the same tiles."""
     from monai.inferers import SlidingWindowInferer
 
@@ -206,30 +199,12 @@ def tiles(_: Path, device: str, rounds: int) -> Iterator[Comparison]:
     # Nothing but the edges of tiles, at which the network sees zeros, may differ.
     same = (ours() == theirs()).double().mean().item()
     assert same > 0.98, same
-    yield from in_turn(
+    yield Case(
         "2,000 x 3,000 pixels in tiles, 21 classes",
         ours,
         {"MONAI SlidingWindowInferer": theirs},
-        rounds,
         f"{100 * same:.1f} % of pixels the same",
     )
-
-
-def peak_memory(function: Callable[[], object], device: str) -> float:
-    """Of a call, above what is in use before it, in GB."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-    def kib(key: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
-    before = kib("VmRSS")
-    function()
-    return (kib("VmHWM") - before) * 1024 / 1e9
 
 
 @contextmanager
@@ -250,6 +225,7 @@ COMPARISONS = {
     "loading": loading,
     "tiles": tiles,
     "training": training.unet,
+    "encoders": training.encoders,
     "torchvision": training.torchvision_models,
 }
 
@@ -293,26 +269,44 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    # One process: the comparison, the number of its case, and the way to measure.
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.device == "cpu":
-        hardware.reuse_memory()  # as train.py and predict.py do; the peers gain from it, too
+    root, device = arguments.root, arguments.device
+    if arguments.measure:
+        name, index, way = arguments.measure
+        case = next(islice(COMPARISONS[name](root, device), int(index), None))
+        print(json.dumps(case.measure(way, device)))
+        return
     results: list[Comparison] = []
-    table = Table("comparison", "peer", "ours, s", "theirs, s", "ratio", "from - to", "note")
     for name in arguments.only:
-        for result in COMPARISONS[name](arguments.root, arguments.device, arguments.rounds):
-            results.append(result)
-            ratios = sorted(result.ratios)
-            table.add_row(
-                result.name,
-                result.peer,
-                *(f"{statistics.median(s):.3g}" for s in (result.ours, result.theirs)),
-                f"{statistics.median(ratios):.2f}",
-                f"{ratios[0]:.2f} - {ratios[-1]:.2f}",
-                result.note,
-            )
-            print(f"{result.name} / {result.peer}: {statistics.median(ratios):.2f}", flush=True)
-    save(results, arguments.device, arguments.output)
-    Console(width=160).print(table)
+        start = time.perf_counter()
+        for index, case in enumerate(COMPARISONS[name](root, device)):
+            command = [__file__, str(root), "--device", device, "--measure", name, str(index)]
+            for result in compare(case, command, arguments.rounds):
+                results.append(result)
+                ratio = statistics.median(result.ratios)
+                print(f"{result.name} / {result.peer}: {ratio:.2f}", flush=True)
+        print(f"{name}: took {time.perf_counter() - start:.0f} s", flush=True)
+    save(results, device, arguments.output)
+    Console(width=180).print(table(results))
+
+
+def table(results: list[Comparison]) -> Table:
+    """Returns a row for each comparison."""
+    rows = Table("comparison", "peer", "ours, s", "theirs, s", "ratio", "from - to", "GB", "note")
+    for result in results:
+        ratios = sorted(result.ratios)
+        rows.add_row(
+            result.name,
+            result.peer,
+            *(f"{statistics.median(s):.3g}" for s in (result.ours, result.theirs)),
+            f"{statistics.median(ratios):.2f}",
+            f"{ratios[0]:.2f} - {ratios[-1]:.2f}",
+            " / ".join(f"{gb:.2f}" for gb in result.memory),
+            result.note,
+        )
+    return rows
 
 
 if __name__ == "__main__":

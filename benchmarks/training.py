@@ -1,19 +1,20 @@
-"""Training, loader included, against the peers' usual ways; part of benchmarks/run.py."""
+"""Training against the peers' usual ways; part of benchmarks/run.py."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
+import segmentation_models_pytorch as smp
 import torch
-from comparison import Comparison, in_turn
+from comparison import Case, seconds_of
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,10 +29,20 @@ from seg_torch.commands.train import train
 from seg_torch.datasets import camvid
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
-from seg_torch.upsample import upsampled_loss
+from seg_torch.upsample import upsample, upsampled_loss
 
 CROP, BATCH, CLASSES = (352, 480), 4, 11
+UNET_SIZE = (8, 176, 240)  # of a batch on tensors: N, H, W
+TORCHVISION_SIZE = {"cpu": (4, 360, 480), "cuda": (16, 480, 480)}
 STEPS, WARM_UP = 10, 4
+DTYPES = {"float32": None, "bf16": torch.bfloat16}
+
+# Our names and SMP's, with which both build the same network.
+ENCODERS = {
+    "resnet18": "resnet18",
+    "mobilenetv2_100": "tu-mobilenetv2_100",
+    "tf_efficientnet_lite0": "tu-tf_efficientnet_lite0",
+}
 
 
 class PresetSamples(Dataset):
@@ -90,8 +101,6 @@ class Peer(lightning.LightningModule):
 
     def __init__(self, encoder: str) -> None:
         super().__init__()
-        import segmentation_models_pytorch as smp
-
         self.model = smp.Unet(encoder, encoder_weights=None, classes=CLASSES)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -104,39 +113,80 @@ class Peer(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def unet(root: Path, device: str, rounds: int) -> Iterator[Comparison]:
-    """`train.py model=unet` on CamVid against SMP and Lightning, and against the bare step."""
-    for ours, theirs in (
-        ("resnet18", "resnet18"),
-        ("mobilenetv2_100", "mobilenet_v2"),
-        ("tf_efficientnet_lite0", "timm-tf_efficientnet_lite0"),
-    ):
-        if ours == "resnet18":
-            same_network()
-        step = bare_step(ours, device)
-        yield from in_turn(
-            f"training, U-Net {ours}, {BATCH} x {CROP[0]} x {CROP[1]}, a photo",
-            partial(ours_per_image, root, ours, device),
+def unet(root: Path, device: str) -> Iterator[Case]:
+    """`train.py model=unet` on CamVid, loader included, against SMP and Lightning."""
+    same_unet("resnet18", "resnet18")
+    size = (BATCH, *CROP)
+    yield Case(
+        f"training, loader included, U-Net resnet18, {_text(size)}, an image",
+        partial(ours_per_image, root, "resnet18", device),
+        {
+            "SMP + Lightning, defaults": partial(peer, root, "resnet18", device, "32-true"),
+            "SMP + Lightning, bf16-mixed": partial(peer, root, "resnet18", device, "bf16-mixed"),
+        },
+        {"our step without loader": partial(our_unet_step, "resnet18", size, device)},
+    )
+
+
+def encoders(root: Path, device: str) -> Iterator[Case]:
+    """A training step of U-Nets on tensors against SMP's in a plain loop."""
+    for ours, theirs in ENCODERS.items():
+        same_unet(ours, theirs)
+        yield Case(
+            f"training step, U-Net {ours}, {_text(UNET_SIZE)}, an image",
+            partial(our_unet_step, ours, UNET_SIZE, device),
             {
-                "SMP + Lightning, defaults": partial(peer, root, theirs, device, "32-true"),
-                "SMP + Lightning, bf16-mixed": partial(peer, root, theirs, device, "bf16-mixed"),
-                "our step without loader": lambda step=step: per_image(step),
+                f"SMP, {kind}": partial(smp_step, theirs, UNET_SIZE, device, dtype)
+                for kind, dtype in DTYPES.items()
             },
-            rounds,
         )
 
 
-def same_network() -> None:
-    """With equal weights both U-Nets give equal logits."""
-    import segmentation_models_pytorch as smp
+def torchvision_models(root: Path, device: str) -> Iterator[Case]:
+    """FCN and DeepLabv3 with ResNet-50 on tensors against the loop of torchvision's script."""
+    size = TORCHVISION_SIZE[device]
+    for name in ("deeplabv3", "fcn"):
+        ours = getattr(seg_torch.models, name)(21, "resnet50", None)
+        theirs = getattr(segmentation, f"{name}_resnet50")(
+            weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+        )
+        ours.load_state_dict(theirs.state_dict())
+        same_logits(ours, theirs)
+        sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+        yield Case(
+            f"training step, {name}-ResNet50, {_text(size)}, an image",
+            partial(our_step, ours, sgd, size, 21, device),
+            {
+                f"torchvision's loop, {kind}": partial(
+                    plain_step, theirs, sgd, size, 21, device, dtype
+                )
+                for kind, dtype in DTYPES.items()
+            },
+        )
 
-    ours = seg_torch.models.unet(CLASSES, "resnet18", weights=None).eval()
-    theirs = smp.Unet("resnet18", encoder_weights=None, classes=CLASSES).eval()
-    tensors = zip(ours.state_dict(), theirs.state_dict().values(), strict=True)
-    ours.load_state_dict(dict(tensors))
-    x = torch.randn(1, 3, 64, 96)
+
+def _text(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def same_unet(ours: str, theirs: str) -> None:
+    """With equal weights both U-Nets give equal logits."""
+    network = seg_torch.models.unet(CLASSES, ours, weights=None)
+    peer = smp.Unet(theirs, encoder_weights=None, classes=CLASSES)
+    network.load_state_dict(
+        dict(zip(network.state_dict(), peer.state_dict().values(), strict=True))
+    )
+    same_logits(network, peer)
+
+
+def same_logits(ours: nn.Module, theirs: nn.Module) -> None:
+    images, _ = batch((1, 64, 96), 2)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x)["out"], theirs(x), atol=1e-5, rtol=1e-5)
+        expected = theirs.eval()(normalised(images))
+        network = Network(ours, IMAGENET_MEAN, IMAGENET_STD).eval()
+        found = upsample(network(images)["out"], images.shape[-2:])
+    expected = expected if isinstance(expected, Tensor) else expected["out"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def ours_per_image(root: Path, encoder: str, device: str) -> float:
@@ -187,102 +237,91 @@ def peer(root: Path, encoder: str, device: str, precision: str) -> float:
     return times.per_image()
 
 
-def per_image(step: Callable[[], object], size: int = BATCH) -> float:
-    """Seconds of a step without a loader."""
-    times = []
-    for _ in range(STEPS - WARM_UP):
-        start = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / size
+def our_unet_step(encoder: str, size: Sequence[int], device: str) -> float:
+    model = seg_torch.models.unet(CLASSES, encoder, weights=None)
+    return our_step(model, partial(torch.optim.AdamW, lr=1e-3), size, CLASSES, device)
 
 
-def bare_step(encoder: str, device: str) -> Callable[[], object]:
-    """A step of our network in our precision on a batch that is in memory."""
-    network = Network(seg_torch.models.unet(CLASSES, encoder, weights=None)).to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
-    images = torch.randint(0, 256, (BATCH, 3, *CROP), dtype=torch.uint8, device=device)
-    target = torch.randint(CLASSES, (BATCH, *CROP), dtype=torch.uint8, device=device)
+def our_step(
+    model: nn.Module,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    size: Sequence[int],
+    classes: int,
+    device: str,
+) -> float:
+    """Seconds an image of a step as `train.py` does it, on a batch that is in memory."""
+    network = Network(model).train().to(device)
+    optimizer = make_optimizer(network.parameters(), fused=True)
+    images, target = (tensor.to(device) for tensor in batch(size, classes))
     precision = hardware.resolve_precision("auto", device)
     loss = CrossEntropyLoss()
 
     def step() -> None:
         with hardware.autocast(precision, device):
-            value = upsampled_loss(loss, network(images)["out"], target)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-
-    return step
-
-
-def torchvision_models(root: Path, device: str, rounds: int) -> Iterator[Comparison]:
-    """FCN and DeepLabv3 with ResNet-50 on tensors against the loop of torchvision's script."""
-    size, classes = ((4, 360, 480) if device == "cpu" else (16, 480, 480)), 21
-    for name in ("deeplabv3", "fcn"):
-        theirs = getattr(segmentation, f"{name}_resnet50")(
-            weights=None, weights_backbone=None, num_classes=classes, aux_loss=True
-        )
-        ours = getattr(seg_torch.models, name)(classes, "resnet50", None)
-        ours.load_state_dict(theirs.state_dict())
-        images = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
-        network = Network(ours).eval()
-        normalised = ((images / 255).sub(network.mean) / network.std).to(device)
-        target = torch.randint(classes, size).to(device)
-        with torch.no_grad():
-            expected = theirs.eval()(normalised[:1].cpu())["out"]
-            found = nn.functional.interpolate(
-                network(images[:1])["out"], size[1:], mode="bilinear", align_corners=False
-            )
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        step = _step(network.train().to(device), images.to(device), target, device)
-        yield from in_turn(
-            f"training step, {name}-ResNet50, {size[0]} x {size[1]} x {size[2]}, a photo",
-            lambda step=step: per_image(step, size[0]),
-            {
-                f"torchvision's loop, {kind}": partial(
-                    per_image, _reference_step(theirs, normalised, target, device, dtype), size[0]
-                )
-                for kind, dtype in (("float32", None), ("bf16", torch.bfloat16))
-            },
-            rounds,
-        )
-
-
-def _step(network: Network, images: Tensor, target: Tensor, device: str) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=True)
-    precision = hardware.resolve_precision("auto", device)
-    loss, labels = CrossEntropyLoss(), target.to(torch.uint8)
-
-    def step() -> None:
-        with hardware.autocast(precision, device):
             outputs = network(images)
-            value = upsampled_loss(loss, outputs["out"], labels)
-            value = value + 0.5 * upsampled_loss(loss, outputs["aux"], labels)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
+            losses = {key: upsampled_loss(loss, out, target) for key, out in outputs.items()}
+        update(optimizer, losses)
 
-    return step
+    return per_image(step, size)
 
 
-def _reference_step(
-    model: nn.Module, images: Tensor, target: Tensor, device: str, dtype: torch.dtype | None
-) -> Callable[[], object]:
+def smp_step(encoder: str, size: Sequence[int], device: str, dtype: torch.dtype | None) -> float:
+    model = smp.Unet(encoder, encoder_weights=None, classes=CLASSES)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    return plain_step(model, optimizer, size, CLASSES, device, dtype)
+
+
+def plain_step(
+    model: nn.Module,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    size: Sequence[int],
+    classes: int,
+    device: str,
+    dtype: torch.dtype | None,
+) -> float:
+    """Seconds an image of a step as in torchvision's reference script (train.py)."""
     model = model.train().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    optimizer = make_optimizer(model.parameters())
+    images, target = batch(size, classes)
+    x, labels = normalised(images).to(device), target.long().to(device)
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=dtype is not None):
+            outputs = model(x)
+            outputs = {"out": outputs} if isinstance(outputs, Tensor) else outputs
             losses = {
-                key: nn.functional.cross_entropy(logits, target, ignore_index=255)
-                for key, logits in model(images).items()
+                key: nn.functional.cross_entropy(logits, labels, ignore_index=255)
+                for key, logits in outputs.items()
             }
-            value = losses["out"] + 0.5 * losses["aux"]
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
+        update(optimizer, losses)
 
-    return step
+    return per_image(step, size)
+
+
+def update(optimizer: torch.optim.Optimizer, losses: Mapping[str, Tensor]) -> None:
+    loss = losses["out"] + 0.5 * losses["aux"] if "aux" in losses else losses["out"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def per_image(step: Callable[[], object], size: Sequence[int]) -> float:
+    """Seconds of a step by the number of its images, after some to warm up."""
+    for _ in range(WARM_UP):
+        step()
+    return seconds_of(step, STEPS - WARM_UP) / size[0]
+
+
+def batch(size: Sequence[int], classes: int) -> tuple[Tensor, Tensor]:
+    """Returns random uint8 images [N, 3, H, W] and labels [N, H, W] for a size (N, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    images = (size[0], 3, *size[1:])
+    return (
+        torch.randint(256, images, dtype=torch.uint8, generator=generator),
+        torch.randint(classes, tuple(size), dtype=torch.uint8, generator=generator),
+    )
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images / 255 - mean) / std

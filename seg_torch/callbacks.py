@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +16,18 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from seg_torch.errors import StoppedError
 from seg_torch.files import write_atomically
-from seg_torch.run import next_step
+from seg_torch.run import COLUMNS, SCORES, TIMES, next_step, read_table, write_table
 from seg_torch.segmenter import Segmenter
 from seg_torch.visualize import sample_sheet, save_curves
 
 log = logging.getLogger(__name__)
 
-SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
-COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
-COLUMNS |= {f"val_{name}": float for name in SCORES}
 # Batches between two agreements of several processes on whether to stop.
 AGREE_EVERY = 10
 
@@ -47,41 +45,59 @@ class History(Callback):
     """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it.
 
     Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay. There
-    are no times in it, so that a resumed run leaves the same file as an undisturbed one. The line
-    about an epoch is printed when its checkpoint is complete.
+    are no times in it, so that a resumed run leaves the same file as an undisturbed one; they are
+    in `times.csv`: the seconds of each epoch with its validation and checkpoints (of an epoch that
+    was interrupted, those after the resumption), and the most memory that the first process's
+    tensors have taken on its GPU since the start. The line about an epoch is printed when its
+    checkpoint is complete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.table = folder / "metrics.csv"
+        self.times_table = folder / "times.csv"
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
+        self.times: list[dict[str, Any]] = []
         self.line = ""  # about the epoch that has just ended
-        self.waited = self.steps_ended = 0.0
+        self.waited = self.worked = self.ready = 0.0  # seconds of an epoch; since when
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
-        if trainer.current_epoch > 0 and self.table.exists():
-            with self.table.open(newline="", encoding="utf-8") as file:
-                for row in list(csv.DictReader(file))[: trainer.current_epoch]:
-                    self.rows.append({k: COLUMNS[k](value) for k, value in row.items() if value})
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self.rows = read_table(self.table, COLUMNS)[: trainer.current_epoch]
+        self.times = read_table(self.times_table, TIMES)[: trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._tell()
-        self.started = self.steps_ended = time.perf_counter()
-        self.waited = 0.0
+        self._tell(pl_module)
+        self.started = self.ready = time.perf_counter()
+        self.waited = self.worked = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.waited += time.perf_counter() - self.steps_ended
+        self.waited += self._since_ready()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.steps_ended = time.perf_counter()
+        self.worked += self._since_ready()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._since_ready()  # within an epoch: neither
+
+    def _since_ready(self) -> float:
+        before, self.ready = self.ready, time.perf_counter()
+        return self.ready - before
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._tell()
+        self._tell(pl_module)
 
-    def _tell(self) -> None:
+    def _tell(self, pl_module: Any) -> None:
         if self.line:
-            log.info("%s (%.1f s)", self.line, time.perf_counter() - self.started)
+            seconds = time.perf_counter() - self.started
+            log.info("%s (%.1f s)", self.line, seconds)
+            row = {"epoch": self.rows[-1]["epoch"], "seconds": round(seconds, 2)}
+            if pl_module.device.type == "cuda":
+                row["memory_gb"] = round(torch.cuda.max_memory_allocated(pl_module.device) / 1e9, 3)
+            self.times.append(row)
+            write_table(self.times_table, TIMES, self.times)
         self.line = ""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -99,23 +115,17 @@ class History(Callback):
             value = trainer.callback_metrics.get(f"val/{name}") if pl_module.validated else None
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
-        write_atomically(self.table, self._write)
+        write_table(self.table, COLUMNS, self.rows)
         with only_a_figure():
             save_curves(self.rows, self.figure)
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         values = [f"{k} {row[v]:.4f}" for k, v in shown.items() if row[v] is not None]
         epoch = trainer.current_epoch + 1
-        share = self.waited / max(self.steps_ended - self.started, 1e-9)
+        share = self.waited / max(self.waited + self.worked, 1e-9)
         values.append(f"{share:.0%} of the time waiting for data")
         self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
         if share > 0.1 and self.waited > 1:  # else it is the start of the workers
             self.line += f"; {_how_to_wait_less(trainer.datamodule)}"
-
-    def _write(self, path: str) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 def _how_to_wait_less(data: Any) -> str:
@@ -155,6 +165,59 @@ class SampleSheet(Callback):
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         with only_a_figure():
             write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
+
+
+class WeightAverage(WeightAveraging):
+    """Keeps an exponential moving average of the weights: validated, saved and scored.
+
+    A checkpoint holds the average where every other one has its weights, and the trained weights
+    under `current_model_state`, from which a run is resumed. BatchNorm's statistics are averaged
+    like the weights that they belong to.
+
+    Lightning's callback takes the averaged weights out before `SampleSheet` draws, and mixes the
+    two up in a checkpoint that is saved while it validates. Here they stay in for all of the
+    validation.
+
+    Args:
+        decay: Of the average in each optimizer step. Source: Polyak & Juditsky (1992); 0.999 in
+            most recipes, where a run has many thousand steps.
+        device: Of the model.
+    """
+
+    def __init__(self, decay: float, device: torch.device) -> None:
+        # Not Lightning's EMAWeightAveraging: its arithmetic changes numbers that stay the same,
+        # such as frozen weights, and takes several times as long.
+        super().__init__(device, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.is_validating = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with")
+            super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._average_model is not None:
+            # Its class weights are set later, and are not averaged.
+            self._average_model.module.loss = pl_module.loss
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        self.is_validating = True
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.is_validating = False
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pass
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pass
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, state)
+        if self.is_validating:
+            current = state["state_dict"]
+            state["state_dict"] = state["current_model_state"]
+            state["current_model_state"] = current
 
 
 class Checkpoints(ModelCheckpoint):

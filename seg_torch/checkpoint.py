@@ -38,7 +38,7 @@ MODELS = {
     f"seg_torch.models.{name}"
     for name in (
         *("deeplabv3", "fcn", "hrnet", "lraspp", "smp", "transformers", "unet"),
-        "unet_transposed",
+        *("unet_transposed", "vit"),
     )
 }
 DATA = {

@@ -45,6 +45,8 @@ INTERNAL = {"default", "from_checkpoint", "hydra_defaults"}
 # Settings below the top level that null would break.
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
+# What a command's arguments without a key are.
+POSITIONAL = {"report": "checkpoint", "compare": "runs"}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 LOST = """\
@@ -86,13 +88,15 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
 
     Args:
         command: Whose settings they are.
-        overrides: Each as `key=value`, `+key=value` or `~key`.
+        overrides: Each as `key=value`, `+key=value` or `~key`; for `compare` and `report` also
+            the paths of runs.
         folder: Of further configurations (`--config-dir`).
 
     Raises:
         InputError: A choice that must not be null, or what may not be set when resuming.
     """
     groups, complete = _groups(command, folder), []
+    overrides = _with_keys(command, overrides)
     given = {run.key_of(override): override.partition("=")[2] for override in overrides}
     for override in overrides:
         key = run.key_of(override)
@@ -102,6 +106,10 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
             if "none" not in groups[key]:
                 raise InputError(f"{key} must not be null; there are: {', '.join(groups[key])}")
             override = f"{key}=none"
+        if override == "hydra/sweeper=optuna":
+            if importlib.util.find_spec("optuna") is None:
+                raise InputError(f"{override} needs a package: pip install hydra-optuna-sweeper")
+            override = "hydra/sweeper=optuna_miou"
         complete.append(override)
     if command == "evaluate" and "model" in given and "checkpoint" not in given:
         return [*complete, "checkpoint=null"]  # a published model in its place
@@ -116,6 +124,21 @@ def complete_overrides(command: str, overrides: Sequence[str], folder: Any = Non
         run.check_resumable(given["resume"], complete)
         return [o if o.startswith(("+", "hydra.")) else f"++{o}" for o in complete]
     return complete if {"data", "experiment"} & given.keys() else [DEMO, *complete]
+
+
+def _with_keys(command: str, arguments: Sequence[str]) -> Sequence[str]:
+    """Returns the arguments with `runs=` or `checkpoint=` in place of the bare paths."""
+    if command not in POSITIONAL:
+        return arguments
+    # A folder's name may have a = in it.
+    paths = [a for a in arguments if a[:1] not in "+~" and ("=" not in a or Path(a).exists())]
+    if not paths:
+        return arguments
+    quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
+    if command == "report" and len(paths) > 1:
+        raise InputError(f"report is about one run, but {len(paths)} are given; see compare")
+    value = f"[{','.join(quoted)}]" if command == "compare" else quoted[0]
+    return [f"{POSITIONAL[command]}={value}", *(a for a in arguments if a not in paths)]
 
 
 def _first_argument(arguments: list[str]) -> str:
@@ -176,8 +199,19 @@ def _groups(command: str, folder: Any = None) -> dict[str, list[str]]:
 def _compose_and_run(call: Namespace, codes: list[int]) -> None:
     """Calls Hydra, which runs the command once, or once for each job of a sweep."""
 
-    def job(cfg: DictConfig) -> None:
-        codes.append(_exit_code(lambda: _run(call, _check(call, cfg))))
+    def job(cfg: DictConfig) -> float | None:
+        """Returns the score of a run that was trained: sweepers such as Optuna's go by it."""
+        score = None
+
+        def work() -> Any:
+            nonlocal score
+            result = _run(call, _check(call, cfg))
+            if call.command != "train":
+                return result
+            score = result
+
+        codes.append(_exit_code(work))
+        return score
 
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import tempfile
 import uuid
@@ -30,22 +29,26 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
+import seg_torch
 from seg_torch.datasets import base
 from seg_torch.datasets.cache import (
     CachedSamples,
     map_samples,
-    samples_in_folder,
     samples_in_memory,
+    samples_on_disk,
+    write_samples,
 )
 from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
 from seg_torch.errors import InputError, check_choice
-from seg_torch.hardware import available_cpus
+from seg_torch.hardware import available_cpus, reuse_memory
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
 
 log = logging.getLogger(__name__)
 
 Sample = tuple[torch.Tensor, torch.Tensor]
+# Images [n, C, H, W] of one size, masks [n, h, w], and their numbers in the dataset.
+EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -233,11 +236,11 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
 
     def val_dataloader(self) -> DataLoader:
-        """Return a loader of lists of (images, masks), one pair per size."""
+        """Return a loader of lists of (images, masks, their numbers), one triple per size."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return a loader of lists of (images, masks), one pair per size."""
+        """Return a loader of lists of (images, masks, their numbers), one triple per size."""
         return self._evaluation_loader(self.test_split)
 
     def rebuild_batch(
@@ -268,7 +271,7 @@ class SegmentationDataModule(LightningDataModule):
         return _TrainingSamples(samples, self.augment, self.seed)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        dataset = self._samples(split, resize_labels=False)
+        dataset = _NumberedSamples(self._samples(split, resize_labels=False))
         batches = self._evaluation_batches(len(dataset), *self._rank_and_world())
         return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
 
@@ -288,15 +291,14 @@ class SegmentationDataModule(LightningDataModule):
         strategy = self.trainer.strategy
         # Machines may share the folder of temporary files, too.
         name = f"seg_torch-{strategy.broadcast(uuid.uuid4().hex)}-{self.trainer.node_rank}"
-        folder = Path(tempfile.gettempdir(), name)
+        path = Path(tempfile.gettempdir(), name)
         if self.trainer.local_rank == 0:
-            samples_in_folder(samples, folder)
+            write_samples(samples, path)
         strategy.barrier()
-        cached = map_samples(folder)
-        cached.folder = None
+        cached = map_samples(path)
         strategy.barrier()
         if self.trainer.local_rank == 0:
-            shutil.rmtree(folder)  # the memory stays mapped
+            path.unlink()  # the memory stays mapped, and whatever ends the run frees it
         return cached
 
     def _samples_on_disk(self, samples: _Samples) -> CachedSamples:
@@ -304,16 +306,12 @@ class SegmentationDataModule(LightningDataModule):
         files = fingerprint(samples.dataset)
         if files is None:
             raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-        key = repr((files, samples.size, samples.size is not None and samples.resize_labels))
+        sizes = samples.size, samples.size is not None and samples.resize_labels
+        key = repr((files, sizes, seg_torch.__version__))
         folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
-        if self.trainer is None:
-            return samples_in_folder(samples, folder)
-        if self.trainer.local_rank == 0:
-            if not folder.exists():
-                log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-            samples_in_folder(samples, folder)
-        self.trainer.strategy.barrier()
-        return map_samples(folder)
+        if not folder.exists():
+            log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
+        return samples_on_disk(samples, folder)
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
         workers = self.num_workers
@@ -328,7 +326,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_start_worker,
             **arguments,
         )
 
@@ -342,12 +340,15 @@ class SegmentationDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Lets a worker process work on after Ctrl-C, which the terminal sends to it, too.
+def _start_worker(worker: int) -> None:
+    """Lets a worker process keep its memory, and work on after Ctrl-C.
 
-    So does Slurm with SIGUSR1 and SIGTERM. The run finishes its step before it stops. When it ends,
-    its own SIGTERM ends a worker; dying of it would be reported as an error.
+    For a sample it allocates some megabytes, which the system would clear again and again. The
+    terminal sends Ctrl-C to it, too, and so does Slurm with SIGUSR1 and SIGTERM. The run finishes
+    its step before it stops. When it ends, its own SIGTERM ends a worker; dying of it would be
+    reported as an error.
     """
+    reuse_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -389,6 +390,19 @@ class _Samples(Dataset):
             if self.resize_labels:
                 mask = tv_tensors.Mask(resize_mask(mask, self.size))
         return image, mask
+
+
+class _NumberedSamples(Dataset):
+    """Samples (image, mask, number in the dataset): scores are also those of each image."""
+
+    def __init__(self, samples: _Samples | CachedSamples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return *self.samples[index], index
 
 
 class _TrainingSamples(Dataset):
@@ -499,9 +513,14 @@ def stack(samples: Sequence[Sample]) -> Sample:
     return torch.stack(images), torch.stack(masks)
 
 
-def group_by_size(samples: Sequence[Sample]) -> list[Sample]:
-    """Return evaluation samples as (images [n, C, H, W], masks [n, h, w]), a pair per size."""
-    groups: dict[tuple, list[Sample]] = {}
-    for image, mask in samples:
-        groups.setdefault((image.shape, mask.shape), []).append((image, mask))
-    return [stack(group) for group in groups.values()]
+def group_by_size(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
+) -> list[EvaluationGroup]:
+    """Return evaluation samples (image, mask, number) as batches of one size each."""
+    groups: dict[tuple, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}
+    for sample in samples:
+        groups.setdefault((sample[0].shape, sample[1].shape), []).append(sample)
+    return [
+        (*stack([(image, mask) for image, mask, _ in group]), [number for *_, number in group])
+        for group in groups.values()
+    ]

@@ -150,9 +150,9 @@ class Inference:
             columns = _spans(width, tile, overlap)
             end_row = bottom if bottom == height else bottom - overlap
             windows = [image[:, read_top:bottom, start:right] for start, _, right in columns]
-            for (read_left, left, right), logits in zip(
-                columns, self._tile_logits(windows), strict=True
-            ):
+            tiles = self._tile_logits(windows)
+            for read_left, left, right in columns:
+                logits = next(tiles)  # zip would keep them
                 end = right if right == width else right - overlap
                 logits = logits[:, top - read_top :, left - read_left :]
                 if left > 0:
@@ -165,9 +165,11 @@ class Inference:
                     )
                 if bottom < height:
                     lower_edge[..., left:end] = logits[:, -overlap:]
-                yield Block(
-                    index, slice(top, end_row), slice(left, end), logits[:, : end_row - top]
-                )
+                block = logits[:, : end_row - top]
+                place = index, slice(top, end_row), slice(left, end)
+                del logits
+                yield Block(*place, block)
+                del block  # not to be kept beside what the network makes of the next tile
 
     def _tile_logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
         """Logits float32 [C, h, w] of each window; those of one size go through together."""
@@ -175,9 +177,10 @@ class Inference:
             alike = list(group)
             together = self.batch_size(*size)
             for start in range(0, len(alike), together):
-                for logits in self._logits(torch.stack(alike[start : start + together])):
-                    # A copy, since what is faded is written to.
-                    yield upsample(logits[None], size)[0].to(torch.float32, copy=True)
+                batch = list(self._logits(torch.stack(alike[start : start + together])))
+                while batch:
+                    # A copy, since what is faded is written to; its source is not kept beside it.
+                    yield upsample(batch.pop(0)[None], size)[0].to(torch.float32, copy=True)
 
     def _logits(self, images: Tensor) -> Tensor:
         """Images uint8 [N, 3, h, w] -> logits [N, C, ...] at the network's own resolution."""

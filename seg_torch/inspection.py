@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels
 from seg_torch.losses import class_weights
-from seg_torch.page import figure, page, table
+from seg_torch.page import figure, grid, key, page, table
 from seg_torch.visualize import overlay
 
 # Correlation of two thumbnails. An image that was re-encoded, halved or made 15 % brighter reaches
@@ -224,7 +224,7 @@ def _page(report: dict[str, Any], checks: dict[str, Check], samples: dict[str, A
     if duplicates:
         most = sorted(duplicates, key=lambda d: -d["similarity"])[:DUPLICATES]
         parts += ["<h2>Duplicates</h2>", f"<p>The nearest {len(most)} of {len(duplicates)}.</p>"]
-        parts.append(_grid(_duplicate_figure(d, samples) for d in most))
+        parts.append(grid(_duplicate_figure(d, samples) for d in most))
     for split, found in checks.items():
         parts += [f"<h2>Samples of {split}</h2>", _sample_figures(samples[split], found)]
     if checks:
@@ -238,7 +238,7 @@ def _page(report: dict[str, Any], checks: dict[str, Check], samples: dict[str, A
 def _class_table(report: dict[str, Any], labels: Labels) -> str:
     header = [f"{split}: {c['images']:,} images" for split, c in report["splits"].items()]
     rows = enumerate(report["classes"].values())
-    cells = [[_key(labels, i), *class_cells(report, row)] for i, row in rows]
+    cells = [[key(labels, i), *class_cells(report, row)] for i, row in rows]
     return table(["class", *header, "weight"], cells)
 
 
@@ -252,15 +252,6 @@ def _settings(report: dict[str, Any]) -> str:
         "their own. The weights are those that loss=weighted_ce takes by itself.</p>"
         f"<pre>{chr(10).join(lines)}</pre>"
     )
-
-
-def _key(labels: Labels, i: int) -> str:
-    colour = bytes(labels.palette[i]).hex()
-    return f'<span class="key"><i style="background:#{colour}"></i>{escape(labels.names[i])}</span>'
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, Any]) -> str:
@@ -283,5 +274,5 @@ def _sample_figures(samples: Any, found: Check) -> str:
         shown |= set(mask.unique().tolist())
         images = [Image.fromarray(rgb(image)), overlay(rgb(image), mask.numpy(), samples.labels)]
         figures.append(figure(images, Path(sample_name(samples, index, "image")).name))
-    legend = " ".join(_key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
-    return f"{_grid(figures)}<p>{legend}</p>"
+    legend = " ".join(key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
+    return f"{grid(figures)}<p>{legend}</p>"

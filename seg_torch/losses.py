@@ -6,6 +6,7 @@ whatever type the model ran in. None of them makes the CPU wait for a GPU.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,9 +21,16 @@ log = logging.getLogger(__name__)
 
 Sums = tuple[Tensor, ...]
 
+# Distances that are compared together: what stays in a CPU's cache, what keeps a GPU busy.
+CPU_DISTANCES = 1 << 18
+GPU_DISTANCES = 1 << 26
+
 
 class SegmentationLoss(nn.Module):
     """A loss that is a function of sums over pixels, so that it can be taken part by part.
+
+    When several processes train, these are the sums over the pixels of all of them, so the loss is
+    that of one process with all images. All have to call it equally often in training.
 
     Attributes:
         num_sums: How many `sums` returns.
@@ -40,6 +48,10 @@ class SegmentationLoss(nn.Module):
         """Turns the sums over all pixels into the loss, a float32 scalar."""
         raise NotImplementedError
 
+    def loss(self, sums: Sums) -> Tensor:
+        """Returns the loss from the sums over the pixels of this process."""
+        return self.from_sums(_over_processes(sums) if self.training else sums)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Computes the loss.
 
@@ -54,15 +66,11 @@ class SegmentationLoss(nn.Module):
             InputError: The shapes do not fit, there is only one class, (on the CPU) the target
                 holds another value, or the number of class weights is not C.
         """
-        return self.from_sums(self.sums(logits, target))
+        return self.loss(self.sums(logits, target))
 
 
 class CrossEntropyLoss(SegmentationLoss):
-    """Cross-entropy per pixel, with optional class weights.
-
-    When several processes train, each divides by the mean of their divisors. Their gradients are
-    averaged, which makes them those of the mean over the pixels of all processes together, however
-    many of them are ignored in each. So all processes have to call it equally often in training.
+    """Cross-entropy per pixel, with optional class weights and label smoothing.
 
     Args:
         weights: How much each class counts.
@@ -84,9 +92,12 @@ class CrossEntropyLoss(SegmentationLoss):
               class c, here to the whole training set.
 
             A class without a pixel in the training set gets weight 0.
+        label_smoothing: The share of each pixel's label that is spread evenly over all classes, in
+            [0, 1), as in `torch.nn.CrossEntropyLoss`. Source: Szegedy et al., Rethinking the
+            Inception Architecture (2016), section 7.
 
     Raises:
-        InputError: `weights` or `balance` is not one of the above.
+        InputError: `weights`, `balance` or `label_smoothing` is not one of the above.
     """
 
     class_weights: Tensor
@@ -96,8 +107,14 @@ class CrossEntropyLoss(SegmentationLoss):
         self,
         weights: Sequence[float] | Literal["dataset", "image"] | None = None,
         balance: Literal["inverse", "median_frequency"] = "inverse",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise InputError(
+                f"loss.label_smoothing is {label_smoothing}; use a number from 0 to less than 1"
+            )
+        self.label_smoothing = label_smoothing
         if isinstance(weights, str) and weights not in ("dataset", "image"):
             raise InputError(
                 f"loss.weights is {weights!r}; use null, dataset, image or a list with one number "
@@ -148,25 +165,118 @@ class CrossEntropyLoss(SegmentationLoss):
         valid = target != IGNORE_INDEX
         ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
         with torch.autocast(logits.device.type, enabled=False):
-            # reduction="none" is the one that CUDA computes deterministically.
-            pixel_loss = F.cross_entropy(
-                logits.float(),
-                target,
-                weight=self.class_weights if self.weighted else None,
-                ignore_index=IGNORE_INDEX,
-                reduction="none",
-            )
+            pixel_loss = self.pixel_loss(_in_float32(logits, valid), target, ids)
             if self.per_image:
                 pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum(), divisor
 
+    def pixel_loss(self, logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+        """Computes the loss of each pixel with its class weight.
+
+        Args:
+            logits: float32 [N, C, H, W].
+            target: int64 [N, H, W].
+            ids: `target`, with class ids in place of `IGNORE_INDEX`.
+
+        Returns:
+            float32 [N, H, W], 0 at ignored pixels.
+        """
+        # reduction="none" is the one that CUDA computes deterministically.
+        return F.cross_entropy(
+            logits,
+            target,
+            weight=self.class_weights if self.weighted else None,
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+
     def from_sums(self, sums: Sums) -> Tensor:
         """Divides the one by the other."""
         loss, divisor = sums
-        if self.training:
-            divisor = mean_over_processes(divisor)
         return loss / torch.where(divisor > 0, divisor, 1)
+
+
+class FocalLoss(CrossEntropyLoss):
+    """Cross-entropy in which pixels that are already right count little: (1 - p)^gamma times.
+
+    p is the softmax probability of the pixel's label. Source: Lin, Goyal, Girshick, He & Dollár,
+    Focal Loss for Dense Object Detection (2017), equation 5. Their alpha is `weights`, and the sum
+    is divided as that of `CrossEntropyLoss`: without weights by the number of valid pixels.
+
+    Args:
+        gamma: 0 for cross-entropy; the larger, the more the hard pixels count.
+        weights: As of `CrossEntropyLoss`.
+        balance: As of `CrossEntropyLoss`.
+
+    Raises:
+        InputError: `gamma` is negative, or as `CrossEntropyLoss` does.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        weights: Sequence[float] | Literal["dataset", "image"] | None = None,
+        balance: Literal["inverse", "median_frequency"] = "inverse",
+    ) -> None:
+        super().__init__(weights, balance)
+        if gamma < 0:
+            raise InputError(f"loss.gamma is {gamma}; use 0 or more")
+        self.gamma = gamma
+
+    def pixel_loss(self, logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+        """Computes the loss of each pixel, see `CrossEntropyLoss.pixel_loss`."""
+        loss = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
+        wrong = -torch.expm1(-loss)  # 1 - p
+        # The slope of a power below 1 is infinite at 0, where the loss is 0.
+        loss = wrong.clamp(min=1e-12) ** self.gamma * loss
+        return loss * self.class_weights[ids] if self.weighted else loss
+
+
+class OhemCrossEntropyLoss(nn.Module):
+    """Cross-entropy of the hard pixels alone (online hard example mining).
+
+    The mean over those whose label has a softmax probability below `threshold`; where these are
+    fewer than `min_kept` of the valid pixels, over that many of the hardest. The pixels of all
+    images of the batch compete; each of several processes chooses from its own, and the
+    mean is over what all have chosen, as in `CrossEntropyLoss`. Source: Shrivastava, Gupta &
+    Girshick (2016); per pixel: Wu, Shen & van den Hengel, High-performance Semantic Segmentation
+    Using Very Deep Fully Convolutional Networks (2016), "online bootstrapping".
+
+    Args:
+        threshold: In (0, 1].
+        min_kept: Share of the batch's valid pixels, in (0, 1].
+
+    Raises:
+        InputError: One of them is not in its range.
+    """
+
+    def __init__(self, threshold: float = 0.7, min_kept: float = 0.0625) -> None:
+        super().__init__()
+        for name, value in (("threshold", threshold), ("min_kept", min_kept)):
+            if not 0 < value <= 1:
+                raise InputError(f"loss.{name} is {value}; use a number above 0, up to 1")
+        self.threshold = threshold
+        self.min_kept = min_kept
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss; arguments and result as those of `SegmentationLoss`."""
+        _check(logits, target)
+        target = target.long()
+        valid = target != IGNORE_INDEX
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = _in_float32(logits, valid)
+            loss = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
+            with torch.no_grad():
+                hardest = torch.where(valid, loss, -1).flatten().sort(descending=True).values
+                last = (self.min_kept * valid.sum()).ceil().long() - 1
+                least = hardest.gather(0, last.clamp(0, len(hardest) - 1)[None])
+                # Not >=, which would leave out losses that are not numbers.
+                kept = valid & ~(loss < least.clamp(max=-math.log(self.threshold)))
+            sums = (torch.where(kept, loss, 0).sum(), kept.sum())
+            total, divisor = _over_processes(sums) if self.training else sums
+            return total / divisor.clamp(min=1)
 
 
 def class_weights(counts: Tensor, balance: str = "inverse") -> Tensor:
@@ -225,8 +335,8 @@ class DiceLoss(SegmentationLoss):
         """Adds up where the two agree, the probabilities and the labels, each [C]; or weighted."""
         _check(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = logits.float().softmax(dim=1)
             valid = (target != IGNORE_INDEX).unsqueeze(1)
+            probabilities = _in_float32(logits, valid[:, 0]).softmax(dim=1)
             class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
             # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
             # deterministic on CUDA.
@@ -250,8 +360,169 @@ class DiceLoss(SegmentationLoss):
             return (denominator - numerator) / torch.where(denominator > 0, denominator, 1)
         intersection, predicted, labelled = sums
         dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
-        present = labelled > 0
-        return torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
+        return _mean_over_present(1 - dice, labelled)
+
+
+class TverskyLoss(DiceLoss):
+    """Soft multi-class Tversky loss: Dice with a price each for false positives and negatives.
+
+    The mean over the classes that the batch's labels contain of (1 - T)^(1 / gamma), where T is
+    (TP + smooth) / (TP + alpha FP + beta FN + smooth), TP = sum(p t), FP = sum(p (1 - t)) and
+    FN = sum((1 - p) t), over all valid pixels of the batch. With alpha = beta = 0.5 it is the Dice
+    loss of twice the `smooth`. Sources: Salehi, Erdogmus & Gholipour (2017), with gamma = 1;
+    Abraham & Khan, A novel focal Tversky loss function (2019), with gamma = 4/3.
+
+    Args:
+        alpha: Of false positives.
+        beta: Of false negatives; above `alpha` for classes that are rather missed.
+        gamma: Above 1, classes that are already right count more than by the loss itself.
+        smooth: Added to numerator and denominator; keeps the gradient of rare classes bounded.
+
+    Raises:
+        InputError: A price is negative, or `gamma` not above 0.
+    """
+
+    def __init__(
+        self, alpha: float = 0.3, beta: float = 0.7, gamma: float = 1.0, smooth: float = 1.0
+    ) -> None:
+        super().__init__(smooth)
+        if min(alpha, beta) < 0 or gamma <= 0:
+            raise InputError(
+                f"loss.alpha, beta and gamma are {alpha}, {beta} and {gamma}; use numbers above 0"
+            )
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+
+    def from_sums(self, sums: Sums) -> Tensor:
+        """Computes the loss, in [0, 1]."""
+        true, predicted, labelled = sums
+        wrong = self.alpha * (predicted - true) + self.beta * (labelled - true)
+        loss = wrong / torch.where(labelled > 0, true + wrong + self.smooth, 1)
+        # The slope of a power below 1 is infinite at 0.
+        return _mean_over_present(loss.clamp(min=1e-7) ** (1 / self.gamma), labelled)
+
+
+class LovaszSoftmaxLoss(nn.Module):
+    """Lovász-softmax: a convex surrogate of 1 - mean IoU.
+
+    For each class that the batch's labels contain, the errors |t - p| of all valid pixels, from
+    the largest down, each times what the IoU loses by it; the mean over the classes. Source:
+    Berman, Triki & Blaschko, The Lovász-Softmax loss (2018), algorithm 1; over the batch, not image
+    by image. Each of several processes has the IoU of its own batch.
+    """
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss, in [0, 1]; arguments and result as those of `SegmentationLoss`."""
+        _check(logits, target)
+        valid = target != IGNORE_INDEX
+        losses, pixels = [], []
+        with torch.autocast(logits.device.type, enabled=False):
+            probabilities = _in_float32(logits, valid).softmax(dim=1)
+            for class_id in range(logits.shape[1]):  # class by class: a C-th of the memory
+                is_class = target == class_id
+                errors = (is_class.float() - probabilities[:, class_id]).abs()
+                errors = torch.where(valid, errors, 0)
+                losses.append((errors * _jaccard_losses(errors.detach(), is_class)).sum())
+                pixels.append(is_class.sum())
+            return _mean_over_present(torch.stack(losses), torch.stack(pixels))
+
+
+def _jaccard_losses(errors: Tensor, is_class: Tensor) -> Tensor:
+    """Returns what the IoU of a class loses by each pixel if those of larger error are wrong, too.
+
+    These are the differences of algorithm 1, but without subtracting numbers that are almost equal.
+
+    Args:
+        errors: float32 [N, H, W], 0 at ignored pixels: they come last, where nothing counts.
+        is_class: bool [N, H, W], the pixels of the class.
+
+    Returns:
+        float32 [N, H, W].
+    """
+    if errors.device.type == "cpu" and not is_class.any():
+        return torch.zeros_like(errors)  # will not count; a GPU would have to be waited for
+    order = errors.flatten().argsort(descending=True, stable=True)
+    wrong = is_class.flatten()[order]
+    missed = wrong.cumsum(0)  # whole numbers: exact, and deterministic on CUDA
+    ranks = torch.arange(1, len(order) + 1, device=order.device)
+    intersection = is_class.sum() - missed
+    union = is_class.sum() + ranks - missed
+    # A missed pixel takes 1 from the intersection, a false one adds 1 to the union.
+    losses = torch.where(wrong, 1, intersection / (union - 1).clamp(min=1)) / union
+    return torch.empty_like(losses).scatter_(0, order, losses).view_as(errors)
+
+
+class BoundaryLoss(SegmentationLoss):
+    """The distance of what is predicted from where it belongs: a loss to add to another.
+
+    The mean over valid pixels and classes of p_c phi_c, where p are the softmax probabilities and
+    phi_c is a pixel's distance to class c in its image's labels, in pixels: to the nearest pixel of
+    the class, or, negative, from a pixel of the class to the nearest of another class, less one.
+    Ignored pixels are of no class. A class that an image lacks, or has alone, has no boundary
+    there, and phi_c is 0. Negative where most is right, so it comes with another loss, see
+    `loss=ce_boundary`. Source: Kervadec et al., Boundary loss for highly unbalanced segmentation
+    (2019), with the distances of the authors' code.
+
+    The distances are exact and computed where the labels are. They take H * W^2 operations for each
+    class of an image, which is little for a GPU but not for a CPU.
+    """
+
+    num_sums = 2
+    per_image = True
+
+    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+        """Adds up probabilities times distances, and counts what they are divided by."""
+        _check(logits, target)
+        num_classes = logits.shape[1]
+        valid = target != IGNORE_INDEX
+        with torch.autocast(logits.device.type, enabled=False):
+            probabilities = _in_float32(logits, valid).softmax(dim=1)
+            distances = torch.stack([_signed_distances(ids, num_classes) for ids in target])
+            total = torch.where(valid.unsqueeze(1), probabilities * distances, 0).sum()
+            return total, valid.sum() * num_classes
+
+    def from_sums(self, sums: Sums) -> Tensor:
+        """Divides the one by the other."""
+        total, divisor = sums
+        return total / divisor.clamp(min=1)
+
+
+def _signed_distances(ids: Tensor, num_classes: int) -> Tensor:
+    """Returns the phi of `BoundaryLoss` of one image: [H, W] to float32 [C, H, W]."""
+    is_class = ids == torch.arange(num_classes, device=ids.device)[:, None, None]
+    distances = torch.stack([_distances(mask) for mask in is_class])
+    # A pixel's own class has distance 0, so the second smallest is that to another class.
+    to_another = distances.topk(2, dim=0, largest=False).values[1]
+    signed = torch.where(is_class, 1 - to_another, distances)
+    present = is_class.any(2).any(1)
+    return torch.where((present & (present.sum() > 1))[:, None, None], signed, 0)
+
+
+def _distances(mask: Tensor) -> Tensor:
+    """Returns how far each pixel is from the nearest one of a mask, as the crow flies.
+
+    Source: Felzenszwalb & Huttenlocher, Distance Transforms of Sampled Functions (2012): first
+    along the columns, then along the rows.
+
+    Args:
+        mask: bool [H, W].
+
+    Returns:
+        float32 [H, W], H + W or more if the mask is empty.
+    """
+    height, width = mask.shape
+    far = height + width
+    if mask.device.type == "cpu" and not mask.any():
+        return torch.full(mask.shape, float(far))  # a GPU would have to be waited for
+    rows = torch.arange(height, device=mask.device)[:, None]
+    above = rows - torch.where(mask, rows, -far).cummax(0).values
+    below = torch.where(mask, rows, height + far).flip(0).cummin(0).values.flip(0) - rows
+    squares = torch.minimum(above, below).float().square()
+    columns = torch.arange(width, device=mask.device).float()
+    offsets = (columns[:, None] - columns).square()
+    together = CPU_DISTANCES if mask.device.type == "cpu" else GPU_DISTANCES
+    bands = squares.split(max(1, together // width**2))
+    parts = [(band[:, None] + offsets).amin(2) for band in bands]
+    return torch.cat(parts).sqrt()
 
 
 class WeightedSum(nn.Module):
@@ -319,13 +590,48 @@ def check_labels(target: Tensor, num_classes: int) -> None:
         )
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Average a scalar over the processes that train together, if there are several."""
+def _mean_over_present(values: Tensor, pixels: Tensor) -> Tensor:
+    """Average values [C] over the classes that have pixels, a number [C] each."""
+    present = pixels > 0
+    return torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
+
+
+def _in_float32(logits: Tensor, valid: Tensor) -> Tensor:
+    """Returns float32 logits; those of float16, which overflow, without the ignored pixels.
+
+    The softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
+
+    Args:
+        logits: Float [N, C, H, W].
+        valid: bool [N, H, W].
+    """
+    if logits.dtype == torch.float16:
+        logits = logits.masked_fill(~valid.unsqueeze(1), 0)
+    return logits.float()
+
+
+def _over_processes(sums: Sums) -> Sums:
+    """Adds sums up over the processes that train together, if there are several.
+
+    The gradient is that of this process's share times the number of processes: the mean of the
+    gradients of all, which is what the optimizer gets, is that of the total. A share that is not
+    finite is so in its own process alone, which can then be told from the others.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    total = value.float()
+        return sums
+    own = torch.cat([each.flatten().float() for each in sums])
+    total = own.detach().nan_to_num(nan=0, posinf=0, neginf=0)
     torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
+    total = total + torch.distributed.get_world_size() * (own - own.detach())
+    parts = total.split([each.numel() for each in sums])
+    return tuple(part.view(each.shape) for part, each in zip(parts, sums, strict=True))
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Averages a scalar without gradient over the processes that train together."""
+    (total,) = _over_processes((value,))
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return total / torch.distributed.get_world_size() if distributed else total
 
 
 def _weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""HTML pages in one file each: they need no network, no script and no other file."""
+"""HTML pages in one file each: they need no network and no other file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import base64
 import io
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
 from PIL import Image
+
+from seg_torch.labels import Labels
 
 PAGE = """\
 <!DOCTYPE html>
@@ -34,6 +37,9 @@ td + td, th + th {{ text-align: right; overflow-wrap: normal; }}
 figure {{ margin: 0; display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: start; }}
 figure img {{ width: 100%; }}
 figcaption {{ grid-column: 1 / 3; font-size: .8rem; }}
+.bar {{ display: block; height: .35rem; min-width: 1px; margin-left: auto; background: #48c; }}
+td:has(.bar) {{ min-width: 6rem; }}
+.scroll {{ overflow-x: auto; }}
 </style>
 </head>
 <body>
@@ -41,6 +47,34 @@ figcaption {{ grid-column: 1 / 3; font-size: .8rem; }}
 {body}
 </body>
 </html>
+"""
+
+# A click on the header of a column sorts its table: the highest first, then the lowest. Cells that
+# are no numbers come last.
+SORT = """\
+<script>
+const value = (row, i) => {
+  const text = row.cells[i].innerText, number = parseFloat(text.replace(/,/g, ""));
+  return isNaN(number) ? text : number;
+};
+const compare = (a, b, down) => {
+  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+  return (typeof a === "number" ? b - a : a.localeCompare(b)) * (down ? 1 : -1);
+};
+for (const header of document.querySelectorAll("th")) {
+  header.style.cursor = "pointer";
+  header.tabIndex = 0;
+  header.onkeydown = event => event.key === "Enter" && header.click();
+  header.onclick = () => {
+    const [first, ...rows] = header.closest("table").rows, i = header.cellIndex;
+    const down = header.getAttribute("aria-sort") !== "descending";
+    for (const other of first.cells) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", down ? "descending" : "ascending");
+    rows.sort((a, b) => compare(value(a, i), value(b, i), down));
+    first.parentNode.append(...rows);
+  };
+}
+</script>
 """
 
 
@@ -53,7 +87,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table of cells that are HTML; all columns but the first are right-aligned."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div style="overflow-x: auto"><table>\n<tr>{head}</tr>\n{body}</table></div>'
+    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def figure(images: Iterable[Image.Image], caption: str) -> str:
@@ -66,3 +100,24 @@ def figure(images: Iterable[Image.Image], caption: str) -> str:
         source = base64.b64encode(content.getvalue()).decode()
         shown += f'<img src="data:image/jpeg;base64,{source}" alt="{escape(caption)}">'
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def grid(figures: Iterable[str]) -> str:
+    """Return figures side by side, as many as the window holds."""
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def key(labels: Labels, i: int) -> str:
+    """Return the colour and name of a class."""
+    colour = bytes(labels.palette[i]).hex()
+    return f'<span class="key"><i style="background:#{colour}"></i>{escape(labels.names[i])}</span>'
+
+
+def plot(drawing: Any, name: str) -> str:
+    """Return a figure of matplotlib, which scrolls sideways where the window is narrow."""
+    content = io.BytesIO()
+    drawing.savefig(content, format="svg")
+    source = base64.b64encode(content.getvalue()).decode()
+    width = f"width:{96 * drawing.get_figwidth():.0f}px"  # its letters are as large as the page's
+    image = f'<img src="data:image/svg+xml;base64,{source}" style="{width}" alt="{escape(name)}">'
+    return f'<div class="scroll">{image}</div>'

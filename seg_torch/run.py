@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -11,10 +12,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL
+from seg_torch.files import PARTIAL, write_atomically
 
 log = logging.getLogger(__name__)
 
+# Of metrics.csv and times.csv.
+SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
+COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
+COLUMNS |= {f"val_{name}": float for name in SCORES}
+TIMES = {"epoch": int, "seconds": float, "memory_gb": float}
 # What a resumed run may set anew: where it runs and where the data lie, and how long it goes on.
 RESUMABLE = (
     "resume",
@@ -161,3 +167,23 @@ def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> 
             f"resume={folder}: this run is complete ({resumed['global_step']} steps); to train "
             "further set trainer.max_epochs, to score it use evaluate"
         )
+
+
+def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
+    """Reads the rows of `metrics.csv` or `times.csv`; cells without a value are left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]) -> None:
+    """Writes such a table."""
+
+    def write(name: str) -> None:
+        with open(name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

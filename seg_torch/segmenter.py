@@ -312,6 +312,7 @@ class Segmenter:
             ids, total = decide(logits, confidence=True, probabilities=into)
             masks[index, rows, columns] = ids
             totals[index] += total
+            del logits  # not to be kept beside what the network makes of the next tile
         confidences = (totals / max(1, size[0] * size[1])).tolist()
         return [
             Segmentation(

@@ -19,14 +19,25 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from seg_torch import checkpoint
-from seg_torch.datamodule import Sample
+from seg_torch.datamodule import EvaluationGroup, Sample
 from seg_torch.diverged import save_batch
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss, OwnLoss
-from seg_torch.metrics import AveragePrecision, ConfusionMatrix, report, scores
+from seg_torch.metrics import (
+    AveragePrecision,
+    BoundaryScores,
+    Calibration,
+    ConfusionMatrix,
+    ImageScores,
+    LabelQuality,
+    confidence_steps,
+    report,
+    scores,
+)
 from seg_torch.models.network import Network
+from seg_torch.optimizers import PARTS, parameter_groups
 from seg_torch.run import next_step
 from seg_torch.schedulers import scheduler_config
 from seg_torch.upsample import upsampled_loss
@@ -47,9 +58,14 @@ class SegmentationTask(LightningModule):
         scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
         aux_weight: Weight of the loss of the auxiliary head, where there is one.
         description: What `seg_torch.checkpoint` needs to build the network again.
+        warmup_steps: First optimizer steps, with (step + 1) / warmup_steps of the scheduled rate.
         max_steps: Optimizer steps after which training stops; -1: as many as its epochs have.
         seed: Of what is random inside the network, such as dropout.
         average_precision: Score it in tests, too.
+        boundary: Score boundaries in tests, too; a width in pixels, or true for 2 % of the
+            diagonal.
+        label_quality: Score the labels of each image in tests, too.
+        benchmark: Let cuDNN try its algorithms for the training images, and remember the fastest.
     """
 
     def __init__(
@@ -62,9 +78,13 @@ class SegmentationTask(LightningModule):
         scheduler: Callable[..., Any] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
+        warmup_steps: int = 0,
         max_steps: int = -1,
         seed: int = 0,
         average_precision: bool = False,
+        boundary: bool | int = False,
+        label_quality: bool = False,
+        benchmark: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -75,15 +95,23 @@ class SegmentationTask(LightningModule):
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.description = description
+        self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.seed = seed
+        self.benchmark = benchmark
         self.confusion = ConfusionMatrix(len(labels))
         self.average_precision = AveragePrecision(len(labels)) if average_precision else None
+        width = None if boundary is True else boundary
+        self.boundary = BoundaryScores(len(labels), width) if boundary else None
+        self.calibration = Calibration()
+        self.label_quality: LabelQuality | None = None
+        self.scores_labels = label_quality
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.finite_batches = torch.tensor(0)  # of the validation, before the first that is not
         self.step_losses = torch.empty(0)  # of the epoch's batches so far
         self.validated = False  # in this epoch
         self.test_report: dict[str, Any] | None = None
+        self.test_images: dict[str, np.ndarray] = {}  # see ImageScores
 
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.loss is None:
@@ -108,6 +136,7 @@ class SegmentationTask(LightningModule):
         self.validated = False
 
     def on_train_batch_start(self, batch: Sample, batch_index: int) -> None:
+        torch.backends.cudnn.benchmark = self.benchmark
         # By epoch and batch, so that a resumed run goes on with the numbers of an undisturbed one.
         place = [self.seed, self.current_epoch, batch_index, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
@@ -167,20 +196,22 @@ class SegmentationTask(LightningModule):
             plateau.step(self.trainer.callback_metrics["val/loss"])
 
     def on_validation_start(self) -> None:
+        torch.backends.cudnn.benchmark = False  # the images have several sizes
         if self.trainer.world_size > 1:
             # Where BatchNorm is not synchronised, each process has running statistics of its own.
             # A checkpoint holds those of the first, and they are what is scored.
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def validation_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def validation_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, _ in groups:
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
                 self.confusion.update(decide(logits)[0], mask)
                 if self.loss is not None:
-                    share = mask.numel() / masks[index].numel()
-                    self.validation_loss.update(self.loss(logits[None], mask[None]), share)
+                    loss = self.loss(logits[None], mask[None])
+                    share = torch.full_like(loss, mask.numel() / masks[index].numel())
+                    self.validation_loss.update(loss, share)  # of a float, it waits for the GPU
         total = self.validation_loss.mean_value
         self.finite_batches = self.finite_batches.to(total.device) + total.isfinite()
 
@@ -203,34 +234,67 @@ class SegmentationTask(LightningModule):
         self.finite_batches.zero_()
         self.validated = True
 
-    def test_step(self, groups: Sequence[Sample], batch_index: int) -> None:
-        for images, masks in groups:
+    def on_test_start(self) -> None:
+        torch.backends.cudnn.benchmark = False
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        num_images = len(data.dataset(data.test_split))
+        self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
+        if self.scores_labels:
+            self.label_quality = LabelQuality(num_images).to(self.device)
+
+    def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, numbers in groups:
+            predictions = torch.empty_like(masks)
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 mask = masks[index, rows, columns]
-                self.confusion.update(decide(logits)[0], mask)
+                prediction = predictions[index, rows, columns] = decide(logits)[0]
+                self.confusion.update(prediction, mask)
+                confidence = confidence_steps(logits)
+                self.image_scores.update(numbers[index], prediction, mask, confidence)
+                self.calibration.update(prediction, mask, confidence)
+                if self.label_quality is not None:
+                    self.label_quality.update(numbers[index], logits, mask)
                 if self.average_precision is not None:
                     self.average_precision.update(logits[None].float().softmax(1), mask[None])
+            if self.boundary is not None:
+                for prediction, mask in zip(predictions, masks, strict=True):
+                    self.boundary.update(prediction, mask)
 
     def on_test_epoch_end(self) -> None:
-        average_precision = None
+        others = {}
         if self.average_precision is not None:
-            average_precision = self.average_precision.compute()
+            others["average_precision"] = self.average_precision.compute()
             self.average_precision.reset()
-        self.test_report = report(self.confusion.compute(), self.labels.names, average_precision)
+        if self.boundary is not None:
+            others |= self.boundary.compute()
+            self.boundary.reset()
+        self.test_report = report(self.confusion.compute(), self.labels.names, others)
+        self.test_report |= self.calibration.compute()
+        self.calibration.reset()
         self.test_report["precision"] = self.inference.precision
+        self.test_images = self.image_scores.compute()
+        if self.label_quality is not None:
+            self.test_images["label_quality"] = self.label_quality.compute()
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        options = dict(getattr(self.make_optimizer, "keywords", {}))
+        parts = {key: options.pop(key) for key in PARTS if key in options}
+        lr: Any = options.get("lr")
+        groups = parameter_groups(self.network.model, lr, **parts)
+        learnt = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
+        if not groups:
+            raise InputError("all of the model's weights are frozen: there is nothing to train")
+        groups[0]["params"] += learnt
         # One pass over all parameters, several times as fast. It cannot be combined with clipping,
         # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
         can_fuse = "fused" in inspect.signature(function).parameters
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
-        options = {"fused": True} if can_fuse and whole else {}
-        options |= getattr(self.make_optimizer, "keywords", {})
-        optimizer = self.make_optimizer(parameters, **options)
+        if can_fuse and whole:
+            options.setdefault("fused", True)
+        optimizer = function(groups, **options)
         if self.make_scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -243,6 +307,16 @@ class SegmentationTask(LightningModule):
             # saved, and not at all in the first epoch of a resumed run.
             config["frequency"] = sys.maxsize
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    def optimizer_step(
+        self, epoch: int, batch_index: int, optimizer: Any, closure: Callable[[], Any] | None = None
+    ) -> None:
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= min(1, (self.global_step + 1) / max(self.warmup_steps, 1))
+        super().optimizer_step(epoch, batch_index, optimizer, closure)
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         if self.description is not None:

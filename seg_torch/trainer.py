@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
@@ -29,8 +30,10 @@ from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
 from seg_torch.datamodule import SegmentationDataModule
-from seg_torch.errors import InputError
+from seg_torch.datasets.base import sample_name
+from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
+from seg_torch.models.network import COMPILE_MODES
 from seg_torch.task import SegmentationTask
 from seg_torch.visualize import save_confusion_matrix
 
@@ -60,6 +63,20 @@ def save(content: dict[str, Any], path: str) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+class ProgressBar(RichProgressBar):
+    """Shows a new loss when the bar moves. Lightning's has to wait for a GPU in each step."""
+
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate)
+        self.shown: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        done = trainer.fit_loop.epoch_loop.batch_idx + 1
+        if not trainer.training or done % self.refresh_rate == 0:
+            self.shown = super().get_metrics(trainer, pl_module)
+        return self.shown
 
 
 class FullySharded(ModelParallelStrategy):
@@ -109,6 +126,16 @@ def build_trainer(settings: DictConfig) -> Trainer:
     """
     options: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
+    # The task sets the one, for training alone, and the train command does the other.
+    by_time = {"benchmark": options.pop("benchmark", None), "compile": options.pop("compile", None)}
+    check_choice("trainer.benchmark", by_time["benchmark"], (None, False, True))
+    check_choice("trainer.compile", by_time["compile"], (None, *COMPILE_MODES))
+    for name, value in by_time.items():
+        if value and options.get("deterministic") is True:
+            raise InputError(
+                f"trainer.deterministic=true repeats a run bit for bit, trainer.{name}={value} may "
+                "choose other operations each time: use one of the two"
+            )
     options["accelerator"] = hardware.accelerator(options["accelerator"])
     options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     if options.get("strategy") == "fsdp":
@@ -126,7 +153,7 @@ def build_trainer(settings: DictConfig) -> Trainer:
     try:
         trainer = Trainer(
             **options,
-            callbacks=[RichProgressBar(refresh_rate=10)] if bar else [],
+            callbacks=[ProgressBar(refresh_rate=10)] if bar else [],
             enable_progress_bar=bar,
             logger=False,
             plugins=[AtomicCheckpointIO()],
@@ -250,7 +277,7 @@ def _on_some_processes(
 def score(
     trainer: Trainer, task: SegmentationTask, data: SegmentationDataModule, folder: Path, split: str
 ) -> None:
-    """Scores a task, prints the table and writes `<split>_metrics.json`."""
+    """Scores a task, prints the table and writes `<split>_metrics.json` and `<split>_images`."""
     if task.inference.precision == "32-true":  # not TensorFloat-32, which is 10 bits
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -262,30 +289,66 @@ def score(
         text = json.dumps(report, indent=1)
         write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
         matrix = np.array(report["confusion_matrix"])
+        save_image_scores(task.test_images, data.dataset(split), folder / f"{split}_images")
         save_confusion_matrix(matrix, task.labels, folder / f"{split}_confusion_matrix.png")
         print_scores(report, f"{split}: {len(data.dataset(split))} images")
         log.info("scores (%s): %s", report["precision"], path)
 
 
+def save_image_scores(images: dict[str, np.ndarray], dataset: Any, path: Path) -> None:
+    """Writes what each image was scored: as counts to `path.npz`, as scores to `path.csv`.
+
+    Args:
+        images: Of all images of the dataset, see `seg_torch.metrics.ImageScores`. The `.npz` holds
+            these arrays, and `names`.
+        dataset: Gives the names of images and classes.
+        path: Without the suffix.
+    """
+    names = [sample_name(dataset, index, "name") for index in range(len(dataset))]
+    arrays: dict[str, Any] = {"names": np.array(names), **images}
+    write_atomically(path.with_suffix(".npz"), lambda name: np.savez_compressed(name, **arrays))
+    correct, labelled = images["intersection"], images["label_pixels"]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan: what has no score
+        iou = correct / (labelled + images["predicted_pixels"] - correct)
+        accuracy = correct.sum(1) / labelled.sum(1)
+
+    def write(name: str) -> None:
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            classes = [f"iou {label}" for label in dataset.labels.names]
+            writer.writerow(["name", "pixel_accuracy", "confidence", *classes])
+            scores = np.column_stack([accuracy, images["confidence"], iou])
+            for image, row in zip(names, scores, strict=True):
+                writer.writerow([image, *("" if np.isnan(v) else f"{v:.6f}" for v in row)])
+
+    write_atomically(path.with_suffix(".csv"), write)
+
+
 def print_scores(report: dict[str, Any], title: str) -> None:
-    """Prints the scores as a table with a row per class."""
-    columns = ["iou", "dice", "accuracy", "precision"]
-    if "mean_average_precision" in report:
-        columns.append("average_precision")
-    means = [f"mean_{column}" for column in columns]
-    table = Table(title=title)
-    table.add_column("class")
-    for name in (*columns, "pixels"):
-        table.add_column(name, justify="right")
+    """Prints the scores as a table with a row per class, and one of boundaries if there are any."""
 
     def cells(values: list[float | None]) -> list[str]:
         return ["absent" if value is None else f"{value:.4f}" for value in values]
 
-    for name, row in report["per_class"].items():
-        table.add_row(name, *cells([row[c] for c in columns]), f"{row['pixels']:,}")
-    table.add_section()
-    pixels = sum(row["pixels"] for row in report["per_class"].values())
-    table.add_row("mean", *cells([report[m] for m in means]), f"{pixels:,}", style="bold")
     console = Console()
-    console.print(table)
-    console.print(f"pixel accuracy {cells([report['pixel_accuracy']])[0]}")
+    pixels = sum(row["pixels"] for row in report["per_class"].values())
+    # Two tables: together they would be too wide for a terminal.
+    for names in (
+        ("iou", "dice", "accuracy", "precision", "average_precision"),
+        ("boundary_iou", "boundary_f"),
+    ):
+        columns = [name for name in names if f"mean_{name}" in report]
+        if not columns:
+            continue
+        table = Table(title=title)
+        table.add_column("class")
+        for name in (*columns, "pixels"):
+            table.add_column(name, justify="right")
+        for name, row in report["per_class"].items():
+            table.add_row(name, *cells([row[c] for c in columns]), f"{row['pixels']:,}")
+        table.add_section()
+        means = [report[f"mean_{column}"] for column in columns]
+        table.add_row("mean", *cells(means), f"{pixels:,}", style="bold")
+        console.print(table)
+    accuracy, error = cells([report["pixel_accuracy"], report["expected_calibration_error"]])
+    console.print(f"pixel accuracy {accuracy}, expected calibration error {error}")

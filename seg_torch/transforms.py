@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -19,13 +20,14 @@ from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX
 
 # ImageNet's mean colour: padding that is close to zero after normalisation.
-PADDING_COLOUR = (124.0, 116.0, 104.0)
+PADDING_COLOUR = (124, 116, 104)
 
 # From RGB to NTSC's luma and two chroma axes (FCC 1953); the first row is the grey of a colour.
 YIQ = torch.tensor(
     [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
     dtype=torch.float64,
 )
+RGB = torch.linalg.inv(YIQ)
 
 
 def resize_image(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -36,10 +38,16 @@ def resize_image(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return a mask uint8 [H, W] at `size` = (height, width).
 
-    `nearest-exact` takes the pixel under the centre of the new one, as the bilinear resize of the
-    image does. torchvision's own resize of a mask uses `nearest`, which is off by half a pixel.
+    Each new pixel is the one under its centre, as in the bilinear resize of the image and in
+    PyTorch's `nearest-exact`. torchvision's own resize of a mask uses `nearest`, which is off by
+    half a pixel.
     """
-    return torch.nn.functional.interpolate(mask[None, None], list(size), mode="nearest-exact")[0, 0]
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new)
+        for new, old in zip(size, mask.shape, strict=True)
+    )
+    # NumPy's look-up takes a quarter of the time of PyTorch's interpolation.
+    return torch.from_numpy(mask.numpy().take(rows, 0).take(columns, 1))
 
 
 class RandomScaleCrop(v2.Transform):
@@ -65,16 +73,18 @@ class RandomScaleCrop(v2.Transform):
             raise InputError(f"augment.scale={list(self.scale)}: expected 0 < smallest <= largest")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        factor = torch.empty(1).uniform_(*self.scale).item()
+        smallest, largest = self.scale
+        share, *shares = torch.rand(3).tolist()
+        factor = smallest + share * (largest - smallest)
         params: dict[str, Any] = {}
         before, after = [], []
         full_size = tvf.get_size(flat_inputs[0])
-        for start, side, full, target in zip(
-            ("top", "left"), "hw", full_size, self.size, strict=True
+        for start, side, full, target, share in zip(
+            ("top", "left"), "hw", full_size, self.size, shares, strict=True
         ):
             window = max(1, round(target / factor))
             slack = full - window  # negative: the window sticks out of the image
-            first = int(torch.randint(min(0, slack), max(0, slack) + 1, ()))
+            first = min(0, slack) + int(share * (abs(slack) + 1))
             before.append(max(-first, 0))
             after.append(max(first + window - full, 0))
             params |= {start: max(first, 0), side: window}
@@ -82,14 +92,27 @@ class RandomScaleCrop(v2.Transform):
         return {**params, "padding": [*before[::-1], *after[::-1]]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        is_mask = isinstance(inpt, tv_tensors.Mask)
-        if any(params["padding"]):
-            fill: Any = IGNORE_INDEX if is_mask else list(PADDING_COLOUR)
-            inpt = tvf.pad(inpt, params["padding"], fill=fill)
-        window = tvf.crop(inpt, *(params[key] for key in ("top", "left", "h", "w")))
-        if is_mask:
-            return tv_tensors.Mask(resize_mask(window, self.size))
-        return tv_tensors.Image(resize_image(window, self.size))
+        top, left, height, width = (params[key] for key in ("top", "left", "h", "w"))
+        pixels = inpt.as_subclass(torch.Tensor)[..., top : top + height, left : left + width]
+        if isinstance(inpt, tv_tensors.Mask):
+            pixels = _padded(pixels[None], params["padding"], (IGNORE_INDEX,))[0]
+            return tv_tensors.Mask(resize_mask(pixels, self.size))
+        pixels = _padded(pixels, params["padding"], PADDING_COLOUR)
+        return tv_tensors.Image(resize_image(pixels, self.size))
+
+
+def _padded(pixels: torch.Tensor, padding: Sequence[int], colour: Sequence[int]) -> torch.Tensor:
+    """Returns pixels uint8 [C, H, W] with so many of a colour at left, top, right and bottom."""
+    if not any(padding):
+        return pixels
+    left, top, right, bottom = padding
+    height, width = top + pixels.shape[1] + bottom, left + pixels.shape[2] + right
+    # Row by row, with the channels of a pixel side by side as they come from a file, this takes a
+    # third of the time of torchvision's pad.
+    row = torch.tensor(colour, dtype=torch.uint8).repeat(width)
+    canvas = row.repeat(height, 1).view(height, width, -1).permute(2, 0, 1)
+    canvas[:, top : height - bottom, left : width - right] = pixels
+    return canvas
 
 
 class ColourJitter(v2.Transform):
@@ -124,21 +147,26 @@ class ColourJitter(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         *factors, hue = [
-            torch.empty(()).uniform_(centre - min(change, 1), centre + change).item()
-            for centre, change in zip((1, 1, 1, 0), self.changes, strict=True)
+            centre - min(change, 1) + share * (change + min(change, 1))
+            for centre, change, share in zip(
+                (1, 1, 1, 0), self.changes, torch.rand(4).tolist(), strict=True
+            )
         ]
         order = torch.randperm(4).tolist()
-        return colour_matrices(*factors, hue, order)  # type: ignore[arg-type,call-arg]
+        return colour_matrices(*factors, hue, order)  # type: ignore[call-arg]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        channels = inpt.flatten(1)
-        mean = channels.sum(1, dtype=torch.int64).double() / channels.shape[1]
+        image = inpt.as_subclass(torch.Tensor)
+        # Columns first, in 32 bits: a fifth of the time of a sum in 64.
+        mean = image.sum(1, dtype=torch.int32).sum(1).double() / image[0].numel()
         offset = _rounded(params["of_mean"] @ mean + 0.5)[:, None]  # 0.5: converting rounds down
         red, green, blue = _rounded(params["of_pixel"]).T[:, :, None]
-        pixels = channels.float()
+        pixels = image.to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
         changed = red * pixels[0]
         changed.addcmul_(green, pixels[1]).addcmul_(blue, pixels[2]).add_(offset)
-        return tv_tensors.Image(changed.clamp_(0, 255).to(torch.uint8).view(inpt.shape))
+        # By way of 16 bits, since PyTorch has vector instructions for these two conversions only.
+        changed = changed.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+        return tv_tensors.Image(changed.view(inpt.shape))
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
@@ -167,7 +195,7 @@ def colour_matrices(
         brightness * identity,
         contrast * identity,
         saturation * identity + (1 - saturation) * grey,
-        torch.linalg.solve(YIQ, turn @ YIQ),
+        RGB @ turn @ YIQ,
     )
     of_pixel, of_mean = identity, 0 * identity
     for step in order:

@@ -16,9 +16,8 @@ from seg_torch.losses import SegmentationLoss, Sums, WeightedSum
 # What a loss takes of memory for each logit at label size, with its gradient.
 LOSS_BYTES = 20
 
-# Numbers of logits. A CPU is fastest with bands that stay in its cache, a GPU with ones that keep
-# it busy.
-CPU_BAND = 1 << 20
+# Numbers of logits: of a few rows on a CPU, which has little to do beside; many keep a GPU busy.
+CPU_BAND = 1 << 22
 GPU_BAND = 1 << 26
 
 
@@ -64,7 +63,7 @@ def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     if not large or not all(isinstance(part, SegmentationLoss) for part in parts):
         return loss(upsample(logits, size), target)
     sums = iter(_BandedSums.apply(logits, target, parts))
-    values = [part.from_sums(tuple(next(sums) for _ in range(part.num_sums))) for part in parts]
+    values = [part.loss(tuple(next(sums) for _ in range(part.num_sums))) for part in parts]
     return loss.total(values) if isinstance(loss, WeightedSum) else values[0]
 
 
@@ -89,34 +88,53 @@ class _Band(NamedTuple):
 
     def sums(self, losses: Sequence[SegmentationLoss], logits: Tensor, target: Tensor) -> Sums:
         """Returns the sums of all losses over this band, from the `sources` of its logits."""
+        labels = target[self.image, self.rows]
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
-            above, below = logits.index_select(2, self.above), logits.index_select(2, self.below)
-            at_rows = torch.lerp(above, below, self.share)
-            labels = target[self.image, self.rows]
-            logits = upsample(at_rows, labels.shape[-2:])
-            return tuple(total for loss in losses for total in loss.sums(logits, labels))
+            # To the width of the label first, while there are fewer rows: on a CPU the backward of
+            # interpolation takes longer than the cross-entropy, that of lerp a fraction of it.
+            wide = upsample(logits.float(), (logits.shape[2], labels.shape[2]))
+            above, below = wide.index_select(2, self.above), wide.index_select(2, self.below)
+            at_size = torch.lerp(above, below, self.share)
+            return tuple(total for loss in losses for total in loss.sums(at_size, labels))
 
 
 class _BandedSums(torch.autograd.Function):
-    """The sums of losses over logits at label size, of which only a band exists at a time."""
+    """The sums of losses over logits at label size, of which only a band exists at a time.
+
+    Where one number is all that has a gradient, as with cross-entropy, the gradient is computed
+    band by band together with it, and scaled in backward. Else what a band contributes depends on
+    the sums over all of them, and the bands are made once more.
+    """
 
     @staticmethod
     def forward(
         context: Any, logits: Tensor, target: Tensor, losses: Sequence[SegmentationLoss]
     ) -> Sums:
-        context.save_for_backward(logits, target)
+        gradient = None
+        at_once = context.needs_input_grad[0]
+        all_sums = []
+        for band in _bands(logits, target, losses):
+            part = logits[band.image, :, band.sources].detach()
+            with torch.set_grad_enabled(at_once):
+                sums = band.sums(losses, part.requires_grad_(at_once), target)
+            all_sums.append([each.detach() for each in sums])
+            used = [each for each in sums if each.requires_grad]
+            at_once = len(used) == 1 and used[0].ndim == 0
+            if at_once:
+                if gradient is None:
+                    gradient = torch.zeros_like(logits, dtype=torch.float32)
+                gradient[band.image, :, band.sources] += torch.autograd.grad(used, part)[0]
+                context.used = [each.requires_grad for each in sums].index(True)
         context.losses = losses
-        sums = [
-            band.sums(losses, logits[band.image, :, band.sources], target)
-            for band in _bands(logits, target, losses)
-        ]
-        return tuple(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        context.save_for_backward(logits, target, gradient)
+        return tuple(torch.stack(parts).sum(0) for parts in zip(*all_sums, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target = context.saved_tensors
+        logits, target, gradient = context.saved_tensors
+        if gradient is not None:
+            return (gradient * gradients[context.used]).to(logits.dtype), None, None
         total = torch.zeros_like(logits, dtype=torch.float32)
         for band in _bands(logits, target, context.losses):
             part = logits[band.image, :, band.sources].detach().requires_grad_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap, palette_image
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # a second of import time that prediction can do without
+
+WRONG = Labels(("wrong",), np.array([[255, 0, 0]], dtype=np.uint8))
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 GAP = 4  # pixels between the images of a sheet
 
@@ -171,15 +175,29 @@ def _sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], tile: i
     return page
 
 
-def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+def errors(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> Image.Image:
+    """Show in red where the prediction is not the label; ignored pixels are no errors.
+
+    Args:
+        image: RGB, uint8 [H, W, 3].
+        mask: Class ids and 255, uint8 [H, W].
+        prediction: Class ids, uint8 [H, W].
+
+    Returns:
+        RGB image of W x H pixels.
+    """
+    right = (mask == prediction) | (mask == IGNORE_INDEX)
+    return overlay(image, right.astype(np.uint8) * IGNORE_INDEX, WRONG, alpha=0.7)
+
+
+def curves(history: Sequence[dict[str, Any]]) -> Figure:
     """Draw losses and scores by epoch. An epoch without a value has no point.
 
     Args:
         history: One row per epoch, with `epoch` and any of `train_loss`, `val_loss`,
             `val_mean_iou`, `val_pixel_accuracy`; None where there is no value.
-        path: File to write; its suffix chooses the format.
     """
-    from matplotlib.figure import Figure  # a second of import time that prediction can do without
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = {
@@ -196,16 +214,45 @@ def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    write_atomically(path, figure.savefig)
+    return figure
 
 
-def save_confusion_matrix(matrix: np.ndarray, labels: Labels, path: str | Path) -> None:
+def save_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw `curves` into a file, whose suffix chooses the format."""
+    write_atomically(path, curves(history).savefig)
+
+
+def reliability(bins: Sequence[dict[str, Any]]) -> Figure:
+    """Draw how often predictions are right against how confident they are.
+
+    Args:
+        bins: By confidence, each with its upper end `up_to`, its `pixels`, and their `accuracy` and
+            mean `confidence`; None in an empty bin.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [row for row in bins if row["pixels"]]
+    upper.plot((0, 1), (0, 1), color="grey", linestyle="dashed", label="calibrated")
+    points = [[row[name] for row in filled] for name in ("confidence", "accuracy")]
+    upper.plot(*points, marker=".", label="model")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    upper.legend()
+    total = sum(row["pixels"] for row in filled)
+    ends = [row["up_to"] for row in filled]
+    shares = [row["pixels"] / total for row in filled]
+    lower.bar(ends, shares, width=-0.9 / len(bins), align="edge")
+    lower.set(xlabel="confidence", ylabel="share of pixels")
+    return figure
+
+
+def confusion_matrix(matrix: np.ndarray, labels: Labels) -> Figure:
     """Draw a confusion matrix whose rows, one per label, add up to one.
 
     Args:
         matrix: Pixels, int [C, C]; rows: label, columns: prediction.
         labels: The classes.
-        path: File to write; its suffix chooses the format.
     """
     from matplotlib.figure import Figure
 
@@ -223,4 +270,9 @@ def save_confusion_matrix(matrix: np.ndarray, labels: Labels, path: str | Path) 
             colour = "white" if share > 0.5 else "black"
             axes.text(column, row, f"{share:.2f}"[1:] if share < 0.995 else "1",
                       ha="center", va="center", color=colour, fontsize=6)  # fmt: skip
-    write_atomically(path, figure.savefig)
+    return figure
+
+
+def save_confusion_matrix(matrix: np.ndarray, labels: Labels, path: str | Path) -> None:
+    """Draw `confusion_matrix` into a file, whose suffix chooses the format."""
+    write_atomically(path, confusion_matrix(matrix, labels).savefig)

@@ -72,11 +72,13 @@ def scored(length: int, batch_size: int, devices: int | str = "auto") -> dict:
         Inference(network, 3, precision="32-true"),
         loss=CrossEntropyLoss(),
         average_precision=True,
+        boundary=True,
     )
     trainer.validate(task, datamodule=data, verbose=False)
     validation = {name: value.item() for name, value in trainer.callback_metrics.items()}
     trainer.test(task, datamodule=data, verbose=False)
-    return {"validation": validation, "test": task.test_report}
+    images = {name: np.nan_to_num(values).tolist() for name, values in task.test_images.items()}
+    return {"validation": validation, "test": task.test_report, "images": images}
 
 
 # BatchNorm

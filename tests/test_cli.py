@@ -118,6 +118,9 @@ LIGHT = [
     ("evaluate checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
     ("predict input=nothing output=out model.weights=null", "input=nothing: no such file"),
     ("predict", "input must be given: an image, a video or a folder"),
+    ("compare", "runs must be given: folders of runs or of sweeps"),
+    ("report a.ckpt b.ckpt", "report is about one run, but 2 are given; see compare"),
+    ("report nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
 ]
 
 
@@ -165,7 +168,7 @@ def test_a_mistake_that_only_the_command_can_find_is_answered_too(command, line,
         "loss=ce_dice loss.weights=[1,2]",
         "data.augment=null",
         "trainer.max_steps=10 trainer.max_epochs=null",
-        "+trainer.benchmark=true",
+        "+trainer.reload_dataloaders_every_n_epochs=1",
         "~data.augment",
     ],
 )
@@ -364,8 +367,8 @@ def test_exit_codes_and_d19_out_of_memory(command, stub):
 
         return train
 
-    stub(lambda cfg: 3)
-    assert command("train") == (1, "")
+    stub(lambda cfg: 0.5)  # its score
+    assert command("train") == (0, "")
     stub(raising(KeyboardInterrupt()))
     assert command("train") == (130, "")
     stub(raising(StoppedError("stopped; go on with resume=run", signal.SIGTERM)))
@@ -407,6 +410,60 @@ def test_one_failed_job_does_not_end_the_sweep(command, stub):
     assert code == 2
     assert "error: seed must not be null" in message
     assert message.splitlines()[-1] == "error: 2 of 4 jobs failed: 0, 2"
+
+
+def test_optuna_searches_for_the_highest_mean_iou(command, tmp_path):
+    """Of the runs that it starts, the learning rate of the best one by its own table."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    tiny = f"{TINY} model.encoder=mobilenetv3_small_050 model.decoder_channels=[8,8,8,8,8]"
+    line = f"train -m hydra/sweeper=optuna hydra.sweeper.n_trials=2 output_dir=sweep {tiny}"
+    assert command(line)[0] == 0
+    scores = {}
+    for job in ("0", "1"):
+        config = OmegaConf.load(tmp_path / "sweep" / job / "config.yaml")
+        _, row = (tmp_path / f"sweep/{job}/metrics.csv").read_text().splitlines()
+        scores[config.optimizer.lr] = float(row.split(",")[5])
+    found = OmegaConf.load(tmp_path / "sweep/optimization_results.yaml")
+    assert len(scores) == 2, "learning rates that differ"
+    assert found.best_value == max(scores.values())
+    assert scores[found.best_params["optimizer.lr"]] == found.best_value
+
+
+def test_optuna_searches_what_it_is_told_and_goes_on_after_a_run_that_failed(
+    command, stub, tmp_path
+):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    seen = []
+
+    def train(cfg):
+        seen.append(cfg.optimizer.weight_decay)
+        if len(seen) == 2:
+            raise ZeroDivisionError("a bug")
+        return -abs(cfg.optimizer.weight_decay - 0.5)
+
+    stub(train)
+    code, message = command(
+        "train -m hydra/sweeper=optuna hydra.sweeper.n_trials=12 output_dir=sweep "
+        "optimizer.lr=0.1 optimizer.weight_decay=interval(0.0,1.0)"
+    )
+    assert code == 1
+    assert message.splitlines()[-1] == "error: 1 of 12 jobs failed: 1"
+    assert len(seen) == 12
+    found = OmegaConf.load(tmp_path / "sweep/optimization_results.yaml")
+    assert list(found.best_params) == ["optimizer.weight_decay"]
+    best = found.best_params["optimizer.weight_decay"]
+    assert abs(best - 0.5) == min(abs(value - 0.5) for i, value in enumerate(seen) if i != 1)
+
+
+def test_optuna_without_its_package_says_what_to_install(command, stub, monkeypatch):
+    stub(lambda cfg: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
+    )
+    code, message = command("train -m hydra/sweeper=optuna")
+    assert code == 2
+    assert "pip install hydra-optuna-sweeper" in message
 
 
 # Other processes

@@ -1,8 +1,12 @@
 """Order, shards and batches."""
 
+import multiprocessing
+import os
 import pickle
 import resource
+import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from seg_torch.datamodule import (
@@ -20,8 +25,9 @@ from seg_torch.datamodule import (
     evaluation_batches,
     group_by_size,
 )
-from seg_torch.datasets import folder, shapes, write_folder
+from seg_torch.datasets import base, folder, shapes, write_folder
 from seg_torch.errors import InputError
+from seg_torch.files import PARTIAL
 from seg_torch.transforms import augment
 
 
@@ -102,16 +108,18 @@ def test_every_image_is_evaluated_exactly_once(length, world):
     assert sorted(i for shard in shards for batch in shard for i in batch) == [*range(length)]
 
 
-def test_evaluation_groups_by_size_and_keeps_labels_at_theirs():
-    def item(size, mask_size):
-        return tv_tensors.Image(torch.zeros(3, *size)), tv_tensors.Mask(torch.zeros(mask_size))
+def test_evaluation_groups_by_size_keeps_labels_at_theirs_and_tells_which_is_which():
+    def item(size, number):
+        mask = tv_tensors.Mask(torch.full((20, 20), number))
+        return tv_tensors.Image(torch.zeros(3, *size)), mask, number
 
-    a, b = item((8, 9), (20, 20)), item((9, 8), (20, 20))
-    groups = group_by_size([a, b, a])
-    assert [(i.shape, m.shape) for i, m in groups] == [
-        ((2, 3, 8, 9), (2, 20, 20)),
-        ((1, 3, 9, 8), (1, 20, 20)),
+    groups = group_by_size([item((8, 9), 4), item((9, 8), 5), item((8, 9), 6)])
+    assert [(i.shape, m.shape, numbers) for i, m, numbers in groups] == [
+        ((2, 3, 8, 9), (2, 20, 20), [4, 6]),
+        ((1, 3, 9, 8), (1, 20, 20), [5]),
     ]
+    for _, masks, numbers in groups:
+        assert masks[:, 0, 0].tolist() == numbers
 
 
 @pytest.mark.promise(13)
@@ -119,7 +127,7 @@ def test_resize_changes_images_but_never_evaluation_labels():
     module = SegmentationDataModule(small_shapes, num_workers=0, resize=(16, 24))
     images, masks = next(iter(module.train_dataloader()))
     assert images.shape[-2:] == masks.shape[-2:] == (16, 24)
-    [(images, masks)] = next(iter(module.val_dataloader()))
+    [(images, masks, _)] = next(iter(module.val_dataloader()))
     assert images.shape[-2:] == (16, 24)
     assert torch.equal(masks[0], small_shapes("val")[0][1])
 
@@ -222,7 +230,7 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
     module.trainer = trainer_stub(num_devices=2, local_rank=rank)
     module.trainer.num_devices = 1  # of each of two machines
     train = [[*batch] for batch in loader_at(module, epoch=3)]
-    val = [[*group] for groups in module.val_dataloader() for group in groups]
+    val = [[*group[:2]] for groups in module.val_dataloader() for group in groups]
     for split, batches in (("train", train), ("val", val)):
         for index, (images, masks) in enumerate(batches):
             _, samples = module.rebuild_batch(split, 3, index, rank)
@@ -266,14 +274,17 @@ def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
         if not others:  # at the first barrier, the file is complete
             others.append(None)
             with monkeypatch.context() as patch:
-                patch.setattr("seg_torch.datamodule.samples_in_folder", None)  # it reads no image
+                patch.setattr("seg_torch.datamodule.write_samples", None)  # it reads no image
                 others[0] = module(1, lambda: None)._samples("val", resize_labels=False)
 
     samples = module(0, other_process)._samples("val", resize_labels=False)
     assert not path.exists()
-    for index in range(5):
-        assert equal(list(samples[index]), list(small_shapes("val")[index]))
-        assert equal(list(others[0][index]), list(small_shapes("val")[index]))
+    monkeypatch.undo()
+    spawned = DataLoader(others[0], None, num_workers=1, multiprocessing_context="spawn")
+    assert len(pickle.dumps(others[0])) < 2000  # no copy of the samples
+    for index, by_worker in enumerate(spawned):
+        for sample in (samples[index], others[0][index], by_worker):
+            assert equal(list(sample), list(small_shapes("val")[index]))
 
 
 # Resuming
@@ -429,11 +440,57 @@ def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(own_
 def test_a_write_that_breaks_off_leaves_no_samples_on_disk(own_folder, monkeypatch):
     module = SegmentationDataModule(folder, str(own_folder), cache="disk")
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             module.train_dataloader()
-    assert not list((own_folder.parent / "cache/seg_torch/samples").iterdir())
+    assert not list((own_folder.parent / "cache/seg_torch/samples").rglob("*.bin"))
     assert len(list(module.train_dataloader())) == 1
+
+
+def killed_while_decoding(root: str) -> None:
+    module = SegmentationDataModule(folder, root, cache="disk", num_workers=0)
+    dataset = module.dataset("train")
+    read = dataset.read_mask
+
+    def read_or_die(path):
+        if path == dataset.pairs[4].mask:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    # Not a new function for the dataset, by whose source the samples would get another name.
+    dataset.mask = lambda index: read_or_die(dataset.pairs[index].mask)
+    module.train_dataloader()
+
+
+def test_what_a_killed_run_had_decoded_is_neither_used_nor_kept(own_folder):
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_while_decoding, args=(str(own_folder),)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    cached = own_folder.parent / "cache/seg_torch/samples"
+    [partial] = cached.rglob(f"{PARTIAL}*")
+    module = SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
+    plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
+    assert equal(epoch(module, 0), epoch(plain, 0))
+    assert not partial.exists()
+    assert [path.parent for path in cached.rglob("*.bin")] == [partial.parent]
+
+
+def test_of_runs_that_start_at_once_one_decodes_and_the_others_wait(own_folder, monkeypatch):
+    files = []
+    read = base.read_image
+    monkeypatch.setattr(base, "read_image", lambda path: (files.append(path), read(path))[1])
+    modules = [
+        SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
+        for _ in range(3)
+    ]
+    with ThreadPoolExecutor() as pool:
+        epochs = list(pool.map(lambda module: epoch(module, 0), modules))
+    assert len(files) == len(set(files)) == len(modules[0].dataset("train"))
+    assert equal(epochs[0], epochs[1])
+    assert equal(epochs[0], epochs[2])
 
 
 def test_each_size_has_samples_of_its_own_on_disk(own_folder):
@@ -441,7 +498,7 @@ def test_each_size_has_samples_of_its_own_on_disk(own_folder):
         module = SegmentationDataModule(folder, str(own_folder), cache="disk", resize=resize)
         images, masks = next(iter(module.train_dataloader()))
         assert images.shape[-2:] == masks.shape[-2:] == resize
-        [(images, masks)] = next(iter(module.val_dataloader()))
+        [(images, masks, _)] = next(iter(module.val_dataloader()))
         assert images.shape[-2:] == resize
         assert masks.shape[-2:] == (32, 32)
 

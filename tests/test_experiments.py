@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import SMALL_MASK2FORMER
 from hydra.utils import instantiate
+from lightning import Trainer
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -27,8 +28,10 @@ from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
 from seg_torch.datamodule import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
+from seg_torch.inference import Inference
 from seg_torch.labels import Labels
 from seg_torch.models import deeplabv3
+from seg_torch.models.network import Network
 from seg_torch.task import SegmentationTask
 
 FEW = ("data.dataset.train=2", "data.dataset.val=1", "data.dataset.test=1")
@@ -73,20 +76,55 @@ RUNS = {
         "voc",
         ["experiment=voc_fcn_resnet101", "model.backbone=resnet50", "data.augment.crop=[32,32]"],
     ),
+    **{
+        f"{data}_dpt_dinov2_{size}": (
+            data,
+            [
+                f"experiment={data}_dpt_dinov2_{size}",
+                "model.encoder=test_vit",
+                "data.augment.crop=[32,32]",
+            ],
+        )
+        for data, size in (
+            *(("voc", "small"), ("voc", "base"), ("ade20k", "small"), ("cityscapes", "small")),
+        )
+    },
     "folder": ("folder", ["data=folder", "model=lraspp", "loss=weighted_ce", "scheduler=cosine"]),
+    "folder_focal": (
+        "folder",
+        ["data=folder", "model=unet_random", "loss=focal", "loss.weights=dataset"],
+    ),
     "camvid": ("camvid", ["data=camvid", "model=unet", "loss=dice", "model.encoder=resnet10t"]),
     "cityscapes": (
         "cityscapes",
-        ["data=cityscapes", "model=smp", "model.encoder=tu-resnet10t", "scheduler=step"],
+        [
+            "data=cityscapes",
+            "model=smp",
+            "model.encoder=tu-resnet10t",
+            "scheduler=step",
+            "loss=ohem",
+        ],
     ),
     "ade20k": (
         "ade20k",
-        ["data=ade20k", "model=segformer", "model.config.depths=[1,1,1,1]", "scheduler=multistep"],
+        [
+            "data=ade20k",
+            "model=segformer",
+            "model.config.depths=[1,1,1,1]",
+            "scheduler=multistep",
+            "loss=lovasz",
+        ],
     ),
-    "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random"]),
-    "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random"]),
-    "clothing": ("clothing", ["data=clothing", "model=unet_random"]),
+    "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
+    "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
+    "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
     "own": ("camvid", ["data=camvid", "loss=own", *SMALL_MASK2FORMER]),
+}
+PUBLISHED_DPT = {  # images, batch and steps of UniMatch V2's supervised training: 3,000 VOC samples
+    "voc_dpt_dinov2_small": (1464, 32, 60 * (3000 // 32), 518),
+    "voc_dpt_dinov2_base": (1464, 32, 60 * (3000 // 32), 518),
+    "ade20k_dpt_dinov2_small": (20210, 16, 120 * (20210 // 16), 518),
+    "cityscapes_dpt_dinov2_small": (2975, 16, 360 * (2975 // 16), 798),
 }
 FROZEN = ["clothing_unet_densenet121", "pet_unet_mobilenetv2"]
 BRIEF = (
@@ -293,6 +331,36 @@ def test_voc_deeplabv3_resnet50_has_the_atrous_rates_of_the_book(compose):
     assert rates == [1, 6, 12, 18, 1, 1, 1, 1]  # 1x1, three 3x3, pooled, projection, 3x3, logits
 
 
+@pytest.mark.parametrize("name", PUBLISHED_DPT)
+def test_dinov2_is_trained_by_the_published_recipe(name, compose):
+    images, batch, steps, crop = PUBLISHED_DPT[name]
+    cfg = compose("train", f"experiment={name}")
+    assert cfg.data.batch_size == batch
+    assert cfg.trainer.max_epochs * (images // batch) == steps
+    assert (cfg.data.augment.crop, cfg.data.augment.scale) == ([crop, crop], [0.5, 2.0])
+    assert (cfg.data.augment.flip, cfg.data.augment.jitter) == (0.5, None)
+    assert (cfg.scheduler._target_, cfg.scheduler.power) == ("seg_torch.schedulers.poly", 0.9)
+    model = instantiate(cfg.model, encoder="test_vit", weights=None, num_classes=4)
+    assert model.head.classifier[0].out_channels == {"s": 64, "b": 128}[name.rsplit("_")[-1][0]]
+    network = Network(model)
+    task = SegmentationTask(
+        network,
+        Labels(tuple("abcd")),
+        Inference(network, 4),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+    )
+    task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    adamw = task.configure_optimizers()
+    assert isinstance(adamw, torch.optim.AdamW)
+    encoder = {id(p) for p in model.encoder.parameters()}
+    for group in adamw.param_groups:
+        of_encoder = {id(p) in encoder for p in group["params"]}
+        assert group["lr"] == pytest.approx(5e-6 if of_encoder == {True} else 2e-4)
+        assert len(of_encoder) == 1
+    assert len(adamw.param_groups) == 2
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.01}
+
+
 class LearnsNothing(nn.Module):
     """Logits that stay zero, so that the validation loss stays what it is."""
 
@@ -319,7 +387,7 @@ def test_the_published_weights_can_be_scored_without_training(run):
     assert not (folder / "metrics.csv").exists()
 
 
-def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_path):
+def test_more_scores_are_reported_where_they_are_asked_for(run, compose, tmp_path):
     small = ["data.dataset.size=32", *FEW, "data.dataset.test=3"]
     trained = run("shapes", *small, "model=unet_random")
     reports = []
@@ -327,15 +395,26 @@ def test_average_precision_is_reported_where_it_is_asked_for(run, compose, tmp_p
         options = [f"checkpoint={trained}", f"data.eval_batch_size={size}", "data.num_workers=0"]
         folder = tmp_path / f"evaluation{size}"
         settings = ["trainer.accelerator=cpu", f"output_dir={folder}"]
-        evaluate(compose("evaluate", *options, *settings, "average_precision=true"))
+        asked = ["average_precision=true", "boundary=3" if size == 3 else "boundary=true"]
+        evaluate(compose("evaluate", *options, *settings, *asked))
         reports.append(scores(folder))
     for report in reports:
         values = [row["average_precision"] for row in report["per_class"].values()]
         known = [value for value in values if value is not None]
         assert report["mean_average_precision"] == pytest.approx(np.mean(known))
+        for score in ("boundary_iou", "boundary_f"):
+            values = [row[score] for row in report["per_class"].values() if row[score] is not None]
+            assert report[f"mean_{score}"] == pytest.approx(np.mean(values))
+            assert 0 <= min(values) <= max(values) <= 1
+        pixels = sum(row["pixels"] for row in report["reliability"])
+        assert pixels == np.sum(report["confusion_matrix"])
     means = [report["mean_average_precision"] for report in reports]
     assert means[0] == pytest.approx(means[1], abs=1e-4)
-    assert "mean_average_precision" not in scores(trained)
+    # 2 % of the diagonal of 32 x 32 is 1 pixel.
+    assert reports[0]["mean_boundary_iou"] < reports[1]["mean_boundary_iou"]
+    for name in ("mean_average_precision", "mean_boundary_iou", "mean_boundary_f"):
+        assert name not in scores(trained)
+    assert 0 <= scores(trained)["expected_calibration_error"] <= 1
 
 
 # The eight-fold training set, each variant computed with other means

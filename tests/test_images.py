@@ -1,7 +1,14 @@
+import random
+import struct
+import sys
+import zlib
+from io import BytesIO
+
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from seg_torch import images
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images import image_size, read_image
@@ -183,3 +190,124 @@ def test_when_writing_fails_the_old_file_stays(tmp_path):
         write_atomically(path, fail_half_way)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# PNG files, with and without the extra "fast"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(header: bytes, rows: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
+    """A file of 3 x 2 pixels with chunks before and after the pixels."""
+    ihdr = chunk(b"IHDR", struct.pack(">II", 3, 2) + header)
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + before + pixels + after + chunk(b"IEND", b"")
+
+
+def png_files() -> dict[str, bytes]:
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    rgba = Image.fromarray(values)
+    rgb, files = rgba.convert("RGB"), {}
+    saved = {mode: (rgba.convert(mode), {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
+    saved["I;16"] = Image.fromarray(values[..., 0].astype(np.uint16) * 257), {}
+    saved["transparent"] = rgb, {"transparency": rgb.getpixel((0, 0))}
+    saved["animated"] = rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}
+    for name, (image, options) in saved.items():
+        file = BytesIO()
+        image.save(file, "PNG", **options)
+        files[name] = file.getvalue()
+    for level in (1, 9):
+        file = BytesIO()
+        rgb.resize((90, 70)).save(file, "PNG", compress_level=level)
+        files[f"level {level}"] = file.getvalue()
+    rows = b"".join(b"\0" + bytes(range(9 * i, 9 * i + 9)) for i in (1, 2))
+    wide = b"".join(b"\0" + bytes(range(18 * i, 18 * i + 18)) for i in (1, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = exif.tobytes().removeprefix(b"Exif\0\0")
+    as_text = zlib.compress(f"\nexif\n{len(turned)}\n{turned.hex()}".encode())
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    plain = b"\x08\2\0\0\0"
+    files |= {
+        "16 bit": png(b"\x10\2\0\0\0", wide),
+        "gamma": png(plain, rows, chunk(b"gAMA", struct.pack(">I", 100_000))),
+        "text": png(plain, rows, chunk(b"tEXt", b"Software\0none")),
+        "turned": png(plain, rows, chunk(b"eXIf", turned)),
+        "turned by what follows": png(plain, rows, after=chunk(b"eXIf", turned)),
+        "turned by a text": png(
+            plain,
+            rows,
+            chunk(b"zTXt", b"Raw profile type exif\0\0" + as_text),
+        ),
+        "turned by XMP": png(plain, rows, after=chunk(b"iTXt", xmp)),
+    }
+    return files
+
+
+def read_by_pillow(path, monkeypatch) -> np.ndarray | str:
+    with monkeypatch.context() as patch:
+        patch.setattr("seg_torch.images._spng_decode", lambda: None)
+        return read_or_refused(path)
+
+
+def read_or_refused(path) -> np.ndarray | str:
+    try:
+        return read_image(path)
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", png_files())
+def test_libspng_gives_the_pixels_that_pillow_gives(tmp_path, monkeypatch, name):
+    pytest.importorskip("imagecodecs")
+    path = tmp_path / "a.png"
+    path.write_bytes(png_files()[name])
+    expected, found = read_by_pillow(path, monkeypatch), read_image(path)
+    assert np.array_equal(found, expected)
+    assert found.flags.writeable
+    assert ("turned" in name) == (found.shape == (3, 2, 3))
+
+
+def test_a_plain_png_is_not_decoded_by_pillow_where_libspng_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("imagecodecs")
+    path = written(Image.new("RGB", (3, 2), "red"), tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    assert read_image(path)[1, 2].tolist() == [255, 0, 0]
+
+
+def test_what_is_not_decoded_to_8_bits_is_left_to_pillow(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_files()["16 bit"])
+    wide = np.zeros((2, 3, 3), np.uint16)
+    monkeypatch.setattr(images, "_spng_decode", lambda: lambda content: wide)
+    assert read_image(path).dtype == np.uint8
+
+
+def test_without_libspng_png_files_are_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    images._spng_decode.cache_clear()
+    path = written(Image.new("RGB", (3, 2), "red"), tmp_path / "a.png")
+    assert read_image(path)[1, 2].tolist() == [255, 0, 0]
+    images._spng_decode.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_libspng_refuses_what_pillow_refuses_with_pillows_reason(tmp_path, monkeypatch):
+    pytest.importorskip("imagecodecs")
+    rng, path = random.Random(0), tmp_path / "a.png"
+    content = png_files()["level 9"]
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(damaged)) :]
+        else:
+            for _ in range(rng.choice([1, 1, 4])):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        expected, found = read_by_pillow(path, monkeypatch), read_or_refused(path)
+        assert np.array_equal(found, expected)
+        refused += isinstance(found, str)
+    assert 100 < refused < 300

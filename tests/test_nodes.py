@@ -189,6 +189,8 @@ def test_two_nodes_score_as_one_process_and_write_one_folder(nodes, weights, com
     (folder,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {
         "test_metrics.json",
+        "test_images.npz",
+        "test_images.csv",
         "test_confusion_matrix.png",
     }
     one = tmp_path / "one"

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import (
 
 from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.errors import InputError
+from seg_torch.optimizers import PARTS
 from seg_torch.schedulers import cosine, one_cycle, poly, scheduler_config
 
 STEPS = 100
@@ -222,7 +223,8 @@ def test_none_is_no_schedule(compose):
 )
 def test_d35_usual_settings_of_optimizers_are_listed_with_torchs_defaults(path, compose):
     config = compose("train", f"optimizer={path.stem}", "optimizer.weight_decay=0.25").optimizer
-    built = instantiate(config)([PARAMETER])
+    own = {key: value for key, value in config.items() if key not in PARTS}
+    built = instantiate(own)([PARAMETER])
     assert built.defaults["weight_decay"] == 0.25
     ours, torchs = instantiate(OmegaConf.load(path)), type(built)([PARAMETER]).defaults
     chosen = {"lr", "weight_decay", "momentum"}  # by this project

@@ -1,19 +1,22 @@
 """Lightning's Trainer for this hardware: devices, checkpoints that survive, several processes."""
 
+import copy
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from seg_torch import checkpoint
 from seg_torch.commands.evaluate import evaluate
@@ -23,6 +26,7 @@ from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
+from seg_torch.segmenter import Segmenter
 from seg_torch.trainer import AtomicCheckpointIO, build_trainer, on_first_process, run_folder
 
 ROOT = Path(__file__).parents[1]
@@ -326,3 +330,112 @@ def test_two_processes_stop_together_during_a_validation_of_unequal_shares(tmp_p
     assert "stopped in epoch 1; go on with resume=a" in output
     assert {code for codes in noted(tmp_path, "exit") for code in codes} == {128 + signal.SIGTERM}
     assert checkpoint.read(tmp_path / "a/checkpoints/last.ckpt")["global_step"] == 1
+
+
+# Compiled models
+
+
+class Compiler:
+    """In the place of torch.compile's: runs the model's own operations, and counts."""
+
+    def __init__(self) -> None:
+        self.compiled = self.called = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any, mode: str = "default") -> Any:
+        self.compiled += 1
+
+        def call(*arguments: Any) -> Any:
+            self.called += 1
+            return graph.forward(*arguments)
+
+        return call
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Compiler:
+    torch._dynamo.reset()
+    compiler = Compiler()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    return compiler
+
+
+def test_a_compiled_run_saves_resumes_and_loads_as_any_other(small, compiler, tmp_path):
+    """Compiled once and used in every training step, but not to score images of other sizes."""
+    plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
+    # A network whose few layers compile faster, and a rate that does not depend on the epochs.
+    settings = ("logger=none", "model.encoder=resnet18", "scheduler=none")
+    train(small("train", f"output_dir={plain}", *settings))
+    assert compiler.called == 0
+    compiled = ("trainer.compile=default", *settings)
+    train(small("train", f"output_dir={whole}", *compiled))
+    assert (compiler.compiled, compiler.called) == (1, 6)  # of two epochs, 3 batches each
+    train(small("train", f"output_dir={parts}", *compiled, "trainer.max_epochs=1"))
+    cfg = OmegaConf.load(parts / "config.yaml")
+    train(OmegaConf.merge(cfg, {"resume": str(parts), "trainer": {"max_epochs": 2}}))
+    states = [
+        checkpoint.network_state(checkpoint.read(folder / "checkpoints/last.ckpt"))
+        for folder in (plain, whole, parts)
+    ]
+    assert list(states[1]) == list(states[0])
+    torch.testing.assert_close(states[2], states[1], rtol=0, atol=0)
+    # Sums of gradients are taken in another order.
+    losses = [
+        [float(line.split(",")[3]) for line in (f / "metrics.csv").read_text().splitlines()[1:]]
+        for f in (plain, whole)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    image = np.zeros((40, 50, 3), np.uint8)
+    assert Segmenter.load(whole, "cpu").predict(image).mask.shape == (40, 50)
+
+
+def test_batches_of_another_shape_are_not_compiled_nor_is_a_copy(compiler):
+    network = Network(unet(2, **MODEL)).train()
+    network.compile_for_training("max-autotune")
+    for images, height in ((4, 32), (4, 32), (3, 32), (4, 64), (1, 96), (4, 32)):
+        network(torch.zeros(images, 3, height, 32, dtype=torch.uint8))
+    assert (compiler.compiled, compiler.called) == (1, 3)
+    network.eval()(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    assert compiler.called == 3
+    other = copy.deepcopy(network).train()
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    assert not other(torch.full((4, 3, 32, 32), 9, dtype=torch.uint8))["out"].any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"compile": "fast"}, "trainer.compile is 'fast'; use one of None, default, max-autotune"),
+        ({"benchmark": "auto"}, "trainer.benchmark is 'auto'"),
+        ({"compile": "default", "deterministic": True}, "bit for bit.*trainer.compile=default"),
+        ({"benchmark": True, "deterministic": True}, "bit for bit.*trainer.benchmark=True"),
+    ],
+)
+def test_what_cannot_be_compiled_or_repeated_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        build_trainer(settings(**wrong))
+
+
+def test_a_model_that_cannot_be_compiled_is_an_error_of_the_user(small, monkeypatch):
+    def no_compiler(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler found\n\nand a long story")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    with pytest.raises(InputError, match=r"no C\+\+ compiler found. Set trainer.compile=null"):
+        train(small("train", "trainer.compile=default", "logger=none"))
+
+
+@pytest.mark.slow
+def test_pytorchs_own_compiler_gives_the_loss_and_gradients_of_the_model():
+    torch._dynamo.reset()
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    network = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).train()
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            network.compile_for_training("default")
+        network.zero_grad()
+        network(images)["out"].square().mean().backward()
+        results.append([parameter.grad.clone() for parameter in network.parameters()])
+    torch.testing.assert_close(*results)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional
 
 from seg_torch import checkpoint
+from seg_torch.callbacks import History
 from seg_torch.cli import complete_overrides
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
@@ -52,26 +55,80 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_a_run_leaves_what_the_design_promises(small, tmp_path):
-    train(small("train"))
+    best = train(small("train"))
     run = tmp_path / "run"
     for name in (
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
         "metrics.csv",
+        "times.csv",
         "test_metrics.json",
+        "test_images.npz",
+        "test_images.csv",
         "curves.png",
         "samples/epoch_000.png",
         "samples/epoch_001.png",
     ):
         assert (run / name).stat().st_size > 0, name
     assert len(history(run)) == 2
+    assert best == max(float(row["val_mean_iou"]) for row in history(run))
+    with (run / "times.csv").open() as file:
+        times = [(row["epoch"], float(row["seconds"]) > 0) for row in csv.DictReader(file)]
+    assert times == [("0", True), ("1", True)]
     assert OmegaConf.load(run / "config.yaml").trainer.max_epochs == 2
     report = json.loads((run / "test_metrics.json").read_text())
     matrix = np.array(report["confusion_matrix"])
     assert report["pixel_accuracy"] == pytest.approx(np.trace(matrix) / matrix.sum())
     labelled = sum(int((np.asarray(shapes("test", 32)[i][1]) != 255).sum()) for i in range(3))
     assert matrix.sum() == labelled
+
+
+@pytest.mark.promise(2)
+def test_scores_of_each_image_are_written_and_add_up_to_those_of_all(small, compose, tmp_path):
+    """Four images at a time, of two sizes, in tiles: each row is that of the image it names."""
+    samples = [shapes("val", size=size)[i] for i, size in enumerate((96, 64, 96, 64, 96))]
+    samples[3][1][:] = 255
+    write_folder(samples, shapes("val").labels, tmp_path / "data")
+    for split, names in (("train", "0003"), ("val", "0003"), ("test", "0004 0001 0003 0000 0002")):
+        (tmp_path / f"data/{split}.txt").write_text(names.replace(" ", "\n"))
+    train(small("train", "trainer.max_epochs=1"))
+    options = (f"checkpoint={tmp_path / 'run'}", "data=folder", f"data.root={tmp_path / 'data'}")
+    options = (*options, "data.eval_batch_size=4", "tile=64", f"output_dir={tmp_path / 'scores'}")
+    evaluate(compose("evaluate", *options))
+    found = np.load(tmp_path / "scores/test_images.npz")
+    with (tmp_path / "scores/test_images.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == found["names"].tolist()
+    assert sorted(rows) == ["0000", "0001", "0002", "0003", "0004"]
+    segmenter = Segmenter.load(tmp_path / "run", tile=64, precision="32-true")
+    for place, name in enumerate(found["names"]):
+        image, mask = samples[int(name)]
+        result = segmenter.predict(image, probabilities=True)
+        valid = mask.numpy() != 255
+        label, predicted = mask.numpy()[valid], result.mask[valid]
+        counts = [
+            np.bincount(ids, minlength=6) for ids in (label[label == predicted], label, predicted)
+        ]
+        for array, expected in zip(
+            ("intersection", "label_pixels", "predicted_pixels"), counts, strict=True
+        ):
+            assert found[array].dtype == np.int64
+            np.testing.assert_array_equal(found[array][place], expected)
+        row = rows[name]
+        if name == "0003":
+            assert np.isnan(found["confidence"][place])
+            assert set(row.values()) == {name, ""}, "nothing is labelled"
+            continue
+        confidence = result.probabilities().max(0)[valid].mean(dtype=float)
+        assert found["confidence"][place] == pytest.approx(confidence, abs=1e-3)
+        assert float(row["confidence"]) == pytest.approx(found["confidence"][place], abs=1e-6)
+        assert float(row["pixel_accuracy"]) == pytest.approx((label == predicted).mean(), abs=1e-6)
+        iou = jaccard_score(label, predicted, average=None, labels=range(6), zero_division=0)
+        written = [row[f"iou {label}"] for label in shapes("val").labels.names]
+        np.testing.assert_allclose([float(v or 0) for v in written], iou, atol=1e-6)
+        present = [c in label or c in predicted for c in range(6)]
+        assert [v != "" for v in written] == present
 
 
 def test_a_run_is_not_overwritten_by_another(small, tmp_path):
@@ -309,6 +366,110 @@ def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeyp
         assert_same_run(folder, tmp_path / "whole")
 
 
+# The moving average of the weights
+
+
+def numpy_state(task: SegmentationTask) -> dict[str, np.ndarray]:
+    return {k: v.numpy().copy() for k, v in task.network.state_dict().items()}
+
+
+def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
+    small, tmp_path, monkeypatch
+):
+    trained: list[dict[str, np.ndarray]] = []  # after each step
+    used: dict[str, list] = {"validated": [], "drawn": [], "scored": []}
+    step, validate, test = (
+        getattr(SegmentationTask, n) for n in ("optimizer_step", "validation_step", "test_step")
+    )
+
+    def stepped(task, *arguments):
+        step(task, *arguments)
+        trained.append(numpy_state(task))
+
+    def validated(task, *arguments):
+        if not task.trainer.sanity_checking:
+            used["validated"].append(numpy_state(task))
+        validate(task, *arguments)
+
+    def drawn(self, trainer, task):
+        if not trainer.sanity_checking:
+            used["drawn"].append(numpy_state(task))
+
+    def scored(task, *arguments):
+        used["scored"].append(numpy_state(task))
+        test(task, *arguments)
+
+    monkeypatch.setattr(SegmentationTask, "optimizer_step", stepped)
+    monkeypatch.setattr(SegmentationTask, "validation_step", validated)
+    monkeypatch.setattr(SegmentationTask, "test_step", scored)
+    monkeypatch.setattr("seg_torch.callbacks.SampleSheet.on_validation_end", drawn)
+    train(small("train", "ema=0.75", "loss=weighted_ce"))
+
+    assert len(trained) == 6
+    averages = [trained[0]]  # the average of one
+    for state in trained[1:]:
+        last = averages[-1]
+        averages.append({k: 0.75 * last[k] + 0.25 * v for k, v in state.items()})
+    epochs = [averages[2], averages[5]]
+    run = tmp_path / "run"
+    best = int(np.argmax([float(row["val_mean_iou"]) for row in history(run)]))
+    loaded = {k: v.numpy() for k, v in Segmenter.load(run).network.state_dict().items()}
+    pairs = [
+        *zip(used["validated"][:: len(used["validated"]) // 2], epochs, strict=True),
+        *zip(used["drawn"], epochs, strict=True),
+        (used["scored"][0], epochs[best]),
+        (loaded, epochs[best]),
+        ({k: v.numpy() for k, v in weights(run).items()}, epochs[1]),
+    ]
+    for found, expected in pairs:
+        for name in expected:  # with the running statistics of BatchNorm
+            if "num_batches" not in name:
+                np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert (found["mean"] == trained[0]["mean"]).all()  # to the last bit
+    content = checkpoint.read(run / "checkpoints/last.ckpt")["current_model_state"]
+    assert all((content[f"network.{k}"].numpy() == v).all() for k, v in trained[5].items())
+
+
+def test_a_run_with_ema_is_stopped_anywhere_and_goes_on_as_if_undisturbed(
+    small, tmp_path, monkeypatch
+):
+    options = ("ema=0.75", "trainer.max_epochs=3")
+    train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
+    for moment in ("validation_step", "training_step"):
+        plain = getattr(SegmentationTask, moment)
+
+        def signalled(task, *arguments, plain=plain):
+            if task.current_epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(task, *arguments)
+
+        folder = tmp_path / moment
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentationTask, moment, signalled)
+            with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
+                train(small("train", f"output_dir={folder}", *options))
+        resume(folder)
+        assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_run_with_ema_that_diverges_keeps_the_average_before(small, tmp_path, monkeypatch):
+    plain = SegmentationTask.training_step
+
+    def diverging(task, batch, index):
+        return plain(task, batch, index) * (float("nan") if task.current_epoch == 1 else 1)
+
+    monkeypatch.setattr(SegmentationTask, "training_step", diverging)
+    with pytest.raises(InputError, match="diverged"):
+        train(small("train", "ema=0.75"))
+    for name in ("best", "last"):
+        assert all(v.isfinite().all() for v in weights(tmp_path / "run", name).values())
+
+
+def test_an_impossible_ema_is_refused(small):
+    with pytest.raises(InputError, match=r"ema is 1; it is a decay between 0 and 1"):
+        train(small("train", "ema=1"))
+
+
 def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path):
     """On a small disk of its own where the user may mount one, else with a limit for its files."""
     disk = tmp_path / "disk"
@@ -514,7 +675,7 @@ def logits_without_numbers(task, groups, index):
 
 
 def nothing_labelled(task, groups, index):
-    for _, masks in groups:
+    for _, masks, _ in groups:
         masks.fill_(255)
     VALIDATION_STEP(task, groups, index)
 
@@ -727,3 +888,42 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.current_epoch == 1:
             raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize(
+    ("wait", "cache", "shown", "hint"),
+    [
+        (0.1, "none", "9% of the time waiting for data", ""),
+        (1.0, "none", "50% of the time waiting for data", "; data.cache=ram or disk keeps"),
+        (1.0, "disk", "50% of the time waiting for data", "; data.num_workers=N lets N"),
+    ],
+)
+def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
+    tmp_path, monkeypatch, wait, cache, shown, hint
+):
+    """Ten steps of one second; validation after the fourth and the last is not waiting."""
+    clock = [0.0]
+    monkeypatch.setattr("seg_torch.callbacks.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("seg_torch.callbacks.save_curves", lambda *_: None)
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        current_epoch=0,
+        max_epochs=3,
+        global_step=10,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        datamodule=SimpleNamespace(cache=cache),
+    )
+    task = SimpleNamespace(training_loss=lambda: 0.5, validated=False)
+    line = History(tmp_path)
+    line.on_train_epoch_start(trainer, task)
+    for step in range(10):
+        clock[0] += wait
+        line.on_train_batch_start(trainer, task)
+        clock[0] += 1
+        line.on_train_batch_end(trainer, task)
+        if step in (3, 9):
+            clock[0] += 20
+            line.on_validation_end(trainer, task)
+    line.on_train_epoch_end(trainer, task)
+    assert line.line.startswith(f"epoch 1 of 3: loss 0.5000, {shown}{hint}")
+    assert hint or line.line.endswith(shown)

@@ -81,6 +81,32 @@ def test_mask_resize_takes_the_pixel_under_the_centre():
     assert resize_mask(mask[:, :2], (1, 6)).tolist() == [[0, 0, 0, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_mask_resize_is_pytorchs_nearest_exact(seed):
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.integers(0, 256, rng.integers(1, 90, 2), np.uint8))
+    size = [int(n) for n in rng.integers(1, 90, 2)]
+    expected = torch.nn.functional.interpolate(mask[None, None], size, mode="nearest-exact")
+    assert torch.equal(resize_mask(mask, size), expected[0, 0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_window_is_what_torchvision_pads_cuts_and_resizes(seed):
+    image, mask = sample(48, 80)
+    beside = tv_tensors.Image(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    transform = RandomScaleCrop((40, 56), scale=(0.4, 2.0))
+    torch.manual_seed(seed)
+    params = transform.make_params([image])
+    left, top, right, bottom = params["padding"]
+    window = [params[key] for key in ("top", "left", "h", "w")]
+    padded = tvf.pad(image, [left, top, right, bottom], fill=[124.0, 116.0, 104.0])
+    expected = tvf.resize(tvf.crop(padded, *window), [40, 56], antialias=True)
+    for layout in (image, beside):
+        assert torch.equal(transform.transform(layout, params), expected)
+    padded = tvf.crop(tvf.pad(mask, [left, top, right, bottom], fill=255), *window)
+    assert torch.equal(transform.transform(mask, params), resize_mask(padded, (40, 56)))
+
+
 def test_jitter_leaves_the_mask_alone():
     image, mask = sample()
     torch.manual_seed(0)

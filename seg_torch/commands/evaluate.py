@@ -3,9 +3,12 @@ published model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
@@ -22,6 +25,21 @@ from seg_torch.trainer import build_trainer, on_first_process, on_other_machines
 
 def evaluate(cfg: DictConfig) -> None:
     """Scores a checkpoint or a published model on a split of its own data or of other data."""
+    score(*prepare(cfg), cfg.split)
+
+
+def prepare(
+    cfg: DictConfig, label_quality: bool = False
+) -> tuple[Trainer, SegmentationTask, SegmentationDataModule, Path]:
+    """Returns all that `seg_torch.trainer.score` needs but the split.
+
+    Args:
+        cfg: Settings of the command.
+        label_quality: Score the labels of each image, too.
+
+    Raises:
+        InputError: The checkpoint, the data or a setting cannot be used.
+    """
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
     model = cfg.get("model")
@@ -30,13 +48,14 @@ def evaluate(cfg: DictConfig) -> None:
     if cfg.checkpoint is not None:
         content = checkpoint.read(cfg.checkpoint)
         network, labels = checkpoint.build_network(content, cfg.trust)
-        description = content[checkpoint.KEY]
+        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
+        own_data = content[checkpoint.KEY]["data"]
     else:
         network, labels, resize = instantiate(cfg.model)
-        description = {"data": {}, "preprocessing": {"resize": resize}}
+        own_data = {}
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, description)
+    settings = _data_settings(cfg, own_data, resize)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -54,8 +73,15 @@ def evaluate(cfg: DictConfig) -> None:
     inference = Inference(
         network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
     )
-    task = SegmentationTask(network, labels, inference, average_precision=cfg.average_precision)
-    score(trainer, task, data, folder, cfg.split)
+    task = SegmentationTask(
+        network,
+        labels,
+        inference,
+        average_precision=cfg.average_precision,
+        boundary=cfg.boundary,
+        label_quality=label_quality,
+    )
+    return trainer, task, data, folder
 
 
 def _with_classes_of(
@@ -78,15 +104,16 @@ def _with_classes_of(
     return network, wanted
 
 
-def _data_settings(cfg: DictConfig, description: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the data module: the checkpoint's, and the user's on top."""
+def _data_settings(
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
+) -> dict[str, Any]:
+    """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
-        if not description["data"]:
+        if not own:
             raise InputError("model=hub comes without data: give data=ade20k data.root=FOLDER")
-        settings = {**_own_data(description["data"]), **settings}
-    resize = description["preprocessing"]["resize"]
+        settings = {**_own_data(own), **settings}
     if given.get("resize") not in (None, resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "

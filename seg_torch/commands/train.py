@@ -16,22 +16,37 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch import checkpoint, hardware
-from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal
+from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal, WeightAverage
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.inference import Inference
-from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.network import (
+    Network,
+    freeze_unused_parameters,
+    named_compile_errors,
+    synchronise_batchnorm,
+)
 from seg_torch.models.weights import load_matching_weights
 from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
 from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
+from seg_torch.trainer import (
+    FullySharded,
+    build_trainer,
+    on_first_process,
+    on_other_machines,
+    run_folder,
+    score,
+)
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig) -> float | None:
     """Trains, keeps the best epoch, and scores it on the test set.
+
+    Returns:
+        The mean IoU of the best epoch's validation; `None` if there was no validation.
 
     Raises:
         InputError: Something is wrong with the settings, the data, the disk or the numbers.
@@ -42,7 +57,7 @@ def train(cfg: DictConfig) -> None:
     folder = run_folder(trainer, cfg)
     try:
         with StopOnSignal(folder) as stop:
-            _train(cfg, trainer, folder, stop)
+            return _train(cfg, trainer, folder, stop)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
@@ -52,7 +67,7 @@ def train(cfg: DictConfig) -> None:
         ) from error
 
 
-def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) -> None:
+def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) -> float | None:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     resumed = checkpoint.read(last_checkpoint(cfg.resume)) if cfg.resume else None
     on_first_process(trainer, partial(claim, folder, cfg.trainer, resumed))
@@ -62,12 +77,14 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
     task = _task(cfg, data, trainer, folder, resumed)
 
     trainer.loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    best = Checkpoints(folder, "best", monitor="val/mean_iou")
     trainer.callbacks += [  # type: ignore[attr-defined]
         *([LearningRateMonitor("step")] if trainer.loggers else []),
         History(folder),
         SampleSheet(folder),
+        *([_weight_average(cfg.ema, trainer)] if cfg.get("ema") is not None else []),
         *(instantiate(node) for node in cfg.callbacks.values()),
-        Checkpoints(folder, "best", monitor="val/mean_iou"),
+        best,
         Checkpoints(folder, "last"),  # after all that it has to contain
         stop,
     ]
@@ -76,10 +93,11 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
 
     if resumed is None or not is_complete(resumed, cfg.trainer):  # else it was killed in the test
         last = None if resumed is None else last_checkpoint(folder)
-        with hardware.named_nondeterminism():
+        with hardware.named_nondeterminism(), named_compile_errors():
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-    best = (folder / "checkpoints" / "best.ckpt").exists()
-    state: Any = checkpoint.network_state(checkpoint.read(folder)) if best else None
+    state: Any = None
+    if (folder / "checkpoints" / "best.ckpt").exists():
+        state = checkpoint.network_state(checkpoint.read(folder))
     state = trainer.strategy.broadcast(state)  # other machines may not see the folder
     if state is not None:
         whole = StateDictOptions(full_state_dict=True)  # of which FSDP takes each process's share
@@ -87,6 +105,7 @@ def _train(cfg: DictConfig, trainer: Trainer, folder: Path, stop: StopOnSignal) 
     # As evaluate.py will score it: in float32.
     task.inference = Inference(task.network, len(task.labels), data.resize, precision="32-true")
     score(trainer, task, data, folder, "test")
+    return None if best.best_model_score is None else best.best_model_score.item()
 
 
 def _task(
@@ -114,6 +133,8 @@ def _task(
     if trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
         # Without it each GPU normalises its few images by their own statistics.
         synchronise_batchnorm(network)
+    if mode := cfg.trainer.get("compile"):
+        network.compile_for_training(mode)
     return SegmentationTask(
         network,
         labels,
@@ -122,12 +143,22 @@ def _task(
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
         aux_weight=cfg.aux_weight,
+        warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
             network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
         ),
         seed=cfg.seed,
+        benchmark=bool(cfg.trainer.get("benchmark")),
     )
+
+
+def _weight_average(decay: float, trainer: Trainer) -> WeightAverage:
+    if not 0 < decay < 1:
+        raise InputError(f"ema is {decay}; it is a decay between 0 and 1, such as 0.999, or null")
+    if isinstance(trainer.strategy, FullySharded):
+        raise InputError("ema needs whole weights: use trainer.strategy=ddp, or ema=null")
+    return WeightAverage(decay, trainer.strategy.root_device)
 
 
 def _announce(

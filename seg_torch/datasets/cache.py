@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
-import uuid
 from collections.abc import Callable
+from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.datasets.base import in_threads
+from seg_torch.files import PARTIAL, write_atomically
 
 
 class CachedSamples(Dataset):
     """Samples that lie one after the other in one array, which all processes share.
 
     Args:
-        content: uint8 [bytes], images and masks in turn.
-        places: int64 [N, 6], of each sample the offset, C, H, W of its image, H, W of its mask.
-        folder: Where both are, from which a worker process maps them anew; `None` for memory.
+        content: uint8 [bytes], of each sample the image [H, W, C] and the mask [H, W].
+        places: int64 [N, 6], of each sample the offset, H, W, C of its image, H, W of its mask.
+        file: The open file that `content` is mapped from; `None` for memory.
     """
 
-    def __init__(self, content: torch.Tensor, places: np.ndarray, folder: Path | None) -> None:
-        self.content, self.places, self.folder = content, places, folder
+    def __init__(self, content: torch.Tensor, places: np.ndarray, file: BinaryIO | None) -> None:
+        self.content, self.places, self.file = content, places, file
 
     def __reduce__(self) -> Any:
-        arguments = (self.content, self.places, None)
-        return (CachedSamples, arguments) if self.folder is None else (map_samples, (self.folder,))
+        if self.file is None:  # PyTorch moves the tensor to memory that all workers share
+            return CachedSamples, (self.content, self.places, None)
+        # A worker that is not forked gets the open file, which may have no name any more.
+        return _map_descriptor, (reduction.DupFd(self.file.fileno()),)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -42,7 +46,8 @@ class CachedSamples(Dataset):
         shapes = sizes[:3], sizes[3:]
         lengths = [int(np.prod(shape)) for shape in shapes]
         image, mask = self.content[offset : offset + sum(lengths)].split(lengths)
-        return tv_tensors.Image(image.view(shapes[0])), tv_tensors.Mask(mask.view(shapes[1]))
+        pixels = image.view(shapes[0]).permute(2, 0, 1)
+        return tv_tensors.Image(pixels), tv_tensors.Mask(mask.view(shapes[1]))
 
 
 def samples_in_memory(samples: Dataset) -> CachedSamples:
@@ -53,26 +58,46 @@ def samples_in_memory(samples: Dataset) -> CachedSamples:
     return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), places, None)
 
 
-def samples_in_folder(samples: Dataset, folder: Path) -> CachedSamples:
-    """Writes all samples to a folder, unless they are there, and maps them into memory."""
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
-        partial.mkdir(parents=True)
-        try:
-            with (partial / "samples.bin").open("wb") as file:
-                places = _append(samples, file.write)
-            np.save(partial / "places.npy", places)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return map_samples(folder)
+def samples_on_disk(samples: Dataset, folder: Path) -> CachedSamples:
+    """Writes all samples to a file in a folder of their own, unless it is there, and maps it.
+
+    Of several processes that need them at once, one writes and the others wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "samples.bin"
+    with FileLock(folder / "lock"):
+        if not path.exists():
+            for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed
+                partial.unlink()
+            write_samples(samples, path)
+    return map_samples(path)
 
 
-def map_samples(folder: Path) -> CachedSamples:
-    """Maps the samples of a folder into memory: what is read is shared by all processes."""
-    # Copy on write, for a transform that works in place.
-    content = np.memmap(folder / "samples.bin", np.uint8, "c")
-    return CachedSamples(torch.from_numpy(content), np.load(folder / "places.npy"), folder)
+def write_samples(samples: Dataset, path: Path) -> None:
+    """Writes all samples to a file, in which their places and the number of them come last."""
+
+    def write(name: str) -> None:
+        with open(name, "wb") as file:
+            places = _append(samples, file.write)
+            file.write(places.tobytes() + np.int64(len(places)).tobytes())
+
+    write_atomically(path, write)
+
+
+def map_samples(path: str | Path) -> CachedSamples:
+    """Maps a file of samples into memory: what is read of it is shared by all processes."""
+    return _map_file(open(path, "rb"))
+
+
+def _map_descriptor(descriptor: Any) -> CachedSamples:
+    return _map_file(os.fdopen(descriptor.detach(), "rb"))
+
+
+def _map_file(file: BinaryIO) -> CachedSamples:
+    content = np.memmap(file, np.uint8, "c")  # copy on write, for a transform that works in place
+    (count,) = content[-8:].view(np.int64)
+    places = content[-8 - 48 * count : -8].view(np.int64).reshape(count, 6)
+    return CachedSamples(torch.from_numpy(content), places, file)
 
 
 def _append(samples: Any, write: Callable[[bytes], object]) -> np.ndarray:
@@ -85,8 +110,10 @@ def _append(samples: Any, write: Callable[[bytes], object]) -> np.ndarray:
         transient=True,
         disable=not sys.stdout.isatty(),
     ):
-        places.append((offset, *image.shape, *mask.shape))
-        for part in (image, mask):
-            write(part.numpy().tobytes())
-            offset += part.numel()
+        # The channels of a pixel side by side, as they come from a file.
+        parts = image.permute(1, 2, 0).numpy(), mask.numpy()
+        places.append((offset, *parts[0].shape, *parts[1].shape))
+        for part in parts:
+            write(part.tobytes())
+            offset += part.size
     return np.array(places, np.int64)

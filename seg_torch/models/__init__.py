@@ -9,3 +9,5 @@ from seg_torch.models.transformers import transformers as transformers
 from seg_torch.models.unet import UNet as UNet
 from seg_torch.models.unet import unet as unet
 from seg_torch.models.unet_transposed import unet_transposed as unet_transposed
+from seg_torch.models.vit import ViT as ViT
+from seg_torch.models.vit import vit as vit

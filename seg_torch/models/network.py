@@ -2,16 +2,26 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from seg_torch.errors import InputError, check_choice
+from seg_torch.models.depthwise import FastDepthwiseGradients
+
 log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# PyTorch's modes by the values of `trainer.compile`. CUDA graphs, which max-autotune would record,
+# keep gradients in memory that the next step writes to, and addresses, which FSDP changes.
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 class Network(nn.Module):
@@ -37,6 +47,8 @@ class Network(nn.Module):
         self.model = model.to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
         mean = getattr(model, "mean", IMAGENET_MEAN) if mean is None else mean
         std = getattr(model, "std", IMAGENET_STD) if std is None else std
+        self.compiled: Callable[[nn.Module, Tensor], Any] | None = None
+        self.compiled_shape: torch.Size | None = None
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -54,8 +66,62 @@ class Network(nn.Module):
         """
         x = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
         x = x.contiguous(memory_format=torch.channels_last)
-        out = self.model(x) if target is None else self.model(x, target)
+        inputs = (x,) if target is None else (x, target)
+        run: Callable[..., Any] = _apply
+        if self.training and self.compiled is not None and target is None:
+            self.compiled_shape = self.compiled_shape or x.shape
+            run = self.compiled if x.shape == self.compiled_shape else _apply
+        on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+        with FastDepthwiseGradients() if on_cpu else nullcontext():
+            out = run(self.model, *inputs)
         return {"out": out} if isinstance(out, Tensor) else out
+
+    def compile_for_training(self, mode: str) -> None:
+        """Lets the first batch that is trained on compile the model, for batches of its shape.
+
+        Batches of another shape, evaluation, and a loss of the model's own run it as it is. So does
+        a copy of it.
+
+        Args:
+            mode: One of `COMPILE_MODES`.
+
+        Raises:
+            InputError: No such mode, or PyTorch cannot compile here. (Whether it can compile this
+                model shows in the first step, see `named_compile_errors`.)
+        """
+        check_choice("trainer.compile", mode, COMPILE_MODES)
+        try:
+            # Not a module around the model: parameters keep their names.
+            self.compiled = torch.compile(_apply, mode=COMPILE_MODES[mode], dynamic=False)
+        except RuntimeError as error:
+            raise InputError(
+                f"trainer.compile={mode}: {error}; set trainer.compile=null"
+            ) from error
+        log.info("the model is compiled in the first step, which takes minutes")
+
+
+def _apply(model: nn.Module, *inputs: Tensor) -> Any:
+    return model(*inputs)
+
+
+@contextmanager
+def named_compile_errors() -> Iterator[None]:
+    """The context of training a network that is compiled.
+
+    Raises:
+        InputError: PyTorch cannot compile the model, or has no compiler.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        dynamo = sys.modules.get("torch._dynamo.exc")  # importing it takes a second
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(
+            f"trainer.compile: PyTorch cannot compile this model here: {reason}. Set "
+            "trainer.compile=null"
+        ) from error
 
 
 def synchronise_batchnorm(network: Network) -> Network:
