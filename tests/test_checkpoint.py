@@ -136,8 +136,6 @@ def test_a_model_of_ones_own_needs_trust(tmp_path):
 @pytest.mark.parametrize("group", ["model", "data"])
 def test_all_that_our_configurations_name_is_known(group):
     for path in (CONFIG_FOLDER / group).glob("*.yaml"):
-        if path.stem == "hub":
-            continue  # a published model in place of a checkpoint
         config = OmegaConf.load(path)
         nodes = [config, config.get("dataset", {})]
         targets = {node["_target_"] for node in nodes if "_target_" in node}
