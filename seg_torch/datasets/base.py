@@ -70,6 +70,9 @@ class Pairs(Sequence[Pair]):
             return NotImplemented
         return self._content == other._content and self._ends == other._ends
 
+    def __add__(self, other: Iterable[Pair]) -> Pairs:
+        return Pairs([*self, *other])
+
     def files(self) -> Iterator[str]:
         """Yield the paths of all images and masks, without the cost of a `Path`."""
         for place in range(len(self)):

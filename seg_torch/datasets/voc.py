@@ -119,4 +119,4 @@ def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
     listed = {name for path in lists for name in base.read_list(path)}
     names = sorted(listed - val - {pair.name for pair in own})
     added = base.pair_files(images, masks, ".jpg", ".mat", names)
-    return base.SegmentationDataset([*own, *added], VOC_LABELS, read_voc_or_sbd_mask)
+    return base.SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)
