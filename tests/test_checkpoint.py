@@ -20,6 +20,7 @@ from seg_torch import Segmenter, checkpoint, models
 from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.commands.evaluate import _data_settings, evaluate
 from seg_torch.errors import InputError
+from seg_torch.hub import HUB
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -138,7 +139,8 @@ def test_all_that_our_configurations_name_is_known(group):
         config = OmegaConf.load(path)
         nodes = [config, config.get("dataset", {})]
         targets = {node["_target_"] for node in nodes if "_target_" in node}
-        assert targets <= (checkpoint.MODELS if group == "model" else checkpoint.DATA)
+        known = checkpoint.MODELS | {HUB} if group == "model" else checkpoint.DATA
+        assert targets <= known  # what is published is in no checkpoint
 
 
 HF = "seg_torch.models.transformers"
@@ -369,7 +371,8 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     saved(path, OWN, Network(Own(3)), data)
     with pytest.raises(InputError, match="shapes of size 1000000000"):
         evaluate(compose("evaluate", *options))
-    settings = _data_settings(compose("evaluate", *options), torch.load(path)[checkpoint.KEY])
+    own = torch.load(path)[checkpoint.KEY]["data"]
+    settings = _data_settings(compose("evaluate", *options), own, None)
     assert settings["num_workers"] <= os.cpu_count()
 
 

@@ -101,7 +101,6 @@ def test_items_are_8_bit_images_with_masks_of_the_same_size(build, name):
     assert isinstance(mask, tv_tensors.Mask)
     assert image.dtype == mask.dtype == torch.uint8
     assert image.shape == (3, *mask.shape)
-    assert image.is_contiguous()
 
 
 @pytest.mark.parametrize("name", FACTS)

@@ -50,6 +50,12 @@ def publish(
     with torch.no_grad():
         for parameter in model.parameters():  # one pixel is not like the next
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if mask else 0.05)
+        for module in model.modules():  # as after training: what comes through has some size
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1
+        if not mask:
+            model.train()(pixel_values=torch.rand(4, 3, 64, 64))
+        model.eval()
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings or {}))
     return model
@@ -126,8 +132,10 @@ def test_images_are_scaled_as_the_preprocessor_says(config, settings, tmp_path):
     network = hub(str(tmp_path)).network.eval()
     with torch.no_grad():
         expected = model(**processor(pixels, return_tensors="pt")).logits
-        logits = network(torch.from_numpy(pixels).permute(2, 0, 1)[None])["out"]
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        logits, other = network(x)["out"], network(x.flip(1))["out"]
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    assert (other - expected).abs().max() > 0.01  # the order of the channels is seen
 
 
 def test_smps_published_models_predict(tmp_path):
@@ -260,6 +268,13 @@ def test_what_cannot_be_had_is_one_message_for_each_reason(tmp_path, monkeypatch
     line = f"predict input=photo.png output=out model=hub model.name=owner/tiny {ON_CPU}"
     assert run_command(line, tmp_path) == 2
     assert capsys.readouterr().err == f"error: {found.value}\n"
+    # Without it the images would be scaled in another way.
+    publish(tmp_path / "whole")
+    cached = hugging_face_cache(tmp_path, "owner/half")
+    shutil.copy(tmp_path / "whole" / "config.json", cached)
+    failing(monkeypatch, ConnectionError("no route"))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not in the local cache"):
+        hub("owner/half")
     (tmp_path / "empty").mkdir()
     for name, part in ((tmp_path / "empty", "no config.json in it"), ("a b/c", "neither a folder")):
         with pytest.raises(InputError, match=part):

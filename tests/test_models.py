@@ -1376,7 +1376,8 @@ def test_each_class_is_matched_with_the_query_that_costs_least():
     """By trying every assignment, with the costs of Cheng et al. (2022) by hand."""
     pytest.importorskip("transformers")
     criterion = transformers(NUM_CLASSES, MASK2FORMER).model.criterion
-    generator = torch.Generator().manual_seed(5)
+    # With this seed each of the costs decides, and that the first row is ignored.
+    generator = torch.Generator().manual_seed(319)
     masks = torch.randn(4, 6, 6, generator=generator) * 3
     classes = torch.randn(4, NUM_CLASSES + 1, generator=generator)
     target = torch.randint(3, (6, 6), generator=generator)

@@ -73,7 +73,7 @@ def test_each_layer_of_a_vit_has_a_share_of_the_rate_of_the_next():
     """BEiT's: with L blocks, block i (from 1) has decay ** (L + 1 - i), the embedding L + 1."""
     model = vit(2, "test_vit", None)
     for token in ("reg_token", "dist_token"):  # which timm's groups know or not, by its version
-        model.encoder.register_parameter(token, nn.Parameter(torch.zeros(1, 1, 64)))
+        setattr(model.encoder, token, nn.Parameter(torch.zeros(1, 1, 64)))
     found = rates(model, encoder_lr=0.5, layer_decay=0.8)
     for name, lr in found.items():
         path = name.split(".")

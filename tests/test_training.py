@@ -675,7 +675,7 @@ def logits_without_numbers(task, groups, index):
 
 
 def nothing_labelled(task, groups, index):
-    for _, masks in groups:
+    for _, masks, _ in groups:
         masks.fill_(255)
     VALIDATION_STEP(task, groups, index)
 

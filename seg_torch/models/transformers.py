@@ -213,7 +213,8 @@ def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation of images scaled to [0, 1], as `Network` wants them."""
     mean: Sequence[float] = [0.0] * 3
     std: Sequence[float] = [1.0] * 3
-    if settings.get("do_normalize", True):
+    # MobileViT alone takes images in BGR, and its are not normalised.
+    if settings.get("do_normalize", "do_flip_channel_order" not in settings):
         mean = settings.get("image_mean") or IMAGENET_MEAN
         std = settings.get("image_std") or IMAGENET_STD
     # What they were scaled to, which is [0, 1] but for BEiT's older checkpoints and a few others.
