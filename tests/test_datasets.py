@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import make_data
@@ -1043,3 +1044,29 @@ def test_a_written_folder_reads_back_as_the_same_samples(tmp_path):
     for name, (image, mask) in zip(sorted(read), samples, strict=True):
         assert torch.equal(read[name][0], image)
         assert torch.equal(read[name][1], mask)
+
+
+def test_pairs_are_those_that_they_were_made_from():
+    odd = "caf\u00e9 \n", "\udcff"  # a line break, and a byte that is not UTF-8
+    expected = [datasets.Pair(n, Path("a", f"{n}.jpg"), Path("b", f"{n}.png")) for n in (*odd, "c")]
+    pairs = datasets.base.Pairs(expected)
+    assert list(pairs) == expected
+    assert pairs[-1] == expected[2]
+    assert list(pairs[1:]) == expected[1:]
+    assert list(pickle.loads(pickle.dumps(pairs))) == expected
+    assert pairs == datasets.base.Pairs(expected)
+    assert pairs != datasets.base.Pairs(expected[:2])
+    with pytest.raises(IndexError):
+        pairs[3]
+
+
+def test_a_pair_takes_little_more_memory_than_its_names():
+    number, path = 10_000, "/data/a/folder/of/images/000000.png"
+    tracemalloc.start()
+    try:
+        pairs = datasets.base.Pairs((f"{i:06d}", path, path) for i in range(number))
+        used = tracemalloc.get_traced_memory()[0] / number
+    finally:
+        tracemalloc.stop()
+    assert len(pairs) == number
+    assert used < 1.5 * (6 + 2 * len(path) + 10)  # an offset of 8 bytes, two separators

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -31,6 +33,54 @@ class Pair(NamedTuple):
     name: str
     image: Path
     mask: Path
+
+
+class Pairs(Sequence[Pair]):
+    """Pairs as one block of bytes, some 200 for each; a `Pair` is made when it is asked for.
+
+    A list of them would take eight times the memory, and that of every worker process as well:
+    to read a Python object is to write its reference count.
+
+    Args:
+        pairs: Of each the name, the path of the image and that of the mask.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str | Path, str | Path]]) -> None:
+        self._content, self._ends = bytearray(), array("q", [0])
+        for pair in pairs:
+            self._content += os.fsencode("\0".join(map(str, pair)))
+            self._ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+    def __getitem__(self, index: int | slice) -> Pair | Pairs:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return Pairs(self[place] for place in places)
+        name, image, mask = self._strings(places)
+        return Pair(name, Path(image), Path(mask))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Pairs):
+            return NotImplemented
+        return self._content == other._content and self._ends == other._ends
+
+    def __add__(self, other: Iterable[Pair]) -> Pairs:
+        return Pairs([*self, *other])
+
+    def files(self) -> Iterator[str]:
+        """Yield the paths of all images and masks, without the cost of a `Path`."""
+        for place in range(len(self)):
+            yield from self._strings(place)[1:]
+
+    def _strings(self, place: int) -> list[str]:
+        pair = self._content[self._ends[place] : self._ends[place + 1]]
+        return os.fsdecode(bytes(pair)).split("\0")
 
 
 def check_split(split: str) -> None:
@@ -146,9 +196,27 @@ def published_labels(dataset: str) -> Labels:
     return read_classes(Path(__file__).parent / "classes" / f"{dataset}.txt")[0]
 
 
-def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
-    paths = sorted(folder.rglob(f"*{suffix}"))
-    return {path.relative_to(folder).as_posix()[: -len(suffix)]: path for path in paths}
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files below a folder whose names end in one of the suffixes.
+
+    Args:
+        folder: Searched with its subfolders, but not with those that are symbolic links.
+        suffixes: In lower case; a suffix matches upper case as well.
+
+    Returns:
+        Paths relative to the folder, with `/`, sorted folder by folder.
+    """
+    files: list[str] = []
+    for directory, _, names in os.walk(folder):
+        below = Path(directory).relative_to(folder).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        files += [prefix + name for name in names if name.lower().endswith(suffixes)]
+    return sorted(files, key=lambda file: file.replace("/", "\0"))
+
+
+def _by_name(folder: Path, suffix: str) -> dict[str, str]:
+    files = list_files(folder, (suffix.lower(),))
+    return {file[: -len(suffix)]: file for file in files if file.endswith(suffix)}
 
 
 def pair_files(
@@ -157,7 +225,7 @@ def pair_files(
     image_suffix: str = ".jpg",
     mask_suffix: str = ".png",
     names: Sequence[str] | None = None,
-) -> list[Pair]:
+) -> Pairs:
     """Pair images and masks by name: the path below their folder without the suffix.
 
     Args:
@@ -180,7 +248,9 @@ def pair_files(
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
     refuse(missing, "files are missing, the download or its unpacking is incomplete")
-    return [Pair(name, image_files[name], mask_files[name]) for name in chosen]
+    return Pairs(
+        (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
+    )
 
 
 def read_index_mask(path: str | Path) -> np.ndarray:
@@ -270,7 +340,7 @@ class SegmentationDataset(Dataset):
     Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
 
     Args:
-        pairs: The files.
+        pairs: The files, best as `Pairs`: of each sample the name, the image and the mask.
         labels: The classes.
         read_mask: Mask path -> uint8 [H, W] of class ids and 255; by default the pixel values of a
             grey or palette image. A module-level function or a partial of one, so that worker
@@ -279,11 +349,11 @@ class SegmentationDataset(Dataset):
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Iterable[tuple[str, str | Path, str | Path]],
         labels: Labels,
         read_mask: Callable[[Path], np.ndarray] = read_index_mask,
     ) -> None:
-        self.pairs = list(pairs)
+        self.pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         self.labels = labels
         self.read_mask = read_mask
 

@@ -49,7 +49,7 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
         wrong = [" ".join(line) for line in lines if len(line) != 2]
         base.refuse(wrong, f"lines in {listing} are not the paths of an image and a mask")
         paths = [[folder.joinpath(*Path(path).parts[-2:]) for path in line] for line in lines]
-        pairs = [base.Pair(image.stem, image, mask) for image, mask in paths]
+        pairs = base.Pairs((image.stem, image, mask) for image, mask in paths)
         missing = [str(path) for line in paths for path in line if not os.path.exists(path)]
         base.refuse(missing, f"files that {listing} names do not exist")
     return base.SegmentationDataset(pairs, CAMVID_LABELS, partial(base.read_mapped_mask, table=IDS))

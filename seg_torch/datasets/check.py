@@ -181,15 +181,17 @@ def fingerprint(dataset: Any) -> str | None:
         masks; `None` where there are no files, or the function cannot be looked at.
     """
     try:
-        paths = [path.absolute() for pair in dataset.pairs for path in (pair.image, pair.mask)]
-        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
+        digest, here = hashlib.sha256(), os.getcwd()
+        for file in dataset.pairs.files():
+            path, stat = os.path.join(here, file), os.stat(file)
+            digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0"))
         reader = dataset.read_mask
         source = inspect.getsource(getattr(reader, "func", reader))
         options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
     except Exception:
         return None
-    key = repr((stats, dataset.labels.to_dict(), source, options))
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    digest.update(repr((dataset.labels.to_dict(), source, options)).encode())
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

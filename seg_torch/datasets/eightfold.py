@@ -90,7 +90,7 @@ class EightFold(Dataset):
     @property
     def pairs(self) -> list[Any]:
         """The files of each sample, where the original samples are files."""
-        return self.dataset.pairs * len(VARIANTS)
+        return [*self.dataset.pairs] * len(VARIANTS)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [side, side]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -59,14 +60,15 @@ def folder(
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
     home, pairs = images.parent, _pair(images, masks)
     if not (home / "classes.txt").exists():
-        raise InputError(_how_to_write_classes(home / "classes.txt", pairs))
+        mask_files = [mask for _, mask in pairs.values()]
+        raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
-    chosen = split_names(home, [pair.name for pair in pairs], split, val_fraction, seed)
-    by_name = {pair.name: pair for pair in pairs}
-    return base.SegmentationDataset([by_name[name] for name in chosen], labels, read_mask)
+    chosen = split_names(home, list(pairs), split, val_fraction, seed)
+    found = base.Pairs((name, *pairs[name]) for name in chosen)
+    return base.SegmentationDataset(found, labels, read_mask)
 
 
 def write_folder(
@@ -173,34 +175,41 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _pair(images: Path, masks: Path) -> list[base.Pair]:
-    """Return all pairs, sorted by name; every image and mask has to have exactly one partner."""
-    found: dict[str, tuple[list[Path], list[Path]]] = {}
-    for kind, home in enumerate((images, masks)):
-        for path in sorted(home.rglob("*")):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                name = path.relative_to(home).with_suffix("").as_posix()
-                found.setdefault(name, ([], []))[kind].append(path)
-    if not found:
-        raise InputError(f"{images} and {masks} hold no images ({', '.join(SUFFIXES)})")
+def _pair(images: Path, masks: Path) -> dict[str, tuple[str, str]]:
+    """Return image and mask by name, sorted; each has to have exactly one partner."""
+    by_name: tuple[dict[str, str], dict[str, str]] = {}, {}
     problems = []
-    for image_files, mask_files in found.values():
-        if not image_files or not mask_files:
-            lacking = "mask" if image_files else "image"
-            problems.append(f"{(image_files or mask_files)[0]}: no {lacking}")
-        for first, *others in filter(None, (image_files, mask_files)):
-            if others:
-                names = ", ".join(path.name for path in others)
-                problems.append(f"{first}: ambiguous, there is also {names}")
+    for files, home in zip(by_name, (images, masks), strict=True):
+        ambiguous: dict[str, list[str]] = {}
+        for file in base.list_files(home, SUFFIXES):
+            name = os.path.splitext(file)[0]
+            if os.path.basename(file).startswith("."):
+                continue
+            if name in files:
+                ambiguous.setdefault(files[name], []).append(os.path.basename(file))
+            else:
+                files[name] = file
+        for file, others in ambiguous.items():
+            problems.append(f"{home / file}: ambiguous, there is also {', '.join(others)}")
+    image_files, mask_files = by_name
+    if not image_files and not mask_files:
+        raise InputError(f"{images} and {masks} hold no images ({', '.join(SUFFIXES)})")
+    for name in image_files.keys() - mask_files.keys():
+        problems.append(f"{images / image_files[name]}: no mask")
+    for name in mask_files.keys() - image_files.keys():
+        problems.append(f"{masks / mask_files[name]}: no image")
     base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return [base.Pair(name, *(paths[0] for paths in found[name])) for name in sorted(found)]
+    return {
+        name: (f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}")
+        for name in sorted(image_files)
+    }
 
 
-def _how_to_write_classes(path: Path, pairs: Sequence[base.Pair]) -> str:
+def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:
     """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
     found: set[tuple[int, ...]] = set()
-    for pair in pairs[:: -(-len(pairs) // 20)]:
-        with opened(pair.mask, "a mask") as mask:
+    for file in masks[:: -(-len(masks) // 20)]:
+        with opened(file, "a mask") as mask:
             kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
             pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
