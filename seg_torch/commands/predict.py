@@ -42,6 +42,7 @@ from torchvision.transforms.v2 import functional as tvf
 from seg_torch import hardware
 from seg_torch.coco import write_coco
 from seg_torch.commands import video
+from seg_torch.datasets.base import list_files
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
@@ -135,14 +136,11 @@ def find_images(path: Path, output: Path | None = None) -> Files:
         return {path.stem: path}
     if not path.is_dir():
         raise InputError(f"input={path}: no such file or folder")
-    outputs = None if output is None else output.resolve()
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and file.is_file()
-        and not (outputs and file.resolve().is_relative_to(outputs))
-    ]
+    files = [path / name for name in list_files(path, IMAGE_SUFFIXES)]
+    if output is not None:
+        outputs, folders = output.resolve(), {file.parent for file in files}
+        own = {folder for folder in folders if folder.resolve().is_relative_to(outputs)}
+        files = [file for file in files if file.parent not in own]
     if not files:
         raise InputError(f"input={path}: no images below this folder")
     full = [_file_name(file, path) for file in files]
