@@ -44,8 +44,8 @@ def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
 
     With many classes, the logits at that size and what a loss makes of them take more memory than
     the whole network. Where that is more than a quarter of the device's memory they are made for a
-    band of rows at a time, and once more for the gradient, which takes longer (1.8 times on a CPU
-    that keeps freed memory). Value and gradient are the same but for rounding.
+    band of rows at a time; where the loss is more than one sum (Dice), once more for the gradient.
+    Value and gradient are the same but for rounding.
 
     Args:
         loss: (logits float32 [N, C, H, W], target) -> scalar. Any that is not a
