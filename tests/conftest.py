@@ -2,6 +2,7 @@
 
 import ast
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,29 @@ def run_command(line: str, folder: Path) -> int | str | None:
         with pytest.raises(SystemExit) as stop:
             cli.main(name)
     return stop.value.code
+
+
+def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str:
+    """Calls a function of a test file where nothing has taken memory before it.
+
+    Returns:
+        What it printed.
+    """
+    code = f"import pathlib, {function.__module__} as test; "
+    code += f"test.{function.__name__}(pathlib.Path.cwd())"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    ).stdout
 
 
 @pytest.fixture(autouse=True, scope="session")

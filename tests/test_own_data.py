@@ -7,9 +7,7 @@ notes what it is shown and how, which the settings of the command line decide.
 import csv
 import io
 import json
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_command
+from conftest import output_in_new_process, run_command
 from lightning import Callback
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
@@ -475,17 +473,7 @@ def memory_by_image(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_the_same_at_the_thousandth_image_as_at_the_tenth(tmp_path):
     """Their masks alone would be 16 MB, their images 47 MB, their logits 188 MB."""
-    code = f"import pathlib, {__name__} as test; test.memory_by_image(pathlib.Path.cwd())"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    output = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    ).stdout
+    output = output_in_new_process(memory_by_image, tmp_path)
     count, tenth, last = map(float, output.split("memory ")[1].split())
     assert count == 1000
     assert last - tenth < 8

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import struct
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import output_in_new_process, run_command
 from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
@@ -727,16 +726,6 @@ def memory_by_height(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_taller_image_takes_a_few_bytes_per_pixel(tmp_path):
     """Reading takes 10, all outputs 8; float32 logits of 21 classes would take 84."""
-    code = f"import pathlib, {__name__} as test; test.memory_by_height(pathlib.Path.cwd())"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    output = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    ).stdout
+    output = output_in_new_process(memory_by_height, tmp_path)
     short, tall = map(int, output.split("peaks ")[1].split())
     assert 1024 * (tall - short) < 32 * 512 * (7680 - 768)
