@@ -52,10 +52,10 @@ def test_only_our_sides_get_our_setting_of_the_memory(benchmarks, monkeypatch):
 def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     training = benchmarks("training")
     monkeypatch.setattr(training, "CROP", (32, 32))
-    monkeypatch.setattr(training, "BATCH", 2)
+    monkeypatch.setattr(training, "TRAINING", {"cpu": ("resnet18", 2, 5)})
     monkeypatch.setattr(training, "STEPS", 3)
     monkeypatch.setattr(training, "WARM_UP", 1)
-    monkeypatch.setattr(training, "UNET_SIZE", (2, 32, 32))
+    monkeypatch.setattr(training, "UNET_SIZE", {"cpu": (2, 32, 32)})
     monkeypatch.setattr(training, "seconds_of", lambda step, calls: step() or 1.0)
     monkeypatch.setattr(training.hardware, "available_cpus", lambda: 0)  # no workers
     root = tmp_path / "camvid"

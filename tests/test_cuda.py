@@ -122,7 +122,7 @@ def test_no_loss_lets_a_training_step_wait_for_the_device(loss, device, where, m
 @needs_gpu
 def test_no_loss_lets_validation_wait_for_the_gpu(loss):
     task = small_task(loss, "cuda").eval()
-    groups = [small_batch("cuda")]
+    groups = [(*small_batch("cuda"), [0, 1])]
     with torch.no_grad():
         task.validation_step(groups, 0)
         with no_waiting("cuda"):
