@@ -46,6 +46,7 @@ from seg_torch.models import (
     vit,
 )
 from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.unet import DecoderStage
 from seg_torch.models.weights import load_matching_weights, read_state_dict, timm_model
 
 NUM_CLASSES = 3
@@ -817,6 +818,65 @@ def test_unet_gives_the_logits_of_segmentation_models_pytorch_with_its_weights(e
         expected = reference(x)
         torch.testing.assert_close(model(x)["out"], expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
+
+
+@pytest.fixture
+def doublings(monkeypatch) -> list[torch.Size]:
+    """Shapes of what `UNet` doubled and convolved in one step."""
+    shapes = []
+    plain = F.conv_transpose2d
+    monkeypatch.setattr(
+        F, "conv_transpose2d", lambda x, *a, **kw: (shapes.append(x.shape), plain(x, *a, **kw))[1]
+    )
+    return shapes
+
+
+def test_unet_trains_as_that_of_segmentation_models_pytorch(doublings):
+    library = pytest.importorskip("segmentation_models_pytorch")
+    channels = (32, 32, 16, 16, 8)
+    reference = library.Unet(
+        "resnet18", encoder_weights=None, decoder_channels=channels, classes=NUM_CLASSES
+    ).double()
+    model = unet(NUM_CLASSES, "resnet18", weights=None, decoder_channels=channels).double()
+    tensors = zip(model.state_dict(), reference.state_dict().values(), strict=True)
+    model.load_state_dict(dict(tensors))
+    x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    expected, found = reference(x), model(x)["out"]
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    assert [shape[2:] for shape in doublings] == [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32)]
+    for logits in (expected, found):
+        logits.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-6)
+    doublings.clear()
+    model.eval()(x)  # as it is exported
+    assert not doublings
+
+
+@pytest.mark.parametrize("skip_channels", [0, 24])
+@pytest.mark.parametrize("size", [(24, 20), (23, 20), (24, 19)])
+def test_a_decoder_stage_is_as_exact_as_bfloat16(doublings, skip_channels, size):
+    """Against upsampling, concatenation and convolution in float32 of the same numbers."""
+    stage = DecoderStage(32, skip_channels, 16).to(memory_format=torch.channels_last)
+    stage.convolutions = stage.convolutions[:1]  # without BatchNorm
+    (weight,) = stage.parameters()
+    weight.data = weight.data.bfloat16().float()
+    x = torch.randn(2, 32, 12, 10).bfloat16().float().requires_grad_()
+    skip = torch.randn(2, skip_channels, *size).bfloat16().float().requires_grad_()
+    rows, columns = (torch.arange(n) * small // n for n, small in zip(size, (12, 10), strict=True))
+    upsampled = x[:, :, rows][:, :, :, columns]
+    expected = F.conv2d(torch.cat([upsampled, skip], 1), weight, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stage(x, skip if skip_channels else None, size)
+    assert bool(doublings) == (size == (24, 20))
+    assert found.dtype == torch.bfloat16
+    inputs = [x, weight, skip][: 3 if skip_channels else 2]
+    gradient = torch.randn_like(expected).bfloat16()
+    expected_gradients = torch.autograd.grad(expected, inputs, gradient.float())
+    gradients = torch.autograd.grad(found, inputs, gradient)
+    for a, b in zip((found, *gradients), (expected, *expected_gradients), strict=True):
+        # Numbers have 8 bits; those that are added up here are of the size of the largest sum.
+        assert (a.float() - b).abs().max() < 2**-7 * b.abs().max()
 
 
 def test_the_decoder_of_unet_keeps_the_scale_of_its_activations():
