@@ -139,19 +139,18 @@ def unet(root: Path, device: str) -> Iterator[Case]:
     )
 
 
-def encoders(root: Path, device: str) -> Iterator[Case]:
-    """A training step of U-Nets on tensors against SMP's in a plain loop."""
-    size = UNET_SIZE[device]
-    for ours, theirs in ENCODERS.items():
-        same_unet(ours, theirs)
-        yield Case(
-            f"training step, U-Net {ours}, {_text(size)}, an image",
-            partial(our_unet_step, ours, size, device),
-            {
-                f"SMP, {kind}": partial(smp_step, theirs, size, device, dtype)
-                for kind, dtype in DTYPES.items()
-            },
-        )
+def unet_step(encoder: str, root: Path, device: str) -> Iterator[Case]:
+    """A training step of a U-Net on tensors against SMP's in a plain loop."""
+    size, theirs = UNET_SIZE[device], ENCODERS[encoder]
+    same_unet(encoder, theirs)
+    yield Case(
+        f"training step, U-Net {encoder}, {_text(size)}, an image",
+        partial(our_unet_step, encoder, size, device),
+        {
+            f"SMP, {kind}": partial(smp_step, theirs, size, device, dtype)
+            for kind, dtype in DTYPES.items()
+        },
+    )
 
 
 def torchvision_models(root: Path, device: str) -> Iterator[Case]:
