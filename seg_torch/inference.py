@@ -19,7 +19,7 @@ from seg_torch import hardware
 from seg_torch.errors import InputError
 from seg_torch.models.network import Network
 from seg_torch.transforms import resize_image
-from seg_torch.upsample import upsample
+from seg_torch.upsample import upsample, upsampled_bands
 
 DEFAULT_TILE = 768
 
@@ -129,9 +129,8 @@ class Inference:
         together = max(1, self._fitting(height, width))
         for start in range(0, len(images), together):
             logits = self._logits(images[start : start + together])
-            for index in range(len(logits)):
-                whole = upsample(logits[index : index + 1], size)[0]
-                yield Block(start + index, slice(0, size[0]), slice(0, size[1]), whole)
+            for index, rows, values in upsampled_bands(logits, size):
+                yield Block(start + index, rows, slice(0, size[1]), values)
 
     def _tiled(self, index: int, image: Tensor, tile: int) -> Iterator[Block]:
         """Yields the blocks of one image, tile by tile.

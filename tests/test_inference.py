@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation._utils import _SimpleSegmentationModel
 
 from seg_torch import hardware, inference
+from seg_torch import upsample as upsampling
 from seg_torch.errors import InputError
 from seg_torch.inference import Inference, decide, parse_tta, upsample
 from seg_torch.models import unet
@@ -170,6 +171,17 @@ def test_the_first_of_the_most_probable_classes_wins(shape, dtype, band, monkeyp
     strided = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert torch.equal(decide(strided)[0], ids)
     assert decide(logits)[1] == 0
+
+
+def test_of_a_large_image_rows_are_decided_as_those_of_the_whole(landscape, monkeypatch):
+    images = torch.stack([landscape, landscape.flip(1)])
+    whole = assembled(Inference(plain(Strided()), 5), images, (403, 501))
+    monkeypatch.setattr(upsampling, "WHOLE_IMAGE", 5 * 403 * 501 - 1)
+    monkeypatch.setattr(upsampling, "CPU_BAND", 5 * 501 * 7)
+    engine = Inference(plain(Strided()), 5)
+    assert len(list(engine.blocks(images, (403, 501)))) == 2 * 58  # 7 of 403 rows in each
+    rows = assembled(engine, images, (403, 501))
+    assert (rows.argmax(1) != whole.argmax(1)).float().mean() < 1e-5
 
 
 # Tiles
