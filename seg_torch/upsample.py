@@ -60,11 +60,8 @@ def upsampled_bands(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, 
     large = logits.shape[1] * height * width > WHOLE_IMAGE
     if large and logits.shape[-2:] != (height, width):
         for band in _bands(logits, size):
-            yield (
-                band.image.start,
-                band.rows,
-                band.upsampled(logits[band.image, :, band.sources])[0],
-            )
+            part = logits[band.image, :, band.sources]
+            yield band.image.start, band.rows, band.upsampled(part)[0]
         return
     for index in range(len(logits)):
         yield index, slice(0, height), upsample(logits[index : index + 1], size)[0]

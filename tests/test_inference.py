@@ -1,6 +1,7 @@
 """From images to class ids at the size of the labels: whole, tiled and augmented."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import output_in_new_process
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.segmentation._utils import _SimpleSegmentationModel
@@ -289,6 +291,34 @@ def test_in_float32_masks_do_not_depend_on_how_many_images_go_through_together(l
 
 
 # Memory
+
+
+def memory_of_tiles(folder: Path) -> None:
+    """Prints what tiles take at most above what was in use before, in megabytes."""
+    hardware.reuse_memory()  # as predict.py does
+    network = Network(nn.Conv2d(3, 64, 1))
+    inference = Inference(network, 64, tile=128, precision="bf16-mixed")
+    images = torch.zeros(1, 3, 128 + 96, 16384, dtype=torch.uint8)
+    freed = torch.ones(240 << 18)  # 240 MB, as decoding a file takes them
+    above = torch.ones(1 << 18)
+    del freed
+    status = Path("/proc/self/status")
+    used = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0]) // 1024 - 240
+    with torch.no_grad():
+        for number, block in enumerate(inference.blocks(images, images.shape[-2:])):
+            if number == 0:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            del block
+    peak = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) // 1024
+    print("megabytes", peak - used)
+    del above
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tiles_take_what_the_edges_between_them_do(tmp_path):
+    """64 classes of 32 x 16,384 logits of bfloat16: 64 MB. What reading took was given back."""
+    output = output_in_new_process(memory_of_tiles, tmp_path)
+    assert int(output.split("megabytes ")[1]) < 110
 
 
 def test_images_go_through_in_tiles_where_memory_asks_for_them(landscape, monkeypatch):
