@@ -330,7 +330,7 @@ def test_images_go_through_in_tiles_where_memory_asks_for_them(landscape, monkey
     watched.seen.clear()
     assembled(Inference(plain(watched), 5), torch.zeros(1, 3, 2000, 2000, dtype=torch.uint8))
     assert len(watched.seen) == 9
-    assert max(max(shape) for shape in watched.seen) < 1024 + 32
+    assert max(max(shape) for shape in watched.seen) < 768 + 32
 
 
 def test_as_many_images_go_through_together_as_memory_holds(landscape, monkeypatch):
