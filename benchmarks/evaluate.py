@@ -1,8 +1,12 @@
-"""What evaluating large images costs; on two cores it takes about ten minutes.
+"""What evaluation costs.
 
-    python benchmarks/evaluate.py
+    python benchmarks/evaluate.py CAMVID    # two minutes on two cores
+    python benchmarks/evaluate.py           # ten minutes
 
-DeepLabv3-ResNet50 with 19 classes and random weights on 20 generated images of 1024 x 2048:
+On CamVid, U-Net ResNet-18 with random weights: the share of a validation's time, as training does
+it, that is not spent in the network.
+
+Else DeepLabv3-ResNet50 with 19 classes and random weights on 20 generated images of 1024 x 2048:
 
 * the peak memory of evaluate.py above that of the process with the loaded model
 * whether its confusion matrix is that of the masks that predict.py writes, pixel for pixel
@@ -13,12 +17,15 @@ import logging
 import multiprocessing
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hydra
 import numpy as np
 import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
 from seg_torch import Labels, checkpoint
@@ -26,9 +33,14 @@ from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets import write_folder
-from seg_torch.models import deeplabv3
+from seg_torch.inference import Inference
+from seg_torch.losses import CrossEntropyLoss
+from seg_torch.models import deeplabv3, unet
 from seg_torch.models.network import Network
+from seg_torch.task import SegmentationTask
+from seg_torch.trainer import build_trainer
 
+ROUNDS = 5
 CLASSES = 19
 IMAGES = 20
 MODEL = {"_target_": "seg_torch.models.deeplabv3", "backbone": "resnet50", "weights": None}
@@ -86,8 +98,51 @@ def matrix_of_masks(root: Path, predicted: Path) -> np.ndarray:
     return matrix
 
 
+class Clock(Callback):
+    """Takes the time of validations, without starting workers, which training does once."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def validation(root: Path) -> None:
+    """The share of a validation's time that the network alone does not need."""
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        settings = ["data=camvid", f"data.root={root}", "trainer.accelerator=cpu"]
+        cfg = hydra.compose("train", settings)
+    trainer, data, clock = build_trainer(cfg.trainer), instantiate(cfg.data), Clock()
+    trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    network = Network(unet(len(data.labels), "resnet18", None)).eval()
+    inference = Inference(network, len(data.labels), precision=str(trainer.precision))
+    task = SegmentationTask(network, data.labels, inference, CrossEntropyLoss())
+    bare = []
+    for _ in range(ROUNDS):  # in turn, since the speed of a machine drifts
+        trainer.validate(task, datamodule=data, verbose=False)
+        batches = [images for groups in data.val_dataloader() for images, _, _ in groups]
+        start = time.perf_counter()
+        with torch.no_grad(), inference.autocast():
+            for images in batches:
+                network(images)
+        bare.append(time.perf_counter() - start)
+    shares = [1 - b / whole for b, whole in zip(bare, clock.seconds, strict=True)]
+    print(
+        f"validation of {len(data.dataset('val'))} images: {np.median(clock.seconds):.2f} s, the "
+        f"network alone {np.median(bare):.2f} s: {100 * np.median(shares):.1f} % outside the "
+        f"network (at most 5), {100 * min(shares):.1f} to {100 * max(shares):.1f} in {ROUNDS} runs"
+    )
+
+
 if __name__ == "__main__":
     logging.getLogger("lightning").setLevel(logging.WARNING)
+    if len(sys.argv) == 2 and "=" not in sys.argv[1]:
+        validation(Path(sys.argv[1]))
+        sys.exit()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root)

@@ -1,10 +1,11 @@
-"""What prediction costs, as ratios; on two cores it takes about fifteen minutes.
+"""What prediction costs, as ratios; each part takes two to six minutes on two cores.
 
-    python benchmarks/predict.py DATA/clothing-co-parsing
+    python benchmarks/predict.py DATA/clothing-co-parsing [folder] [sizes] [deeplabv3] [large]
 
-* a folder of images through predict.py against the bare network on tensors in memory
-* DeepLabv3-ResNet101 on 520 x 520 against the plain torchvision loop in float32
-* the memory that an image of 12,000 x 9,000 pixels takes
+* folder: a folder of images through predict.py against the bare network on tensors in memory
+* sizes: a folder of images that all have different sizes against one of equal sizes
+* deeplabv3: DeepLabv3-ResNet101 on 520 x 520 against the plain torchvision loop in float32
+* large: the memory that an image of 12,000 x 9,000 pixels takes
 """
 
 import logging
@@ -34,7 +35,7 @@ from seg_torch.models import unet
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 from seg_torch.transforms import resize_image, resize_mask
 
-PHOTOS = 300
+PHOTOS = 200
 ROUNDS = 3
 STEPS = 60
 UNET = {"_target_": "seg_torch.models.unet", "encoder": "resnet18", "weights": None}
@@ -128,6 +129,19 @@ def median_rate(times: list[list[float]], block: int = 20) -> float:
     return block / np.median([np.diff(t[1::block]) for t in times])
 
 
+def save_unet(path: Path, num_classes: int, data: Path | None = None) -> None:
+    """Writes the checkpoint of a U-Net, trained a little where there is data."""
+    torch.manual_seed(0)
+    labels = Labels(tuple(f"class {i}" for i in range(num_classes)))
+    model = unet(num_classes, "resnet18", None)
+    if data is not None:
+        train_a_little(model, *photos_and_masks(data))
+    network = Network(model)
+    description = checkpoint.describe(network, labels, UNET, {}, None)
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save({checkpoint.KEY: description, "state_dict": state}, path)
+
+
 def folder_of_photos(root: Path, scratch: Path) -> None:
     """Photos a second of predict.py, and of the network and argmax alone."""
     paths = sorted((root / "photos").glob("*.jpg"))[:PHOTOS]
@@ -135,14 +149,7 @@ def folder_of_photos(root: Path, scratch: Path) -> None:
     photos.mkdir()
     for path in paths:
         (photos / path.name).symlink_to(path.resolve())
-    torch.manual_seed(0)
-    labels = Labels(tuple(f"class {i}" for i in range(59)))
-    model = unet(len(labels), "resnet18", None)
-    train_a_little(model, *photos_and_masks(root))
-    network = Network(model)
-    description = checkpoint.describe(network, labels, UNET, {}, None)
-    state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    torch.save({checkpoint.KEY: description, "state_dict": state}, weights)
+    save_unet(weights, 59, root)
 
     # In processes of their own, and in turn, since the speed of a machine drifts.
     context = multiprocessing.get_context("spawn")
@@ -162,7 +169,35 @@ def folder_of_photos(root: Path, scratch: Path) -> None:
     )
 
 
-def deeplabv3(root: Path) -> None:
+def folder_of_sizes(root: Path, scratch: Path) -> None:
+    """Photos a second where all have different sizes, and where they have one, of equal area."""
+    paths = sorted((root / "photos").glob("*.jpg"))[: PHOTOS // 2]
+    weights = scratch / "sizes.ckpt"
+    save_unet(weights, 59)
+    for index, path in enumerate(paths):
+        photo = Image.open(path).convert("RGB")
+        for name, width in (("equal", 672), ("mixed", 504 + 4 * index)):
+            (scratch / name).mkdir(exist_ok=True)
+            photo.resize((width, round(672**2 / width))).save(scratch / name / path.name)
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[list[float]]] = {"equal": [], "mixed": []}
+    with context.Pool(1) as one, context.Pool(1) as another:
+        for _ in range(ROUNDS):
+            for (name, found), process in zip(times.items(), (one, another), strict=True):
+                output = scratch / f"{name}_out"
+                found.append(process.apply(predict_folder, (scratch / name, weights, output)))
+    equal, mixed = map(median_rate, times.values())
+    # In the first round each size is new to the network's library.
+    first = np.ptp(times["equal"][0][1:]) / np.ptp(times["mixed"][0][1:])
+    print(
+        f"sizes: {ROUNDS} x {len(paths)} photos; all different {mixed:.2f} photos a second, all "
+        f"equal {equal:.2f}: ratio {mixed / equal:.2f} (at least 0.9); in the first round "
+        f"{first:.2f}",
+        flush=True,
+    )
+
+
+def deeplabv3(root: Path, scratch: Path) -> None:
     """Seconds per image of Segmenter and of the loop in torchvision's documentation."""
     photos, masks = photos_and_masks(root)
     published = Path(torch.hub.get_dir(), "checkpoints/deeplabv3_resnet101_coco-586e9e4e.pth")
@@ -201,24 +236,25 @@ def deeplabv3(root: Path) -> None:
     )
 
 
-def peak_memory() -> float:
-    """Of this process so far, in GB (Linux)."""
+def memory(key: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (so far at most) of this process, in GB (Linux)."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIGABYTE
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024 / GIGABYTE
 
 
-def read_large(path: Path) -> float:
-    with pixel_limit(None):
-        read_image(path)
-    return peak_memory()
+def load_large(path: Path, weights: Path) -> float:
+    """The memory of a process that holds the model and the image, and nothing else."""
+    segmenter, pixels = Segmenter.load(weights, device="cpu"), read_image(path)
+    hardware.return_memory()
+    used = memory("VmRSS")
+    del segmenter, pixels
+    return used
 
 
-def predict_large(path: Path, output: Path) -> float:
-    with pixel_limit(None):
-        Segmenter(Network(unet(21, "resnet18", None)), VOC_LABELS, device="cpu").predict(path).save(
-            output
-        )
-    return peak_memory()
+def predict_large(path: Path, weights: Path, output: Path) -> float:
+    """The peak memory of predict.py with one image."""
+    predict_folder(path, weights, output)
+    return memory("VmHWM")
 
 
 class Pointwise(nn.Module):
@@ -246,28 +282,35 @@ def complete(path: Path) -> bool:
     )
 
 
-def large_image(scratch: Path) -> None:
+def large_image(root: Path, scratch: Path) -> None:
     """Peak memory of predicting and saving 12,000 x 9,000 pixels, each in a process of its own."""
-    path = scratch / "large.jpg"
+    path, weights = scratch / "large.jpg", scratch / "large.ckpt"
+    save_unet(weights, 21)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     Image.fromarray(pixels).resize((12000, 9000), Image.Resampling.BICUBIC).save(path)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        reading = pool.apply(read_large, (path,))
+        loaded = pool.apply(load_large, (path, weights))
         start = time.perf_counter()
-        predicting = pool.apply(predict_large, (path, scratch / "large"))
+        peak = pool.apply(predict_large, (path, weights, scratch / "large"))
         seconds = time.perf_counter() - start
         whole = pool.apply(complete, (path,))
     print(
-        f"12,000 x 9,000 pixels, 21 classes: {predicting:.2f} GB, of which {reading:.2f} GB to "
-        f"load it: {predicting - reading:.2f} GB above (at most 1.5), {seconds:.0f} s; mask "
-        f"{'complete' if whole else 'NOT COMPLETE'}",
+        f"12,000 x 9,000 pixels, 21 classes: predict.py takes at most {peak:.2f} GB; model and "
+        f"image alone are {loaded:.2f} GB: {peak - loaded:.2f} GB above (at most 0.5), "
+        f"{seconds:.0f} s; mask {'complete' if whole else 'NOT COMPLETE'}",
         flush=True,
     )
 
 
+PARTS = {
+    "large": large_image,
+    "deeplabv3": deeplabv3,
+    "folder": folder_of_photos,
+    "sizes": folder_of_sizes,
+}
+
 if __name__ == "__main__":
     logging.getLogger("lightning").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        large_image(Path(folder))
-        deeplabv3(Path(sys.argv[1]))
-        folder_of_photos(Path(sys.argv[1]), Path(folder))
+    for part in sys.argv[2:] or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[part](Path(sys.argv[1]), Path(folder))

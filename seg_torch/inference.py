@@ -19,9 +19,9 @@ from seg_torch import hardware
 from seg_torch.errors import InputError
 from seg_torch.models.network import Network
 from seg_torch.transforms import resize_image
-from seg_torch.upsample import upsample
+from seg_torch.upsample import upsample, upsampled_bands
 
-DEFAULT_TILE = 1024
+DEFAULT_TILE = 768
 
 # Logits that are decided together on a CPU: what stays in its cache takes a fraction of the time.
 CPU_BAND = 1 << 19
@@ -56,7 +56,7 @@ class Inference:
         resize: (height, width) at which the network is given every image, which is then never
             tiled; `None` for their own size.
         tile: Side of the tiles in pixels, a multiple of 32; `None` for whole images whatever their
-            size; `"auto"` for tiles of 1,024 where the whole might take more than a quarter of the
+            size; `"auto"` for tiles of 768 where the whole might take more than a quarter of the
             device's memory.
         scales: The network sees each image at these multiples of its size, and the probabilities
             are averaged.
@@ -129,9 +129,8 @@ class Inference:
         together = max(1, self._fitting(height, width))
         for start in range(0, len(images), together):
             logits = self._logits(images[start : start + together])
-            for index in range(len(logits)):
-                whole = upsample(logits[index : index + 1], size)[0]
-                yield Block(start + index, slice(0, size[0]), slice(0, size[1]), whole)
+            for index, rows, values in upsampled_bands(logits, size):
+                yield Block(start + index, rows, slice(0, size[1]), values)
 
     def _tiled(self, index: int, image: Tensor, tile: int) -> Iterator[Block]:
         """Yields the blocks of one image, tile by tile.
@@ -145,8 +144,11 @@ class Inference:
         overlap = max(32, tile // 8 // 32 * 32)
         ramp = (torch.arange(overlap, device=self.device) + 0.5) / overlap
         fade_in = 0.5 - 0.5 * torch.cos(torch.pi * ramp)
-        lower_edge = torch.empty(self.num_classes, overlap, width, device=self.device)
-        right_edge = torch.empty(0)
+        # Made before the network's tensors, whose memory would else be split in two. Logits of 16
+        # bits leave half of it untouched, which on a CPU takes no memory.
+        dtype = torch.promote_types(torch.float32, self.network.mean.dtype)
+        room = torch.empty(self.num_classes * overlap * (width + tile), dtype=dtype)
+        room = room.to(self.device)
         for read_top, top, bottom in _spans(height, tile, overlap):
             columns = _spans(width, tile, overlap)
             end_row = bottom if bottom == height else bottom - overlap
@@ -156,14 +158,16 @@ class Inference:
                 logits = next(tiles)  # zip would keep them
                 end = right if right == width else right - overlap
                 logits = logits[:, top - read_top :, left - read_left :]
+                sizes = [self.num_classes * overlap * side for side in (width, bottom - top)]
+                edges = room.view(logits.dtype)[: sum(sizes)].split(sizes)
+                lower_edge = edges[0].view(self.num_classes, overlap, width)
+                right_edge = edges[1].view(self.num_classes, bottom - top, overlap)
                 if left > 0:
-                    logits[..., :overlap] = torch.lerp(right_edge, logits[..., :overlap], fade_in)
-                right_edge = logits[..., -overlap:].clone()
+                    _fade(right_edge, logits[..., :overlap], fade_in)
+                right_edge.copy_(logits[..., -overlap:])
                 logits = logits[..., : end - left]
                 if top > 0:
-                    logits[:, :overlap] = torch.lerp(
-                        lower_edge[..., left:end], logits[:, :overlap], fade_in[:, None]
-                    )
+                    _fade(lower_edge[..., left:end], logits[:, :overlap], fade_in[:, None])
                 if bottom < height:
                     lower_edge[..., left:end] = logits[:, -overlap:]
                 block = logits[:, : end_row - top]
@@ -171,11 +175,11 @@ class Inference:
                 del logits
                 yield Block(*place, block)
                 del block  # not to be kept beside what the network makes of the next tile
-        del lower_edge, right_edge
+        del room, edges, lower_edge, right_edge
         hardware.return_memory()  # before the whole image is drawn
 
     def _tile_logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Logits float32 [C, h, w] of each window; those of one size go through together."""
+        """Logits [C, h, w] of each window; those of one size go through together."""
         for size, group in groupby(windows, lambda window: window.shape[-2:]):
             alike = list(group)
             together = self.batch_size(*size)
@@ -185,7 +189,7 @@ class Inference:
                     # What is faded is written to: a copy, where upsampling has not made one. The
                     # source is not kept beside it.
                     made = batch[0].shape[-2:] != size
-                    yield upsample(batch.pop(0)[None], size)[0].to(torch.float32, copy=not made)
+                    yield upsample(batch.pop(0)[None], size)[0] if made else batch.pop(0).clone()
 
     def _logits(self, images: Tensor) -> Tensor:
         """Images uint8 [N, 3, h, w] -> logits [N, C, ...] at the network's own resolution."""
@@ -289,6 +293,11 @@ def _argmax_on_cpu(logits: Tensor) -> Tensor:
     pixels_as_channels = logits[:, :, None].permute(0, 3, 1, 2)  # [h, w, C, 1]
     _, ids = F.max_pool2d(pixels_as_channels, (logits.shape[1], 1), return_indices=True)
     return ids.view(len(logits), -1)
+
+
+def _fade(before: Tensor, after: Tensor, share: Tensor) -> None:
+    """Fades from the logits of one tile to those of the next, in which the result is written."""
+    after.copy_(torch.lerp(before.float(), after.float(), share))
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:

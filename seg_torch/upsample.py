@@ -20,6 +20,9 @@ LOSS_BYTES = 20
 CPU_BAND = 1 << 22
 GPU_BAND = 1 << 26
 
+# Logits of one image at label size that are made at once to be decided: a quarter of a gigabyte.
+WHOLE_IMAGE = 1 << 26
+
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Brings logits to the size of the labels, bilinearly and in float32.
@@ -37,6 +40,31 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     if logits.shape[-2:] == tuple(size):
         return logits
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsampled_bands(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yields logits at the size of the labels, image by image; of a large image in bands of rows.
+
+    With 150 classes those of a large image at once would take gigabytes. Whether there are bands
+    depends on the sizes alone, and the values do not depend on where the bands begin. They are
+    those of `upsample` but for rounding, which between PyTorch's own implementations differs, too.
+
+    Args:
+        logits: [N, C, h, w] of any floating type.
+        size: (height, width) of the labels.
+
+    Yields:
+        The number of the image, the rows, and their logits [C, rows, width].
+    """
+    height, width = size
+    large = logits.shape[1] * height * width > WHOLE_IMAGE
+    if large and logits.shape[-2:] != (height, width):
+        for band in _bands(logits, size):
+            part = logits[band.image, :, band.sources]
+            yield band.image.start, band.rows, band.upsampled(part)[0]
+        return
+    for index in range(len(logits)):
+        yield index, slice(0, height), upsample(logits[index : index + 1], size)[0]
 
 
 def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
@@ -73,6 +101,7 @@ class _Band(NamedTuple):
     Attributes:
         image: The image, as a slice of the batch.
         rows: Those of the label.
+        width: Of the label.
         sources: Those of the logits that they depend on.
         above: int64 [rows], for each the row of the sources above it.
         below: int64 [rows], that below it.
@@ -81,20 +110,27 @@ class _Band(NamedTuple):
 
     image: slice
     rows: slice
+    width: int
     sources: slice
     above: Tensor
     below: Tensor
     share: Tensor
 
+    def upsampled(self, logits: Tensor) -> Tensor:
+        """Returns the logits at label size, float32 [1, C, rows, width], from their `sources`.
+
+        To the width of the label first, while there are fewer rows: on a CPU the backward of
+        interpolation takes longer than the cross-entropy, that of lerp a fraction of it.
+        """
+        wide = upsample(logits.float(), (logits.shape[2], self.width))
+        above, below = wide.index_select(2, self.above), wide.index_select(2, self.below)
+        return torch.lerp(above, below, self.share)
+
     def sums(self, losses: Sequence[SegmentationLoss], logits: Tensor, target: Tensor) -> Sums:
         """Returns the sums of all losses over this band, from the `sources` of its logits."""
         labels = target[self.image, self.rows]
         with torch.autocast(logits.device.type, enabled=False):
-            # To the width of the label first, while there are fewer rows: on a CPU the backward of
-            # interpolation takes longer than the cross-entropy, that of lerp a fraction of it.
-            wide = upsample(logits.float(), (logits.shape[2], labels.shape[2]))
-            above, below = wide.index_select(2, self.above), wide.index_select(2, self.below)
-            at_size = torch.lerp(above, below, self.share)
+            at_size = self.upsampled(logits)
             return tuple(total for loss in losses for total in loss.sums(at_size, labels))
 
 
@@ -113,7 +149,7 @@ class _BandedSums(torch.autograd.Function):
         gradient = None
         at_once = context.needs_input_grad[0]
         all_sums = []
-        for band in _bands(logits, target, losses):
+        for band in _bands(logits, target.shape[-2:], losses):
             part = logits[band.image, :, band.sources].detach()
             with torch.set_grad_enabled(at_once):
                 sums = band.sums(losses, part.requires_grad_(at_once), target)
@@ -136,7 +172,7 @@ class _BandedSums(torch.autograd.Function):
         if gradient is not None:
             return (gradient * gradients[context.used]).to(logits.dtype), None, None
         total = torch.zeros_like(logits, dtype=torch.float32)
-        for band in _bands(logits, target, context.losses):
+        for band in _bands(logits, target.shape[-2:], context.losses):
             part = logits[band.image, :, band.sources].detach().requires_grad_()
             with torch.enable_grad():
                 sums = band.sums(context.losses, part, target)
@@ -148,8 +184,10 @@ class _BandedSums(torch.autograd.Function):
         return total.to(logits.dtype), None, None
 
 
-def _bands(logits: Tensor, target: Tensor, losses: Sequence[SegmentationLoss]) -> Iterator[_Band]:
-    height, width = target.shape[-2:]
+def _bands(
+    logits: Tensor, size: Sequence[int], losses: Sequence[SegmentationLoss] = ()
+) -> Iterator[_Band]:
+    height, width = size
     band = CPU_BAND if logits.device.type == "cpu" else GPU_BAND
     rows = max(1, band // (logits.shape[1] * width))
     if any(loss.per_image for loss in losses):
@@ -166,4 +204,4 @@ def _bands(logits: Tensor, target: Tensor, losses: Sequence[SegmentationLoss]) -
             sources = slice(first, int(below[here.stop - 1]) + 1)
             places = above[here] - first, below[here] - first, share[here]
             on_device = (place.to(logits.device, non_blocking=True) for place in places)
-            yield _Band(slice(image, image + 1), here, sources, *on_device)
+            yield _Band(slice(image, image + 1), here, width, sources, *on_device)
