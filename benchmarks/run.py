@@ -207,9 +207,7 @@ COMPARISONS: dict[str, Callable[[Path, str], Case]] = {
     "loading": loading,
     "tiles": tiles,
     "training": training.unet,
-    "resnet18": partial(training.unet_step, "resnet18"),
-    "mobilenetv2": partial(training.unet_step, "mobilenetv2_100"),
-    "efficientnet_lite0": partial(training.unet_step, "tf_efficientnet_lite0"),
+    **{name: partial(training.unet_step, name) for name in training.ENCODERS},
     "deeplabv3": partial(training.torchvision_step, "deeplabv3"),
     "fcn": partial(training.torchvision_step, "fcn"),
 }
@@ -270,9 +268,7 @@ def main() -> None:
         print(f"{name}: took {time.perf_counter() - start:.0f} s")
         Console(width=180).print(table(found))
         results += found
-        save(results, device, arguments.output)  # after each, for a run that is interrupted
-    if len(arguments.only) > 1:
-        Console(width=180).print(table(results))
+        save(results, device, arguments.output)  # lest an interrupted run leave nothing
 
 
 def table(results: list[Comparison]) -> Table:

@@ -63,7 +63,7 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "TORCHVISION_SIZE", {"cpu": (2, 33, 33)})
     for comparison in (
         training.unet,
-        partial(training.unet_step, "resnet18"),
+        partial(training.unet_step, "mobilenetv2_100"),
         partial(training.torchvision_step, "fcn"),
     ):
         case = comparison(root, "cpu")
