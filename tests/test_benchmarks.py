@@ -70,3 +70,11 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
         for way in (case.ours, *case.peers.values(), *case.also.values()):
             assert math.isfinite(way())
             assert case.name
+
+
+def test_scaling_draws_what_it_measures(benchmarks, tmp_path):
+    scaling = benchmarks("scaling")
+    costs = {amount: scaling.files(amount) for amount in (10, 20)}
+    assert all(cost.seconds > 0 and cost.memory >= 0 for cost in costs.values())
+    scaling.draw({"files": costs, "processes": costs}, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
