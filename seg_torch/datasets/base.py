@@ -208,11 +208,10 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """
     files: list[str] = []
     for directory, _, names in os.walk(folder):
-        below = Path(directory).relative_to(folder).parts
-        # Zero bytes, which no name holds, sort before all else: folder by folder.
-        prefix = "".join(f"{part}\0" for part in below)
+        below = Path(directory).relative_to(folder).as_posix()
+        prefix = "" if below == "." else f"{below}/"
         files += [prefix + name for name in names if name.lower().endswith(suffixes)]
-    return [file.replace("\0", "/") for file in sorted(files)]
+    return sorted(files, key=lambda file: file.replace("/", "\0"))
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, str]:
