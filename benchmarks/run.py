@@ -15,13 +15,11 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
 from functools import partial
-from importlib.metadata import version
-from itertools import islice
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +50,12 @@ PEERS = (
     "torchvision",
     "lightning",
     "torchmetrics",
-    "segmentation-models-pytorch",
+    "segmentation_models_pytorch",
     "monai",
 )
 
 
-def palette(_: Path, device: str) -> Iterator[Case]:
+def palette(_: Path, device: str) -> Case:
     """decode_segmap against the usual tutorial's pass over the image for each class and channel."""
     colours = VOC_PALETTE[:21]
     mask = np.random.default_rng(0).integers(0, 21, (1024, 2048)).astype(np.uint8)
@@ -70,14 +68,14 @@ def palette(_: Path, device: str) -> Iterator[Case]:
         return np.stack(channels, axis=-1)
 
     assert np.array_equal(loop(), decode_segmap(mask, colours))
-    yield Case(
+    return Case(
         "decode_segmap, 1024 x 2048, 21 classes",
         lambda: decode_segmap(mask, colours),
         {"loop over classes": loop},
     )
 
 
-def scores(_: Path, device: str) -> Iterator[Case]:
+def scores(_: Path, device: str) -> Case:
     """The confusion matrix against torchmetrics' scores of the same kind."""
     from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -91,14 +89,14 @@ def scores(_: Path, device: str) -> Iterator[Case]:
     ours.update(prediction, target)
     theirs.update(prediction, long_target)
     assert torch.equal(ours.compute(), theirs.confmat)
-    yield Case(
+    return Case(
         "scores, 8 x 520 x 520, 21 classes",
         lambda: ours.update(prediction, target),
         {"torchmetrics MulticlassJaccardIndex": lambda: theirs.update(prediction, long_target)},
     )
 
 
-def dice(_: Path, device: str) -> Iterator[Case]:
+def dice(_: Path, device: str) -> Case:
     """The Dice loss with its gradient against MONAI's."""
     from monai.losses import DiceLoss as MonaiDice
 
@@ -108,42 +106,35 @@ def dice(_: Path, device: str) -> Iterator[Case]:
     ours = DiceLoss()
     monai = MonaiDice(softmax=True, to_onehot_y=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
     assert torch.allclose(ours(logits, target), monai(logits, target[:, None]), atol=1e-5)
-    yield Case(
+    return Case(
         "Dice loss, 4 x 352 x 480, 21 classes",
         lambda: ours(logits, target).backward(),
         {"MONAI DiceLoss": lambda: monai(logits, target[:, None]).backward()},
     )
 
 
-def many_classes(_: Path, device: str) -> Iterator[Case]:
+def many_classes(dice: bool, _: Path, device: str) -> Case:
     """Losses of 150 classes, band by band, against all logits at label size at once."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 150, 128, 128, generator=generator).to(device).requires_grad_()
     target = torch.randint(150, (8, 512, 512), generator=generator, dtype=torch.uint8).to(device)
     size = target.shape[-2:]
+    cross_entropy = CrossEntropyLoss()
+    loss = WeightedSum([cross_entropy, DiceLoss()], [1, 1]) if dice else cross_entropy
 
-    def cross_entropy() -> Tensor:
-        return F.cross_entropy(upsample(logits, size), target.long(), ignore_index=255)
-
-    def both() -> Tensor:
+    def plain() -> Tensor:
         at_size = upsample(logits, size)
-        return F.cross_entropy(at_size, target.long(), ignore_index=255) + DiceLoss()(
-            at_size, target
-        )
+        value = F.cross_entropy(at_size, target.long(), ignore_index=255)
+        return value + DiceLoss()(at_size, target) if dice else value
 
     seg_torch.upsample.LOSS_BYTES = 1 << 60  # bands, however much memory there is
-    ce_dice = WeightedSum([CrossEntropyLoss(), DiceLoss()], [1, 1])
-    for name, loss, plain in (
-        ("cross-entropy", CrossEntropyLoss(), cross_entropy),
-        ("cross-entropy + Dice", ce_dice, both),
-    ):
-        banded = partial(upsampled_loss, loss, logits, target)
-        torch.testing.assert_close(banded(), plain(), rtol=1e-5, atol=1e-5)
-        yield Case(
-            f"{name}, 8 x 512 x 512, 150 classes",
-            gradient(banded),
-            {"F.interpolate + F.cross_entropy": gradient(plain)},
-        )
+    banded = partial(upsampled_loss, loss, logits, target)
+    torch.testing.assert_close(banded(), plain(), rtol=1e-5, atol=1e-5)
+    return Case(
+        f"cross-entropy{' + Dice' if dice else ''}, 8 x 512 x 512, 150 classes",
+        gradient(banded),
+        {"F.interpolate + F.cross_entropy": gradient(plain)},
+    )
 
 
 def gradient(loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -151,7 +142,7 @@ def gradient(loss: Callable[[], Tensor]) -> Callable[[], None]:
     return lambda: loss().backward()
 
 
-def loading(root: Path, device: str) -> Iterator[Case]:
+def loading(root: Path, device: str) -> Case:
     """Training samples a second and core, against torchvision's reference preset with jitter."""
     crop = (352, 480)
     data = SegmentationDataModule(camvid, str(root), augment=augment(crop))
@@ -164,16 +155,16 @@ def loading(root: Path, device: str) -> Iterator[Case]:
     assert torch.equal(image, v2.functional.pil_to_tensor(pixels))
     assert torch.equal(mask[mask != 255], v2.functional.pil_to_tensor(labels)[0][mask != 255])
     indices = range(40)
-    with one_thread():
-        yield Case(
-            "loading, CamVid, scale + crop + flip + jitter",
-            lambda: [ours[0, i] for i in indices],
-            {"torchvision's preset + ColorJitter": lambda: [theirs[i] for i in indices]},
-            {"ours, in memory": lambda: [in_memory[0, i] for i in indices]},
-        )
+    torch.set_num_threads(1)  # as in a worker process
+    return Case(
+        "loading, CamVid, scale + crop + flip + jitter",
+        lambda: [ours[0, i] for i in indices],
+        {"torchvision's preset + ColorJitter": lambda: [theirs[i] for i in indices]},
+        {"ours, in memory": lambda: [in_memory[0, i] for i in indices]},
+    )
 
 
-def tiles(_: Path, device: str) -> Iterator[Case]:
+def tiles(_: Path, device: str) -> Case:
     """A large image in tiles against MONAI's sliding window with the same tiles."""
     from monai.inferers import SlidingWindowInferer
 
@@ -199,7 +190,7 @@ def tiles(_: Path, device: str) -> Iterator[Case]:
     # Nothing but the edges of tiles, at which the network sees zeros, may differ.
     same = (ours() == theirs()).double().mean().item()
     assert same > 0.98, same
-    yield Case(
+    return Case(
         "2,000 x 3,000 pixels in tiles, 21 classes",
         ours,
         {"MONAI SlidingWindowInferer": theirs},
@@ -207,26 +198,18 @@ def tiles(_: Path, device: str) -> Iterator[Case]:
     )
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker process
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-COMPARISONS = {
+COMPARISONS: dict[str, Callable[[Path, str], Case]] = {
     "palette": palette,
     "scores": scores,
     "dice": dice,
-    "many_classes": many_classes,
+    "many_classes": partial(many_classes, False),
+    "many_classes_dice": partial(many_classes, True),
     "loading": loading,
     "tiles": tiles,
     "training": training.unet,
     **{name: partial(training.unet_step, name) for name in training.ENCODERS},
-    "torchvision": training.torchvision_models,
+    "deeplabv3": partial(training.torchvision_step, "deeplabv3"),
+    "fcn": partial(training.torchvision_step, "fcn"),
 }
 
 
@@ -239,7 +222,7 @@ def save(results: list[Comparison], device: str, output: Path) -> None:
         "date": date.today().isoformat(),
         "hardware": name,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PEERS},
+        "versions": {p.name: p.version for p in distributions() if p.name in PEERS},
     }
     output.mkdir(parents=True, exist_ok=True)
     content = {**about, "comparisons": [asdict(r) | {"ratios": r.ratios} for r in results]}
@@ -269,25 +252,23 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
-    # One process: the comparison, the number of its case, and the way to measure.
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    # One process: the comparison, and the way to measure.
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     root, device = arguments.root, arguments.device
     if arguments.measure:
-        name, index, way = arguments.measure
-        case = next(islice(COMPARISONS[name](root, device), int(index), None))
-        print(json.dumps(case.measure(way, device)))
+        name, way = arguments.measure
+        print(json.dumps(COMPARISONS[name](root, device).measure(way, device)))
         return
     results: list[Comparison] = []
     for name in arguments.only:
         start = time.perf_counter()
-        for index, case in enumerate(COMPARISONS[name](root, device)):
-            command = [__file__, str(root), "--device", device, "--measure", name, str(index)]
-            found = list(compare(case, command, arguments.rounds))
-            results += found
-            save(results, device, arguments.output)  # lest an interrupted run leave nothing
-            Console(width=180).print(table(found))
-        print(f"{name}: took {time.perf_counter() - start:.0f} s", flush=True)
+        command = [__file__, str(root), "--device", device, "--measure", name]
+        found = list(compare(COMPARISONS[name](root, device), command, arguments.rounds))
+        print(f"{name}: took {time.perf_counter() - start:.0f} s")
+        Console(width=180).print(table(found))
+        results += found
+        save(results, device, arguments.output)  # lest an interrupted run leave nothing
 
 
 def table(results: list[Comparison]) -> Table:

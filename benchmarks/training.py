@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
-import segmentation_models_pytorch as smp
 import torch
 from comparison import Case, seconds_of
 from PIL import Image
@@ -106,12 +105,19 @@ class StepTimes(lightning.Callback):
         return seconds / (self.steps - self.warm_up) / batch_size
 
 
+def smp_unet(encoder: str) -> nn.Module:
+    """SMP is imported here, since other rows run without it."""
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet(encoder, encoder_weights=None, classes=CLASSES)
+
+
 class Peer(lightning.LightningModule):
     """The usual module around segmentation_models_pytorch."""
 
     def __init__(self, encoder: str) -> None:
         super().__init__()
-        self.model = smp.Unet(encoder, encoder_weights=None, classes=CLASSES)
+        self.model = smp_unet(encoder)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, masks = batch
@@ -123,12 +129,12 @@ class Peer(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def unet(root: Path, device: str) -> Iterator[Case]:
+def unet(root: Path, device: str) -> Case:
     """`train.py model=unet` on CamVid, loader included, against SMP and Lightning."""
     encoder, batch_size, _ = TRAINING[device]
     same_unet(encoder, encoder)
     size = (batch_size, *CROP)
-    yield Case(
+    return Case(
         f"training, loader included, U-Net {encoder}, {_text(size)}, an image",
         partial(ours_per_image, root, device),
         {
@@ -139,11 +145,11 @@ def unet(root: Path, device: str) -> Iterator[Case]:
     )
 
 
-def unet_step(encoder: str, root: Path, device: str) -> Iterator[Case]:
+def unet_step(encoder: str, _: Path, device: str) -> Case:
     """A training step of a U-Net on tensors against SMP's in a plain loop."""
     size, theirs = UNET_SIZE[device], ENCODERS[encoder]
     same_unet(encoder, theirs)
-    yield Case(
+    return Case(
         f"training step, U-Net {encoder}, {_text(size)}, an image",
         partial(our_unet_step, encoder, size, device),
         {
@@ -153,27 +159,24 @@ def unet_step(encoder: str, root: Path, device: str) -> Iterator[Case]:
     )
 
 
-def torchvision_models(root: Path, device: str) -> Iterator[Case]:
-    """FCN and DeepLabv3 with ResNet-50 on tensors against the loop of torchvision's script."""
+def torchvision_step(name: str, _: Path, device: str) -> Case:
+    """FCN or DeepLabv3 with ResNet-50 on tensors against the loop of torchvision's script."""
     size = TORCHVISION_SIZE[device]
-    for name in ("deeplabv3", "fcn"):
-        ours = getattr(seg_torch.models, name)(21, "resnet50", None)
-        theirs = getattr(segmentation, f"{name}_resnet50")(
-            weights=None, weights_backbone=None, num_classes=21, aux_loss=True
-        )
-        ours.load_state_dict(theirs.state_dict())
-        same_logits(ours, theirs)
-        sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-        yield Case(
-            f"training step, {name}-ResNet50, {_text(size)}, an image",
-            partial(our_step, ours, sgd, size, 21, device),
-            {
-                f"torchvision's loop, {kind}": partial(
-                    plain_step, theirs, sgd, size, 21, device, dtype
-                )
-                for kind, dtype in DTYPES.items()
-            },
-        )
+    ours = getattr(seg_torch.models, name)(21, "resnet50", None)
+    theirs = getattr(segmentation, f"{name}_resnet50")(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    )
+    ours.load_state_dict(theirs.state_dict())
+    same_logits(ours, theirs)
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    return Case(
+        f"training step, {name}-ResNet50, {_text(size)}, an image",
+        partial(our_step, ours, sgd, size, 21, device),
+        {
+            f"torchvision's loop, {kind}": partial(plain_step, theirs, sgd, size, 21, device, dtype)
+            for kind, dtype in DTYPES.items()
+        },
+    )
 
 
 def _text(size: Sequence[int]) -> str:
@@ -183,7 +186,7 @@ def _text(size: Sequence[int]) -> str:
 def same_unet(ours: str, theirs: str) -> None:
     """With equal weights both U-Nets give equal logits."""
     network = seg_torch.models.unet(CLASSES, ours, weights=None)
-    peer = smp.Unet(theirs, encoder_weights=None, classes=CLASSES)
+    peer = smp_unet(theirs)
     network.load_state_dict(
         dict(zip(network.state_dict(), peer.state_dict().values(), strict=True))
     )
@@ -282,7 +285,7 @@ def our_step(
 
 
 def smp_step(encoder: str, size: Sequence[int], device: str, dtype: torch.dtype | None) -> float:
-    model = smp.Unet(encoder, encoder_weights=None, classes=CLASSES)
+    model = smp_unet(encoder)
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     return plain_step(model, optimizer, size, CLASSES, device, dtype)
 
@@ -296,6 +299,7 @@ def plain_step(
     dtype: torch.dtype | None,
 ) -> float:
     """Seconds an image of a step as in torchvision's reference script (train.py)."""
+    torch.backends.cudnn.benchmark = True
     model = model.train().to(device)
     optimizer = make_optimizer(model.parameters())
     images, target = batch(size, classes)

@@ -1,7 +1,6 @@
 """The benchmarks run: one comparison of each kind, at a size of no interest."""
 
 import importlib
-import itertools
 import math
 import sys
 from functools import partial
@@ -61,8 +60,21 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(training.hardware, "available_cpus", lambda: 0)  # no workers
     root = tmp_path / "camvid"
     make_data.make_camvid(root)
-    for comparison in (training.unet, partial(training.unet_step, "mobilenetv2_100")):
-        (case,) = itertools.islice(comparison(root, "cpu"), 1)
+    monkeypatch.setattr(training, "TORCHVISION_SIZE", {"cpu": (2, 33, 33)})
+    for comparison in (
+        training.unet,
+        partial(training.unet_step, "mobilenetv2_100"),
+        partial(training.torchvision_step, "fcn"),
+    ):
+        case = comparison(root, "cpu")
         for way in (case.ours, *case.peers.values(), *case.also.values()):
             assert math.isfinite(way())
             assert case.name
+
+
+def test_scaling_draws_what_it_measures(benchmarks, tmp_path):
+    scaling = benchmarks("scaling")
+    costs = {amount: scaling.files(amount) for amount in (10, 20)}
+    assert all(cost.seconds > 0 and cost.memory >= 0 for cost in costs.values())
+    scaling.draw({"files": costs, "processes": costs}, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000

@@ -9,6 +9,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from seg_torch import images
+from seg_torch.datasets.base import read_index_mask
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images import image_size, read_image
@@ -275,6 +276,25 @@ def test_a_plain_png_is_not_decoded_by_pillow_where_libspng_is_installed(tmp_pat
     path = written(Image.new("RGB", (3, 2), "red"), tmp_path / "a.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
     assert read_image(path)[1, 2].tolist() == [255, 0, 0]
+    path = written(Image.new("L", (3, 2), 7), tmp_path / "mask.png")
+    assert read_index_mask(path)[1, 2] == 7
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("before", [b"", chunk(b"tRNS", b"\0\1")])
+def test_libspng_gives_the_ids_that_pillow_gives(tmp_path, monkeypatch, bits, before):
+    pytest.importorskip("imagecodecs")
+    path = tmp_path / "a.png"
+    of_a_row = -(-3 * bits // 8)
+    values = [0, 96, 0, 5, 0, 7] if bits == 16 else [96, 5, 7]
+    rows = 2 * (b"\0" + bytes(values[:of_a_row]))
+    path.write_bytes(png(bytes([bits]) + b"\0\0\0\0", rows, before))
+    with monkeypatch.context() as patch:
+        patch.setattr("seg_torch.images._spng_decode", lambda: None)
+        expected = read_index_mask(path)
+    found = read_index_mask(path)
+    assert np.array_equal(found, expected)
+    assert found.flags.writeable
 
 
 def test_what_is_not_decoded_to_8_bits_is_left_to_pillow(tmp_path, monkeypatch):
