@@ -36,6 +36,7 @@ SUFFIXES = {
     "colour": ".png",
     "overlay": ".jpg",
     "probabilities": ".npz",
+    "confidence": ".png",
     "coco": ".json",
     "side_by_side": ".jpg",
 }
@@ -47,11 +48,14 @@ class Segmentation:
     """The segmentation of one image.
 
     Attributes:
-        mask: Class ids, uint8 [H, W], at the size of the image.
+        mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too uncertain
+            (`unknown` of the `Segmenter`).
         labels: The classes.
         image: RGB, uint8 [H, W, 3], upright.
         confidence: The probability of the class that was chosen, averaged over the pixels.
         scores: Probabilities of all classes, float16 [C, H, W], where they were asked for.
+        confidence_map: The probability of the chosen class, uint8 [H, W] in steps of 1/255, where
+            it was asked for.
     """
 
     mask: np.ndarray
@@ -59,6 +63,7 @@ class Segmentation:
     image: np.ndarray
     confidence: float = math.nan
     scores: np.ndarray | None = None
+    confidence_map: np.ndarray | None = None
 
     def probabilities(self) -> np.ndarray:
         """Returns the probability of every class at every pixel, float16 [C, H, W].
@@ -108,10 +113,11 @@ class Segmentation:
             name: Of the image, without a suffix; may contain folders.
             outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
                 (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
-                `coco` (COCO JSON) and `side_by_side` (JPEG).
+                `confidence` (grey PNG, 255 is certain), `coco` (COCO JSON) and `side_by_side`
+                (JPEG).
 
         Raises:
-            InputError: There is no such output, or there are no probabilities.
+            InputError: There is no such output, or it was not asked for in predicting.
             OSError: A file cannot be written.
         """
         for output in outputs:
@@ -119,9 +125,13 @@ class Segmentation:
                 raise InputError(f"there is no output {output!r}: use {', '.join(SUFFIXES)}")
             path = Path(folder, output, f"{name}{SUFFIXES[output]}")
             if output == "mask":
-                write_atomically(path, self._save_mask)
+                write_atomically(path, self.save_mask)
             elif output == "probabilities":
                 write_atomically(path, self._save_probabilities)
+            elif output == "confidence":
+                if self.confidence_map is None:
+                    raise InputError("ask for it: segmenter.predict(image, confidence_map=True)")
+                write_atomically(path, Image.fromarray(self.confidence_map).save)
             elif output == "coco":
                 height, width = self.mask.shape
                 images = [(str(name), width, height, self.coco())]
@@ -132,7 +142,8 @@ class Segmentation:
                 drawing = self.overlay() if output == "overlay" else self.side_by_side()
                 write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
 
-    def _save_mask(self, path: str) -> None:
+    def save_mask(self, path: str) -> None:
+        """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
         mask = palette_image(self.mask, self.labels)
         text = PngInfo()
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
@@ -163,9 +174,10 @@ class Segmenter:
         scales: See there.
         flip: See there.
         precision: See there.
+        unknown: Pixels whose class has a lower probability than that are 255 in the mask.
 
     Raises:
-        InputError: An impossible tile, scale or precision.
+        InputError: An impossible tile, scale or precision, or `unknown` is no probability.
     """
 
     def __init__(
@@ -178,7 +190,11 @@ class Segmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         precision: str = "auto",
+        unknown: float = 0.0,
     ) -> None:
+        if not 0 <= unknown <= 1:
+            raise InputError(f"unknown={unknown}: expected a probability, such as 0.9")
+        self.unknown = unknown
         self.device = hardware.best_device() if device is None else torch.device(device)
         self.network = network.to(self.device).eval()
         self.labels = labels
@@ -259,23 +275,26 @@ class Segmenter:
         self,
         image: str | Path | Image.Image | np.ndarray | Tensor,
         probabilities: bool = False,
+        confidence_map: bool = False,
     ) -> Segmentation:
         """Segments one image.
 
         Args:
             image: A path, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
             probabilities: Keep those of all classes, two bytes for each class and pixel.
+            confidence_map: Keep that of the chosen class, a byte for each pixel.
 
         Raises:
             InputError: A file that cannot be read, or an array of another kind.
         """
-        return self.predict_batch([image], probabilities)[0]
+        return self.predict_batch([image], probabilities, confidence_map)[0]
 
     @torch.no_grad()  # not inference_mode, which keeps autocast from caching the weights
     def predict_batch(
         self,
         images: Sequence[str | Path | Image.Image | np.ndarray | Tensor],
         probabilities: bool = False,
+        confidence_map: bool = False,
     ) -> list[Segmentation]:
         """Segments images of one size, which go through the network together.
 
@@ -285,6 +304,7 @@ class Segmenter:
         Args:
             images: As for `predict`.
             probabilities: As for `predict`.
+            confidence_map: As for `predict`.
 
         Raises:
             InputError: As for `predict`, or the images have several sizes.
@@ -305,22 +325,27 @@ class Segmenter:
         if probabilities:
             shape = (len(arrays), len(self.labels), *size)
             kept = list(torch.empty(shape, dtype=torch.float16))
+        maps = torch.empty_like(masks) if confidence_map else None
         totals = torch.zeros(len(arrays), device=self.device)
         for index, rows, columns, logits in self.inference.blocks(batch, size):
             target = kept[index]
             into = None if target is None else target[:, rows, columns]
-            ids, total = decide(logits, confidence=True, probabilities=into)
+            map_part = None if maps is None else maps[index, rows, columns]
+            ids, total = decide(logits, True, into, map_part, self.unknown)
             masks[index, rows, columns] = ids
             totals[index] += total
             del logits  # not to be kept beside what the network makes of the next tile
         confidences = (totals / max(1, size[0] * size[1])).tolist()
         return [
             Segmentation(
-                mask, self.labels, array, confidence, None if scores is None else scores.numpy()
+                masks[i].numpy(),
+                self.labels,
+                array,
+                confidences[i],
+                None if (scores := kept[i]) is None else scores.numpy(),
+                None if maps is None else maps[i].numpy(),
             )
-            for mask, array, confidence, scores in zip(
-                masks.numpy(), arrays, confidences, kept, strict=True
-            )
+            for i, array in enumerate(arrays)
         ]
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -43,8 +44,9 @@ from seg_torch import hardware
 from seg_torch.coco import write_coco
 from seg_torch.commands import video
 from seg_torch.datasets.base import list_files
+from seg_torch.datasets.folder import write_classes
 from seg_torch.datasets.voc import VOC_LABELS
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL, write_atomically
 from seg_torch.hub import HUB
 from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit, read_image
@@ -103,7 +105,9 @@ def predict(cfg: DictConfig) -> int:
                 files,
                 batches,
                 read=lambda path: _shrink(read_image(path), cfg.resize, cfg.crop),
-                segment=partial(_segment, segmenters, "probabilities" in kinds),
+                segment=partial(
+                    _segment, segmenters, "probabilities" in kinds, "confidence" in kinds
+                ),
                 save=partial(_save, output, kinds, _titles(cfg)),
                 note=partial(_note, journal, run),
                 progress=fabric.is_global_zero,
@@ -255,7 +259,7 @@ def _predict_files(
     batches: list[Batch],
     read: Callable[[Path], np.ndarray],
     segment: Callable[[list[np.ndarray]], list[Results]],
-    save: Callable[[str, Results], None],
+    save: Callable[[_Image, Results], None],
     note: Callable[[Record], None],
     progress: bool,
 ) -> None:
@@ -333,19 +337,21 @@ def _resized(image: Any, resize: int | None, crop: int | None) -> Any:
     return image if crop is None else tvf.center_crop(image, [crop])
 
 
-def _segment(segmenters: list[Segmenter], scores: bool, images: list[np.ndarray]) -> list[Results]:
+def _segment(
+    segmenters: list[Segmenter], scores: bool, confidence_map: bool, images: list[np.ndarray]
+) -> list[Results]:
     """Segment images of one size with each model; only the first is asked for probabilities."""
-    first = segmenters[0].predict_batch(images, scores)
+    first = segmenters[0].predict_batch(images, scores, confidence_map)
     others = [segmenter.predict_batch(images) for segmenter in segmenters[1:]]
     return list(zip(first, *others, strict=True))
 
 
 def _write(
-    save: Callable[[str, Results], None], image: _Image, results: Results, seconds: float
+    save: Callable[[_Image, Results], None], image: _Image, results: Results, seconds: float
 ) -> Record:
     """Write the outputs of an image and return its record."""
     start = time.perf_counter()
-    save(image.name, results)
+    save(image, results)
     return {
         "name": image.name,
         "file": _stamp(image.path),
@@ -358,20 +364,25 @@ def _write(
 
 
 def _save(
-    output: Path, kinds: list[str], titles: tuple[str, str], name: str, results: Results
+    output: Path, kinds: list[str], titles: tuple[str, str], image: _Image, results: Results
 ) -> None:
     """Write the outputs of one image; `side_by_side` shows the results of all models."""
-    if len(results) == 1:
-        results[0].save(output, name, kinds)
-        return
-    results[0].save(output, name, [kind for kind in kinds if kind != "side_by_side"])
-    masks = {title: (r.mask, r.labels) for title, r in zip(titles, results, strict=True)}
-    drawn = side_by_side(results[0].image, masks)
-    path = _output_path(output, "side_by_side", name)
-    write_atomically(path, partial(drawn.save, quality=JPEG_QUALITY))
+    ours = {"dataset"} if len(results) == 1 else {"dataset", "side_by_side"}
+    results[0].save(output, image.name, [kind for kind in kinds if kind not in ours])
+    if "dataset" in kinds:
+        copy = output / "dataset" / "images" / f"{image.name}{image.path.suffix}"
+        write_atomically(copy, partial(shutil.copyfile, image.path))
+        write_atomically(_output_path(output, "dataset", image.name), results[0].save_mask)
+    if len(results) > 1:
+        masks = {title: (r.mask, r.labels) for title, r in zip(titles, results, strict=True)}
+        drawn = side_by_side(results[0].image, masks)
+        path = _output_path(output, "side_by_side", image.name)
+        write_atomically(path, partial(drawn.save, quality=JPEG_QUALITY))
 
 
 def _output_path(output: Path, kind: str, name: str) -> Path:
+    if kind == "dataset":
+        return output / "dataset" / "masks" / f"{name}.png"
     return output / kind / f"{name}{SUFFIXES[kind]}"
 
 
@@ -436,7 +447,7 @@ def _stamp(path: Path) -> list[int]:
 def _run_id(cfg: DictConfig) -> str:
     """Return a hash of all settings that decide what a mask looks like, the weights included."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings = ["beside", "resize", "crop", "tile", "tta", "batch_size"]
+    settings = ["beside", "resize", "crop", "tile", "tta", "batch_size", "unknown"]
     settings += ["model"] if cfg.checkpoint is None else []
     values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
@@ -459,7 +470,10 @@ def _finish(cfg: DictConfig, files: Files, labels: Labels) -> int:
     records = {record["name"]: record for record in _read_journal(output)}
     done = {_file_name(files[n], source): records[n] for n in files if "error" not in records[n]}
     failures = [records[name]["error"] for name in files if "error" in records[name]]
-    _write_summary(output, "predictions.csv", partial(_write_table, done, labels))
+    rows = sorted(done.items(), key=lambda r: r[1]["confidence"]) if cfg.sort == "doubt" else done
+    _write_summary(output, "predictions.csv", partial(_write_table, dict(rows), labels))
+    if "dataset" in cfg.save:
+        write_classes(labels, output / "dataset")
     if "coco" in cfg.save:
         _write_summary(output, "coco.json", partial(_write_coco, done, labels, output))
     log.info("%d of %d images segmented: %s", len(done), len(files), output)
@@ -509,11 +523,13 @@ def _file_name(path: Path, source: Path) -> str:
 
 def _kinds(cfg: DictConfig) -> list[str]:
     """Return the outputs that are saved for each image, after a look at the settings."""
-    unknown = [str(kind) for kind in cfg.save if kind not in {"legend", *SUFFIXES}]
+    choices = ["legend", *SUFFIXES, "dataset"]
+    unknown = [str(kind) for kind in cfg.save if kind not in choices]
     if unknown:
-        raise InputError(
-            f"save: there is no {', '.join(unknown)}; choose of legend, {', '.join(SUFFIXES)}"
-        )
+        raise InputError(f"save: there is no {', '.join(unknown)}; choose of {', '.join(choices)}")
+    if "dataset" in cfg.save and (cfg.resize or cfg.crop):
+        raise InputError("save=[dataset] copies the images as they are: leave out resize and crop")
+    check_choice("sort", cfg.sort, ("name", "doubt"))
     if cfg.batch_size is not None and (not isinstance(cfg.batch_size, int) or cfg.batch_size < 1):
         raise InputError(f"batch_size={cfg.batch_size}: expected at least 1")
     kinds = [kind for kind in cfg.save if kind != "legend"]
@@ -600,6 +616,7 @@ def _wait_for_all(group: Any) -> None:
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
     settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.precision)}
+    settings["unknown"] = cfg.unknown
     settings["scales"], settings["flip"] = parse_tta(cfg.tta)
     settings["device"] = device
     if cfg.checkpoint is not None:
