@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from seg_torch import checkpoint, hardware
+from seg_torch.bands import Bands, as_array, as_tensor, shown
 from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
@@ -48,10 +49,10 @@ class Segmentation:
     """The segmentation of one image.
 
     Attributes:
-        mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too uncertain
-            (`unknown` of the `Segmenter`).
+        mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too
+            uncertain (`unknown` of the `Segmenter`).
         labels: The classes.
-        image: RGB, uint8 [H, W, 3], upright.
+        image: RGB, uint8 [H, W, 3], upright; of other images what is shown of them.
         confidence: The probability of the class that was chosen, averaged over the pixels.
         scores: Probabilities of all classes, float16 [C, H, W], where they were asked for.
         confidence_map: The probability of the chosen class, uint8 [H, W] in steps of 1/255, where
@@ -175,6 +176,7 @@ class Segmenter:
         flip: See there.
         precision: See there.
         unknown: Pixels whose class has a lower probability than that are 255 in the mask.
+        bands: How images are stored that are not read as RGB.
 
     Raises:
         InputError: An impossible tile, scale or precision, or `unknown` is no probability.
@@ -191,10 +193,12 @@ class Segmenter:
         flip: bool = False,
         precision: str = "auto",
         unknown: float = 0.0,
+        bands: Bands | None = None,
     ) -> None:
         if not 0 <= unknown <= 1:
             raise InputError(f"unknown={unknown}: expected a probability, such as 0.9")
         self.unknown = unknown
+        self.bands = bands
         self.device = hardware.best_device() if device is None else torch.device(device)
         self.network = network.to(self.device).eval()
         self.labels = labels
@@ -224,7 +228,8 @@ class Segmenter:
         content = checkpoint.read(path)
         network, labels = checkpoint.build_network(content, trust)
         resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        return cls(network, labels, resize, device, **settings)
+        bands = checkpoint.bands(content)
+        return cls(network, labels, resize, device, bands=bands, **settings)
 
     @classmethod
     def pretrained(
@@ -271,6 +276,10 @@ class Segmenter:
         """How many images of one size `predict_batch` should be given."""
         return self.inference.batch_size(*(self.resize or (height, width)))
 
+    def read(self, path: str | Path) -> np.ndarray:
+        """Reads an image as the network takes it, uint8 or uint16 [H, W, C]."""
+        return read_image(path) if self.bands is None else self.bands.read(path)
+
     def predict(
         self,
         image: str | Path | Image.Image | np.ndarray | Tensor,
@@ -281,6 +290,8 @@ class Segmenter:
 
         Args:
             image: A path, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
+                With `bands` a path, an array uint8 or uint16 [H, W, C], or the tensor [C, H, W] of
+                a dataset.
             probabilities: Keep those of all classes, two bytes for each class and pixel.
             confidence_map: Keep that of the chosen class, a byte for each pixel.
 
@@ -311,12 +322,12 @@ class Segmenter:
         """
         if not images:
             return []
-        arrays = [_as_array(image) for image in images]
+        arrays = [self._as_array(image) for image in images]
         sizes = sorted({array.shape[:2] for array in arrays})
         if len(sizes) > 1:
             raise InputError(f"images of several sizes in one batch: {sizes}")
         size = sizes[0]
-        views = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+        views = [as_tensor(array) for array in arrays]
         batch = torch.stack(views) if len(views) > 1 else views[0][None]  # may be large: no copy
         if self.resize is not None:
             batch = resize_image(batch.contiguous(), self.resize)  # as the data module does it
@@ -340,7 +351,7 @@ class Segmenter:
             Segmentation(
                 masks[i].numpy(),
                 self.labels,
-                array,
+                shown(array, self.bands),
                 confidences[i],
                 None if (scores := kept[i]) is None else scores.numpy(),
                 None if maps is None else maps[i].numpy(),
@@ -348,18 +359,20 @@ class Segmenter:
             for i, array in enumerate(arrays)
         ]
 
-
-def _as_array(image: Any) -> np.ndarray:
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return np.array(upright_rgb(image))
-    if isinstance(image, Tensor):
-        image = image.permute(1, 2, 0).cpu().numpy()
-    array = np.require(image, requirements=["C", "W"])  # torch warns of arrays that are read-only
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise InputError(
-            f"the image is {array.dtype} {array.shape}: expected uint8 [H, W, 3] as an array, "
-            "uint8 [3, H, W] as a tensor"
-        )
-    return array
+    def _as_array(self, image: Any) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            return self.read(image)
+        if isinstance(image, Image.Image) and self.bands is None:
+            return np.array(upright_rgb(image))
+        if isinstance(image, Tensor):
+            image = as_array(image)
+        # PyTorch warns of arrays that are read-only.
+        array = np.require(image, requirements=["C", "W"])
+        bands = self.bands
+        dtype, channels = ("uint8", 3) if bands is None else (f"uint{bands.bits}", bands.channels)
+        if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
+            raise InputError(
+                f"the image is {array.dtype} {array.shape}: expected {dtype} [H, W, {channels}] as "
+                f"an array, [{channels}, H, W] as a tensor"
+            )
+        return array

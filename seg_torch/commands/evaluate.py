@@ -12,6 +12,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
+from seg_torch.bands import Bands
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
@@ -49,13 +50,14 @@ def prepare(
         content = checkpoint.read(cfg.checkpoint)
         network, labels = checkpoint.build_network(content, cfg.trust)
         resize = content[checkpoint.KEY]["preprocessing"]["resize"]
+        bands = checkpoint.bands(content)
         own_data = content[checkpoint.KEY]["data"]
     else:
         network, labels, resize = instantiate(cfg.model)
-        own_data = {}
+        own_data, bands = {}, None
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, own_data, resize)
+    settings = {**_data_settings(cfg, own_data, resize), **_channel_settings(bands)}
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -120,6 +122,15 @@ def _data_settings(
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
     return {**settings, "resize": resize, "augment": None}  # which only training needs
+
+
+def _channel_settings(bands: Bands | None) -> dict[str, Any]:
+    """Returns how the network's images are stored, whatever the settings of the data say."""
+    if bands is None:
+        return {"channels": None}
+    settings = bands.to_dict()
+    settings["band_files"] = settings.pop("files")
+    return settings
 
 
 def _own_data(data: dict[str, Any]) -> dict[str, Any]:

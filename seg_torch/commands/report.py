@@ -174,6 +174,7 @@ def _shown(
         inference.scales,
         inference.flip,
         inference.precision,
+        bands=trainer.datamodule.bands,  # type: ignore[attr-defined]
     )
     iou = _mean_over_classes(class_iou(counts.stacked))
     quality, confidence = task.test_images["label_quality"], task.test_images["confidence"]

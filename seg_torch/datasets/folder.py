@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from seg_torch.bands import Bands
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -26,6 +27,7 @@ def folder(
     val_fraction: float = 0.2,
     seed: int = 0,
     extra: Sequence[str | Path] = (),
+    bands: Bands | None = None,
 ) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
@@ -48,6 +50,8 @@ def folder(
         seed: Seed of the random split; it does not depend on the seed of the training.
         extra: More folders of this layout, of the same classes, such as those that predict.py
             writes with save=[dataset]. All of their pairs belong to train.
+        bands: How images are stored that are not read as RGB; where an image has several files,
+            its name is what their names have in common.
 
     Returns:
         The samples of the split.
@@ -62,7 +66,7 @@ def folder(
         "to classes.txt, one per line"
     )
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
-    home, pairs = images.parent, _pair(images, masks)
+    home, pairs = images.parent, _pair(images, masks, bands)
     if not (home / "classes.txt").exists():
         mask_files = [mask for _, mask in pairs.values()]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
@@ -73,16 +77,16 @@ def folder(
     chosen = split_names(home, list(pairs), split, val_fraction, seed)
     found = base.Pairs((name, *pairs[name]) for name in chosen)
     if split == "train":
-        found += [pair for place in extra for pair in _extra_pairs(place, labels)]
-    return base.SegmentationDataset(found, labels, read_mask)
+        found += [pair for place in extra for pair in _extra_pairs(place, labels, bands)]
+    return base.SegmentationDataset(found, labels, read_mask, bands)
 
 
-def _extra_pairs(root: str | Path, labels: Labels) -> list[base.Pair]:
+def _extra_pairs(root: str | Path, labels: Labels, bands: Bands | None) -> list[base.Pair]:
     entries = ["images", "masks", "classes.txt"]
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
-    pairs = _pair(images, masks).items()
+    pairs = _pair(images, masks, bands).items()
     return [base.Pair(f"{root}/{name}", Path(image), Path(mask)) for name, (image, mask) in pairs]
 
 
@@ -195,14 +199,16 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _pair(images: Path, masks: Path) -> dict[str, tuple[str, str]]:
+def _pair(images: Path, masks: Path, bands: Bands | None) -> dict[str, tuple[str, str]]:
     """Return image and mask by name, sorted; each has to have exactly one partner."""
+    endings = bands.files if bands else ()
     by_name: tuple[dict[str, str], dict[str, str]] = {}, {}
     problems = []
     for files, home in zip(by_name, (images, masks), strict=True):
         ambiguous: dict[str, list[str]] = {}
-        for file in base.list_files(home, IMAGE_SUFFIXES):
-            name = os.path.splitext(file)[0]
+        first = endings[:1] if home == images else ()
+        for file in base.list_files(home, tuple(map(str.lower, first)) or IMAGE_SUFFIXES):
+            name = file[: -len(first[0])] if first else os.path.splitext(file)[0]
             if os.path.basename(file).startswith("."):
                 continue
             if name in files:
@@ -214,6 +220,9 @@ def _pair(images: Path, masks: Path) -> dict[str, tuple[str, str]]:
     image_files, mask_files = by_name
     if not image_files and not mask_files:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
+    for name in image_files:
+        absent = [ending for ending in endings if not (images / f"{name}{ending}").exists()]
+        problems += [f"{images / name}{ending}: no such file" for ending in absent]
     for name in image_files.keys() - mask_files.keys():
         problems.append(f"{images / image_files[name]}: no mask")
     for name in mask_files.keys() - image_files.keys():
