@@ -57,7 +57,7 @@ def prepare(
         own_data, bands = {}, None
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = {**_data_settings(cfg, own_data, resize), **_channel_settings(bands)}
+    settings = _data_settings(cfg, own_data, resize, bands)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -107,7 +107,7 @@ def _with_classes_of(
 
 
 def _data_settings(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: Bands | None
 ) -> dict[str, Any]:
     """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
@@ -121,16 +121,12 @@ def _data_settings(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
+    for key in ("channels", "bits", "band_files", "rgb"):  # which the network decides, too
+        settings.pop(key, None)
+    if bands is not None:
+        stored = bands.to_dict()
+        settings |= {"band_files": stored.pop("files"), **stored}
     return {**settings, "resize": resize, "augment": None}  # which only training needs
-
-
-def _channel_settings(bands: Bands | None) -> dict[str, Any]:
-    """Returns how the network's images are stored, whatever the settings of the data say."""
-    if bands is None:
-        return {"channels": None}
-    settings = bands.to_dict()
-    settings["band_files"] = settings.pop("files")
-    return settings
 
 
 def _own_data(data: dict[str, Any]) -> dict[str, Any]:

@@ -125,13 +125,13 @@ def _task(
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
     model = instantiate(model_config, num_classes=len(labels), _convert_="all")
-    channels = 3 if data.bands is None else data.bands.channels
-    if channels != 3:
-        take_channels(model, channels)
-        if None in (preprocessing["mean"], preprocessing["std"]):
+    if data.bands is not None:
+        take_channels(model, data.bands.channels)
+        if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     network = Network(model, preprocessing["mean"], preprocessing["std"])
-    check_channels(network, channels)
+    if data.bands is not None:
+        check_channels(network, data.bands.channels)
     if cfg.init_from is not None and resumed is None:
         state = checkpoint.network_state(checkpoint.read(cfg.init_from))
         model_state = {k.removeprefix("model."): v for k, v in state.items() if k[:6] == "model."}
