@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from seg_torch.errors import InputError
-from seg_torch.images import LARGE, MOST_PIXELS_PER_BYTE, opened
+from seg_torch.images import LARGE, MOST_PIXELS_PER_BYTE, image_size, opened
 from seg_torch.labels import Labels
 
 MOST_CHANNELS = 1024
@@ -104,7 +104,9 @@ class Bands:
         return np.ascontiguousarray(image)
 
     def size(self, path: str | Path) -> tuple[int, int] | None:
-        """Returns (height, width) from the header of a TIFF file, `None` where it cannot."""
+        """Returns (height, width) from the header of a file, `None` where it has none."""
+        if Path(path).suffix.lower() not in TIFF:
+            return image_size(path)
         try:
             with _tiff(path) as series:
                 return _height_width(series)

@@ -118,7 +118,7 @@ class Inference:
         """Yields the logits of every pixel of every image, once.
 
         Args:
-            images: uint8 [N, 3, h, w], on any device.
+            images: uint8 [N, C, h, w], or float32 of 0 to 255, on any device.
             size: (height, width) of the labels; that of the images where they may be tiled.
         """
         height, width = images.shape[-2:]

@@ -365,7 +365,7 @@ class Segmenter:
         if isinstance(image, Image.Image) and self.bands is None:
             return np.array(upright_rgb(image))
         if isinstance(image, Tensor):
-            image = as_array(image)
+            image = image.permute(1, 2, 0).cpu().numpy() if self.bands is None else as_array(image)
         # PyTorch warns of arrays that are read-only.
         array = np.require(image, requirements=["C", "W"])
         bands = self.bands
