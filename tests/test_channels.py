@@ -187,6 +187,8 @@ def test_an_image_may_be_several_files(bits, tmp_path):
     for expected, found in zip(one, several, strict=True):
         assert torch.equal(found[0], expected[0])
     before = fingerprint(several)
+    turned = Bands(3, bits, endings, rgb=(2, 1, 0))  # the thumbnails are others
+    assert fingerprint(folder(root, "train", bands=turned)) != before
     image = np.array(Image.open(root / "images/3_green.png"))
     Image.fromarray(image + 1).save(root / "images/3_green.png")
     assert fingerprint(several) != before
@@ -454,6 +456,8 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
             assert file.colormap(1)[1][:3] == (128, 0, 0)  # Pascal VOC's
             mask = file.read(1)
         assert np.array_equal(mask, np.array(Image.open(tmp_path / f"out/mask/{i}.png")))
+        with tifffile.TiffFile(tmp_path / f"out/geotiff/{i}.tif") as file:
+            assert file.pages[0].colormap[:, 1].tolist() == [257 * 128, 0, 0]  # of 16 bits
 
 
 def test_segmenter_takes_arrays_of_its_channels_alone(tmp_path):

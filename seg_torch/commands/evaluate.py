@@ -107,7 +107,10 @@ def _with_classes_of(
 
 
 def _data_settings(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: Bands | None
+    cfg: DictConfig,
+    own: dict[str, Any],
+    resize: Sequence[int] | None,
+    bands: Bands | None = None,
 ) -> dict[str, Any]:
     """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
