@@ -150,6 +150,7 @@ class SampleSheet(Callback):
             trainer.datamodule.resize,
             pl_module.device,
             precision=pl_module.inference.precision,
+            bands=trainer.datamodule.bands,
         )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -159,8 +160,8 @@ class SampleSheet(Callback):
         samples = data.dataset("val")
         step = max(1, len(samples) // self.count)
         chosen = [samples[i] for i in range(0, len(samples), step)][: self.count]
-        images = [image.permute(1, 2, 0).numpy() for image, _ in chosen]
-        predictions = [self.segmenter.predict(image).mask for image in images]
+        results = [self.segmenter.predict(image) for image, _ in chosen]
+        images, predictions = [r.image for r in results], [r.mask for r in results]
         labels = pl_module.labels
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         with only_a_figure():

@@ -26,6 +26,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from seg_torch.bands import MOST_CHANNELS, Bands
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models import weights
@@ -66,6 +67,7 @@ def describe(
     model: dict[str, Any],
     data: dict[str, Any],
     resize: Sequence[int] | None,
+    bands: Bands | None = None,
 ) -> dict[str, Any]:
     """Returns what a checkpoint says of itself, as plain data.
 
@@ -75,6 +77,7 @@ def describe(
         model: Configuration of the model, plain data with `_target_`.
         data: Configuration of the data module, plain data with `_target_`.
         resize: (height, width) at which the network sees images, or `None`.
+        bands: How images are stored that are not read as RGB.
     """
     return {
         "version": 1,
@@ -85,8 +88,15 @@ def describe(
             "mean": network.mean.flatten().tolist(),
             "std": network.std.flatten().tolist(),
             "resize": None if resize is None else [int(side) for side in resize],
+            "bands": None if bands is None else bands.to_dict(),
         },
     }
+
+
+def bands(content: dict[str, Any]) -> Bands | None:
+    """Returns how the images are stored that a checkpoint is for; `None`: they are read as RGB."""
+    stored = content[KEY]["preprocessing"].get("bands")
+    return None if stored is None else Bands(**stored)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -150,6 +160,8 @@ def _check(content: dict[str, Any], size: int) -> None:
         isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
     ):
         raise InputError("its mean and std are not two lists of numbers of one length")
+    if len(mean) != getattr(bands(content), "channels", len(mean)) or len(mean) > MOST_CHANNELS:
+        raise InputError("its mean and std are not those of its channels")
     sides = (1, 1) if resize is None else resize
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
@@ -185,6 +197,8 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     if not isinstance(model, nn.Module):
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
     preprocessing = description["preprocessing"]
+    if bands(content) is not None:
+        weights.take_channels(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
         network.load_state_dict(state)

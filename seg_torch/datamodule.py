@@ -11,6 +11,7 @@ Three rules make runs repeatable and scores exact:
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 import seg_torch
+from seg_torch.bands import Bands
 from seg_torch.datasets import base
 from seg_torch.datasets.cache import (
     CachedSamples,
@@ -72,9 +74,14 @@ class SegmentationDataModule(LightningDataModule):
         check: Whether `check_files` does anything.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
+        channels: Of images that are not read as RGB, see `seg_torch.bands.Bands`, like the three
+            that follow. The dataset is given them as `bands`.
+        bits: Of each of their values.
+        band_files: Endings of the files that are one image.
+        rgb: Channels that are shown.
 
     Raises:
-        InputError: A batch size is below 1, or there is no such `cache`.
+        InputError: A batch size is below 1, there is no such `cache`, or `Bands` raises it.
     """
 
     def __init__(
@@ -90,6 +97,10 @@ class SegmentationDataModule(LightningDataModule):
         check: bool = True,
         seed: int = 0,
         download: bool = False,
+        channels: int | None = None,
+        bits: int = 8,
+        band_files: Sequence[str] = (),
+        rgb: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
@@ -107,6 +118,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache, ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
+        self.bands: Bands | None = None
+        if channels is not None:
+            self.bands = Bands(channels, bits, tuple(band_files), tuple(rgb or ()))
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
         self._position = (0, 0)  # the epoch and the batch that training begins with
@@ -121,6 +135,10 @@ class SegmentationDataModule(LightningDataModule):
             place: dict[str, Any] = {} if self.root is None else {"root": self.root}
             if self.download:
                 place["download"] = True
+            if self.bands is not None:
+                if "bands" not in inspect.signature(self.make_dataset).parameters:
+                    raise InputError("data.channels: this dataset is RGB; use data=folder")
+                place["bands"] = self.bands
             dataset = self.make_dataset(split=split, **place)
             if len(dataset) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
@@ -206,6 +224,21 @@ class SegmentationDataModule(LightningDataModule):
             masks = base.in_threads(dataset.mask, range(len(dataset)))
             counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
         return torch.from_numpy(counts[: len(self.labels)])
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each channel over the training images.
+
+        Raises:
+            InputError: Files cannot be used, or a channel has the same value everywhere.
+        """
+        found = self.checked("train")
+        base.refuse([p.message for p in found.problems], "problems in the training files")
+        mean, std = found.mean_and_std()
+        if 0 in std:
+            raise InputError(
+                f"channel {std.index(0)}, counted from 0, has the same value in all training images"
+            )
+        return mean, std
 
     def state_dict(self) -> dict[str, int]:
         """Returns how far training is: what the weights of a checkpoint contain.

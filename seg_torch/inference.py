@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seg_torch import hardware
 from seg_torch.errors import InputError
+from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.network import Network
 from seg_torch.transforms import resize_image
 from seg_torch.upsample import upsample, upsampled_bands
@@ -117,7 +118,7 @@ class Inference:
         """Yields the logits of every pixel of every image, once.
 
         Args:
-            images: uint8 [N, 3, h, w], on any device.
+            images: uint8 [N, C, h, w], or float32 of 0 to 255, on any device.
             size: (height, width) of the labels; that of the images where they may be tiled.
         """
         height, width = images.shape[-2:]
@@ -252,7 +253,11 @@ def parse_tta(tta: str | float | Sequence[str | float] | None) -> tuple[list[flo
 
 
 def decide(
-    logits: Tensor, confidence: bool = False, probabilities: Tensor | None = None
+    logits: Tensor,
+    confidence: bool = False,
+    probabilities: Tensor | None = None,
+    confidence_map: Tensor | None = None,
+    unknown: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Finds the most probable class of every pixel.
 
@@ -262,6 +267,9 @@ def decide(
         logits: [C, h, w] of any floating type.
         confidence: Also sum the probabilities of the chosen classes.
         probabilities: float16 [C, h, w]; the softmax is written to it.
+        confidence_map: uint8 [h, w]; the probability of the chosen class is written to it, in
+            steps of 1/255.
+        unknown: Pixels whose class has a lower probability become `IGNORE_INDEX`.
 
     Returns:
         Class ids, uint8 [h, w], and the float32 sum over the pixels of the probability of the
@@ -277,9 +285,14 @@ def decide(
         # Rows first: then classes are compared, and added up, for many pixels at a time.
         values = logits[:, band].movedim(0, 1).to(torch.float32).contiguous()
         ids[band] = _argmax_on_cpu(values) if on_cpu else values.argmax(1)
-        if confidence or probabilities is not None:
+        if confidence or unknown or probabilities is not None or confidence_map is not None:
             log_probabilities = values.log_softmax(1)
-            total += log_probabilities.amax(1).exp_().sum()
+            highest = log_probabilities.amax(1).exp_()
+            total += highest.sum()
+            if unknown:
+                ids[band].masked_fill_(highest < unknown, IGNORE_INDEX)
+            if confidence_map is not None:
+                confidence_map[band] = highest.mul_(255).round_()
             if probabilities is not None:
                 probabilities[:, band] = log_probabilities.exp_().movedim(1, 0)
     return ids, total

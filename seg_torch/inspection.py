@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from seg_torch.bands import Bands
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS, checked_sample, sample_name
 from seg_torch.datasets.check import Check, Problem, rgb
@@ -33,6 +34,7 @@ def inspect_dataset(
     dataset: Callable[..., Any],
     root: str | Path | None = None,
     output_dir: str | Path | None = None,
+    bands: Bands | None = None,
 ) -> dict[str, Any]:
     """Read every sample of a dataset's splits and report what is in them.
 
@@ -40,6 +42,7 @@ def inspect_dataset(
         dataset: `dataset(split=...)` or, with `root`, `dataset(root=..., split=...)` gives the
             samples of `train`, `val` and `test`; see `seg_torch.datasets`.
         root: The dataset's folder.
+        bands: How images are stored that are not read as RGB.
         output_dir: Where `inspect.json` and `inspect.html` go; by default they are not written.
 
     Returns:
@@ -53,11 +56,12 @@ def inspect_dataset(
         - `splits`: `images`, `pixels` and `unlabelled_pixels` of each.
         - `classes`: of each class `pixels` and `images` by split, and its `weight` in
           `loss=weighted_ce`.
-        - `mean` and `std` of red, green and blue over all training pixels, scaled to 0..1.
+        - `mean` and `std` of each channel over all training pixels, scaled to 0..1.
         - `duplicates`: images that are in two splits: the two `splits`, `indices` and `names`,
           whether the pixels are `exact`ly the same, and the correlation (`similarity`).
     """
     data = SegmentationDataModule(dataset, None if root is None else str(root))
+    data.bands = bands
     checks: dict[str, Check] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
@@ -256,7 +260,9 @@ def _settings(report: dict[str, Any]) -> str:
 
 def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, Any]) -> str:
     places = zip(duplicate["splits"], duplicate["indices"], strict=True)
-    images = [Image.fromarray(rgb(samples[split][index][0])) for split, index in places]
+    images = [
+        Image.fromarray(rgb(samples[split][index][0], samples[split])) for split, index in places
+    ]
     names = [
         f"{split}: {Path(name).name}"
         for split, name in zip(duplicate["splits"], duplicate["names"], strict=True)
@@ -272,7 +278,8 @@ def _sample_figures(samples: Any, found: Check) -> str:
     for index in usable[:: -(-len(usable) // SAMPLES) or 1]:
         image, mask = checked_sample(samples, index)
         shown |= set(mask.unique().tolist())
-        images = [Image.fromarray(rgb(image)), overlay(rgb(image), mask.numpy(), samples.labels)]
+        pixels = rgb(image, samples)
+        images = [Image.fromarray(pixels), overlay(pixels, mask.numpy(), samples.labels)]
         figures.append(figure(images, Path(sample_name(samples, index, "image")).name))
     legend = " ".join(key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
     return f"{grid(figures)}<p>{legend}</p>"

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from seg_torch import checkpoint, hardware
+from seg_torch.bands import Bands, as_array, as_tensor, shown
 from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
@@ -36,6 +37,7 @@ SUFFIXES = {
     "colour": ".png",
     "overlay": ".jpg",
     "probabilities": ".npz",
+    "confidence": ".png",
     "coco": ".json",
     "side_by_side": ".jpg",
 }
@@ -47,11 +49,14 @@ class Segmentation:
     """The segmentation of one image.
 
     Attributes:
-        mask: Class ids, uint8 [H, W], at the size of the image.
+        mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too
+            uncertain (`unknown` of the `Segmenter`).
         labels: The classes.
-        image: RGB, uint8 [H, W, 3], upright.
+        image: RGB, uint8 [H, W, 3], upright; of other images what is shown of them.
         confidence: The probability of the class that was chosen, averaged over the pixels.
         scores: Probabilities of all classes, float16 [C, H, W], where they were asked for.
+        confidence_map: The probability of the chosen class, uint8 [H, W] in steps of 1/255, where
+            it was asked for.
     """
 
     mask: np.ndarray
@@ -59,6 +64,7 @@ class Segmentation:
     image: np.ndarray
     confidence: float = math.nan
     scores: np.ndarray | None = None
+    confidence_map: np.ndarray | None = None
 
     def probabilities(self) -> np.ndarray:
         """Returns the probability of every class at every pixel, float16 [C, H, W].
@@ -108,10 +114,11 @@ class Segmentation:
             name: Of the image, without a suffix; may contain folders.
             outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
                 (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
-                `coco` (COCO JSON) and `side_by_side` (JPEG).
+                `confidence` (grey PNG, 255 is certain), `coco` (COCO JSON) and `side_by_side`
+                (JPEG).
 
         Raises:
-            InputError: There is no such output, or there are no probabilities.
+            InputError: There is no such output, or it was not asked for in predicting.
             OSError: A file cannot be written.
         """
         for output in outputs:
@@ -119,9 +126,13 @@ class Segmentation:
                 raise InputError(f"there is no output {output!r}: use {', '.join(SUFFIXES)}")
             path = Path(folder, output, f"{name}{SUFFIXES[output]}")
             if output == "mask":
-                write_atomically(path, self._save_mask)
+                write_atomically(path, self.save_mask)
             elif output == "probabilities":
                 write_atomically(path, self._save_probabilities)
+            elif output == "confidence":
+                if self.confidence_map is None:
+                    raise InputError("ask for it: segmenter.predict(image, confidence_map=True)")
+                write_atomically(path, Image.fromarray(self.confidence_map).save)
             elif output == "coco":
                 height, width = self.mask.shape
                 images = [(str(name), width, height, self.coco())]
@@ -132,7 +143,8 @@ class Segmentation:
                 drawing = self.overlay() if output == "overlay" else self.side_by_side()
                 write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
 
-    def _save_mask(self, path: str) -> None:
+    def save_mask(self, path: str) -> None:
+        """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
         mask = palette_image(self.mask, self.labels)
         text = PngInfo()
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
@@ -163,9 +175,11 @@ class Segmenter:
         scales: See there.
         flip: See there.
         precision: See there.
+        unknown: Pixels whose class has a lower probability than that are 255 in the mask.
+        bands: How images are stored that are not read as RGB.
 
     Raises:
-        InputError: An impossible tile, scale or precision.
+        InputError: An impossible tile, scale or precision, or `unknown` is no probability.
     """
 
     def __init__(
@@ -178,7 +192,13 @@ class Segmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         precision: str = "auto",
+        unknown: float = 0.0,
+        bands: Bands | None = None,
     ) -> None:
+        if not 0 <= unknown <= 1:
+            raise InputError(f"unknown={unknown}: expected a probability, such as 0.9")
+        self.unknown = unknown
+        self.bands = bands
         self.device = hardware.best_device() if device is None else torch.device(device)
         self.network = network.to(self.device).eval()
         self.labels = labels
@@ -208,7 +228,8 @@ class Segmenter:
         content = checkpoint.read(path)
         network, labels = checkpoint.build_network(content, trust)
         resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        return cls(network, labels, resize, device, **settings)
+        bands = checkpoint.bands(content)
+        return cls(network, labels, resize, device, bands=bands, **settings)
 
     @classmethod
     def pretrained(
@@ -255,27 +276,36 @@ class Segmenter:
         """How many images of one size `predict_batch` should be given."""
         return self.inference.batch_size(*(self.resize or (height, width)))
 
+    def read(self, path: str | Path) -> np.ndarray:
+        """Reads an image as the network takes it, uint8 or uint16 [H, W, C]."""
+        return read_image(path) if self.bands is None else self.bands.read(path)
+
     def predict(
         self,
         image: str | Path | Image.Image | np.ndarray | Tensor,
         probabilities: bool = False,
+        confidence_map: bool = False,
     ) -> Segmentation:
         """Segments one image.
 
         Args:
             image: A path, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
+                With `bands` a path, an array uint8 or uint16 [H, W, C], or the tensor [C, H, W] of
+                a dataset.
             probabilities: Keep those of all classes, two bytes for each class and pixel.
+            confidence_map: Keep that of the chosen class, a byte for each pixel.
 
         Raises:
             InputError: A file that cannot be read, or an array of another kind.
         """
-        return self.predict_batch([image], probabilities)[0]
+        return self.predict_batch([image], probabilities, confidence_map)[0]
 
     @torch.no_grad()  # not inference_mode, which keeps autocast from caching the weights
     def predict_batch(
         self,
         images: Sequence[str | Path | Image.Image | np.ndarray | Tensor],
         probabilities: bool = False,
+        confidence_map: bool = False,
     ) -> list[Segmentation]:
         """Segments images of one size, which go through the network together.
 
@@ -285,18 +315,19 @@ class Segmenter:
         Args:
             images: As for `predict`.
             probabilities: As for `predict`.
+            confidence_map: As for `predict`.
 
         Raises:
             InputError: As for `predict`, or the images have several sizes.
         """
         if not images:
             return []
-        arrays = [_as_array(image) for image in images]
+        arrays = [self._as_array(image) for image in images]
         sizes = sorted({array.shape[:2] for array in arrays})
         if len(sizes) > 1:
             raise InputError(f"images of several sizes in one batch: {sizes}")
         size = sizes[0]
-        views = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+        views = [as_tensor(array) for array in arrays]
         batch = torch.stack(views) if len(views) > 1 else views[0][None]  # may be large: no copy
         if self.resize is not None:
             batch = resize_image(batch.contiguous(), self.resize)  # as the data module does it
@@ -305,36 +336,43 @@ class Segmenter:
         if probabilities:
             shape = (len(arrays), len(self.labels), *size)
             kept = list(torch.empty(shape, dtype=torch.float16))
+        maps = torch.empty_like(masks) if confidence_map else None
         totals = torch.zeros(len(arrays), device=self.device)
         for index, rows, columns, logits in self.inference.blocks(batch, size):
             target = kept[index]
             into = None if target is None else target[:, rows, columns]
-            ids, total = decide(logits, confidence=True, probabilities=into)
+            map_part = None if maps is None else maps[index, rows, columns]
+            ids, total = decide(logits, True, into, map_part, self.unknown)
             masks[index, rows, columns] = ids
             totals[index] += total
             del logits  # not to be kept beside what the network makes of the next tile
         confidences = (totals / max(1, size[0] * size[1])).tolist()
         return [
             Segmentation(
-                mask, self.labels, array, confidence, None if scores is None else scores.numpy()
+                masks[i].numpy(),
+                self.labels,
+                shown(array, self.bands),
+                confidences[i],
+                None if (scores := kept[i]) is None else scores.numpy(),
+                None if maps is None else maps[i].numpy(),
             )
-            for mask, array, confidence, scores in zip(
-                masks.numpy(), arrays, confidences, kept, strict=True
-            )
+            for i, array in enumerate(arrays)
         ]
 
-
-def _as_array(image: Any) -> np.ndarray:
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return np.array(upright_rgb(image))
-    if isinstance(image, Tensor):
-        image = image.permute(1, 2, 0).cpu().numpy()
-    array = np.require(image, requirements=["C", "W"])  # torch warns of arrays that are read-only
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise InputError(
-            f"the image is {array.dtype} {array.shape}: expected uint8 [H, W, 3] as an array, "
-            "uint8 [3, H, W] as a tensor"
-        )
-    return array
+    def _as_array(self, image: Any) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            return self.read(image)
+        if isinstance(image, Image.Image) and self.bands is None:
+            return np.array(upright_rgb(image))
+        if isinstance(image, Tensor):
+            image = image.permute(1, 2, 0).cpu().numpy() if self.bands is None else as_array(image)
+        # PyTorch warns of arrays that are read-only.
+        array = np.require(image, requirements=["C", "W"])
+        bands = self.bands
+        dtype, channels = ("uint8", 3) if bands is None else (f"uint{bands.bits}", bands.channels)
+        if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
+            raise InputError(
+                f"the image is {array.dtype} {array.shape}: expected {dtype} [H, W, {channels}] as "
+                f"an array, [{channels}, H, W] as a tensor"
+            )
+        return array

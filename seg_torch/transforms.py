@@ -55,7 +55,8 @@ class RandomScaleCrop(v2.Transform):
 
     The window is cut from the original first and only then resized, which costs the same for every
     image size. Where the scaled image is smaller than the window, the rest of the image is
-    ImageNet's mean colour and the rest of the mask is ignored.
+    ImageNet's mean colour (of other than three channels the image's own mean) and the rest of the
+    mask is ignored.
 
     Args:
         size: (height, width) of the result.
@@ -97,19 +98,24 @@ class RandomScaleCrop(v2.Transform):
         if isinstance(inpt, tv_tensors.Mask):
             pixels = _padded(pixels[None], params["padding"], (IGNORE_INDEX,))[0]
             return tv_tensors.Mask(resize_mask(pixels, self.size))
-        pixels = _padded(pixels, params["padding"], PADDING_COLOUR)
+        colour = PADDING_COLOUR
+        if len(pixels) != 3 and any(params["padding"]):
+            colour = inpt.as_subclass(torch.Tensor).float().mean((1, 2))
+        pixels = _padded(pixels, params["padding"], colour)
         return tv_tensors.Image(resize_image(pixels, self.size))
 
 
-def _padded(pixels: torch.Tensor, padding: Sequence[int], colour: Sequence[int]) -> torch.Tensor:
-    """Returns pixels uint8 [C, H, W] with so many of a colour at left, top, right and bottom."""
+def _padded(
+    pixels: torch.Tensor, padding: Sequence[int], colour: Sequence[int] | torch.Tensor
+) -> torch.Tensor:
+    """Returns pixels [C, H, W] with so many of a colour at left, top, right and bottom."""
     if not any(padding):
         return pixels
     left, top, right, bottom = padding
     height, width = top + pixels.shape[1] + bottom, left + pixels.shape[2] + right
     # Row by row, with the channels of a pixel side by side as they come from a file, this takes a
     # third of the time of torchvision's pad.
-    row = torch.tensor(colour, dtype=torch.uint8).repeat(width)
+    row = torch.as_tensor(colour).to(pixels.dtype).repeat(width)
     canvas = row.repeat(height, 1).view(height, width, -1).permute(2, 0, 1)
     canvas[:, top : height - bottom, left : width - right] = pixels
     return canvas
@@ -123,6 +129,8 @@ class ColourJitter(v2.Transform):
     the time. So values are clamped and rounded once, at the end, and the hue turns about the grey
     axis of YIQ (as in NVIDIA DALI's `color_twist`), not about that of HSV. The matrix is rounded
     to multiples of 2^-12: then float32 is exact, and the result the same for any number of threads.
+
+    Images of other than three channels, or of 16 bits, stay as they are.
 
     Args:
         brightness: Largest relative change.
@@ -157,6 +165,8 @@ class ColourJitter(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         image = inpt.as_subclass(torch.Tensor)
+        if len(image) != 3 or image.dtype != torch.uint8:
+            return inpt
         # Columns first, in 32 bits: a fifth of the time of a sum in 64.
         mean = image.sum(1, dtype=torch.int32).sum(1).double() / image[0].numel()
         offset = _rounded(params["of_mean"] @ mean + 0.5)[:, None]  # 0.5: converting rounds down
@@ -224,7 +234,8 @@ def augment(
         hue: Largest change of hue, as a fraction of the colour circle.
 
     Returns:
-        A transform of (image uint8 [3, H, W], mask uint8 [H, W]), both tv_tensors.
+        A transform of (image uint8 [C, H, W] or float32 of 0 to 255, mask uint8 [H, W]), both
+        tv_tensors.
 
     Raises:
         InputError: `crop` or `scale` is not what `RandomScaleCrop` takes.

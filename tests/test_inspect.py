@@ -223,7 +223,7 @@ def test_a_dataset_that_is_not_in_files_is_inspected_by_its_samples(tmp_path):
     assert not report["refused"]
     assert report["classes"]["thing"]["pixels"] == dict.fromkeys(("train", "val", "test"), 12)
     grey = np.stack([np.asarray(Written("train")[i][0]) for i in range(3)]) / 255
-    np.testing.assert_allclose(report["mean"], [grey.mean()] * 3, rtol=1e-12)
+    np.testing.assert_allclose(report["mean"], [grey.mean()], rtol=1e-12)
     report = inspect_dataset(lambda split: Written(split, bad=split == "val"))
     problems = {p["file"]: p for p in report["problems"]}
     assert problems.keys() == {"Written[1]", "Written[2]"}

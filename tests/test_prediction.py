@@ -477,9 +477,9 @@ def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return np.zeros((8, 8, 3), np.uint8)
 
-    def save(name, results):
+    def save(image, results):
         time.sleep(0.002)
-        alive.discard(Path(name))
+        alive.discard(image.path)
 
     paths = {str(i): Path(str(i)) for i in range(300)}
     for path in paths:
@@ -504,9 +504,9 @@ def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     seen = []
     original = Segmenter.predict_batch
 
-    def predict_batch(self, images, probabilities=False):
+    def predict_batch(self, images, *options):
         seen.append([image.shape[:2] for image in images])
-        return original(self, images, probabilities)
+        return original(self, images, *options)
 
     monkeypatch.setattr(Segmenter, "predict_batch", predict_batch)
     return seen
@@ -537,6 +537,7 @@ def test_d30_batches_are_planned_by_the_size_that_the_network_sees(
 ):
     class OnAGpu:
         device = torch.device("cuda")
+        bands = None
 
         def batch_size(self, height, width):
             asked.add((height, width))

@@ -12,6 +12,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import checkpoint
+from seg_torch.bands import Bands
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
@@ -49,13 +50,14 @@ def prepare(
         content = checkpoint.read(cfg.checkpoint)
         network, labels = checkpoint.build_network(content, cfg.trust)
         resize = content[checkpoint.KEY]["preprocessing"]["resize"]
+        bands = checkpoint.bands(content)
         own_data = content[checkpoint.KEY]["data"]
     else:
         network, labels, resize = instantiate(cfg.model)
-        own_data = {}
+        own_data, bands = {}, None
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, own_data, resize)
+    settings = _data_settings(cfg, own_data, resize, bands)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -105,7 +107,10 @@ def _with_classes_of(
 
 
 def _data_settings(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
+    cfg: DictConfig,
+    own: dict[str, Any],
+    resize: Sequence[int] | None,
+    bands: Bands | None = None,
 ) -> dict[str, Any]:
     """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
@@ -119,6 +124,11 @@ def _data_settings(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
+    for key in ("channels", "bits", "band_files", "rgb"):  # which the network decides, too
+        settings.pop(key, None)
+    if bands is not None:
+        stored = bands.to_dict()
+        settings |= {"band_files": stored.pop("files"), **stored}
     return {**settings, "resize": resize, "augment": None}  # which only training needs
 
 

@@ -22,7 +22,9 @@ def inspect(cfg: DictConfig) -> bool:
     """Prints and writes a report on all splits; returns whether training would be refused."""
     data = instantiate(cfg.data, _convert_="all")
     place = {"download": True} if data.download else {}
-    report = inspect_dataset(partial(data.make_dataset, **place), data.root, cfg.output_dir)
+    report = inspect_dataset(
+        partial(data.make_dataset, **place), data.root, cfg.output_dir, data.bands
+    )
     if report["splits"]:
         Console().print(_class_table(report))
     if report["mean"]:

@@ -14,11 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -40,14 +41,16 @@ from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
 from seg_torch import hardware
+from seg_torch.bands import Bands, write_geotiff
 from seg_torch.coco import write_coco
 from seg_torch.commands import video
 from seg_torch.datasets.base import list_files
+from seg_torch.datasets.folder import write_classes
 from seg_torch.datasets.voc import VOC_LABELS
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL, write_atomically
 from seg_torch.hub import HUB
-from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit, read_image
+from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit
 from seg_torch.inference import parse_tta
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -86,6 +89,9 @@ def predict(cfg: DictConfig) -> int:
     segmenters = _segmenters(cfg, fabric.device)
     if is_video:
         return _predict_video(cfg, segmenters[0]) if fabric.is_global_zero else 0
+    bands = segmenters[0].bands
+    if bands is not None and bands.files:
+        files = find_images(source, output, bands.files)
 
     group = _connect(fabric)  # not before all settings are known to be right, or the others wait
     lock = FileLock(output / JOURNAL / "lock")
@@ -102,9 +108,11 @@ def predict(cfg: DictConfig) -> int:
             _predict_files(
                 files,
                 batches,
-                read=lambda path: _shrink(read_image(path), cfg.resize, cfg.crop),
-                segment=partial(_segment, segmenters, "probabilities" in kinds),
-                save=partial(_save, output, kinds, _titles(cfg)),
+                read=lambda path: _shrink(segmenters[0].read(path), cfg.resize, cfg.crop),
+                segment=partial(
+                    _segment, segmenters, "probabilities" in kinds, "confidence" in kinds
+                ),
+                save=partial(_save, output, kinds, _titles(cfg), bands),
                 note=partial(_note, journal, run),
                 progress=fabric.is_global_zero,
             )
@@ -118,7 +126,7 @@ def predict(cfg: DictConfig) -> int:
         lock.release()
 
 
-def find_images(path: Path, output: Path | None = None) -> Files:
+def find_images(path: Path, output: Path | None = None, endings: Sequence[str] = ()) -> Files:
     """Return the image files at or below a path, by the name of their outputs.
 
     The name is the path below the folder without its suffix, or with it where another file would
@@ -128,15 +136,18 @@ def find_images(path: Path, output: Path | None = None) -> Files:
     Args:
         path: Of an image or a folder.
         output: Folder whose images are left out, since it may lie below `path`.
+        endings: Of the files that are one image, if there are several; the first of them counts,
+            and the name is what comes before.
 
     Raises:
         InputError: There is no such path, or no image below it.
     """
     if path.is_file():
-        return {path.stem: path}
+        return {path.name.removesuffix(endings[0]) if endings else path.stem: path}
     if not path.is_dir():
         raise InputError(f"input={path}: no such file or folder")
-    files = [path / name for name in list_files(path, IMAGE_SUFFIXES)]
+    suffixes = (endings[0].lower(),) if endings else IMAGE_SUFFIXES
+    files = [path / name for name in list_files(path, suffixes)]
     if output is not None:
         outputs, folders = output.resolve(), {file.parent for file in files}
         own = {folder for folder in folders if folder.resolve().is_relative_to(outputs)}
@@ -144,6 +155,8 @@ def find_images(path: Path, output: Path | None = None) -> Files:
     if not files:
         raise InputError(f"input={path}: no images below this folder")
     full = [_file_name(file, path) for file in files]
+    if endings:
+        return {name[: -len(endings[0])]: file for name, file in zip(full, files, strict=True)}
     stems = [file.relative_to(path).with_suffix("").as_posix() for file in files]
     # A stem may also be what another file is called: "a.jpg" is the stem of "a.jpg.png".
     taken = Counter(stem.casefold() for stem in stems) + Counter({n.casefold() for n in full})
@@ -219,7 +232,8 @@ def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Ba
     shrink = partial(_resized, resize=cfg.resize, crop=cfg.crop)
 
     def size(path: Path) -> tuple[int, ...] | None:
-        stored = image_size(path)
+        bands = segmenters[0].bands
+        stored = image_size(path) if bands is None else bands.size(path)
         # Tensors of device "meta" have a size, but no memory.
         return stored and shrink(torch.empty(3, *stored, device="meta")).shape[1:]
 
@@ -246,7 +260,7 @@ def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Ba
 class _Image(NamedTuple):
     name: str
     path: Path
-    pixels: np.ndarray  # RGB, uint8 [H, W, 3]
+    pixels: np.ndarray  # RGB, uint8 [H, W, 3], or what the model's `bands` say
     seconds: float  # that reading it took
 
 
@@ -255,7 +269,7 @@ def _predict_files(
     batches: list[Batch],
     read: Callable[[Path], np.ndarray],
     segment: Callable[[list[np.ndarray]], list[Results]],
-    save: Callable[[str, Results], None],
+    save: Callable[[_Image, Results], None],
     note: Callable[[Record], None],
     progress: bool,
 ) -> None:
@@ -333,19 +347,21 @@ def _resized(image: Any, resize: int | None, crop: int | None) -> Any:
     return image if crop is None else tvf.center_crop(image, [crop])
 
 
-def _segment(segmenters: list[Segmenter], scores: bool, images: list[np.ndarray]) -> list[Results]:
+def _segment(
+    segmenters: list[Segmenter], scores: bool, confidence_map: bool, images: list[np.ndarray]
+) -> list[Results]:
     """Segment images of one size with each model; only the first is asked for probabilities."""
-    first = segmenters[0].predict_batch(images, scores)
+    first = segmenters[0].predict_batch(images, scores, confidence_map)
     others = [segmenter.predict_batch(images) for segmenter in segmenters[1:]]
     return list(zip(first, *others, strict=True))
 
 
 def _write(
-    save: Callable[[str, Results], None], image: _Image, results: Results, seconds: float
+    save: Callable[[_Image, Results], None], image: _Image, results: Results, seconds: float
 ) -> Record:
     """Write the outputs of an image and return its record."""
     start = time.perf_counter()
-    save(image.name, results)
+    save(image, results)
     return {
         "name": image.name,
         "file": _stamp(image.path),
@@ -358,21 +374,38 @@ def _write(
 
 
 def _save(
-    output: Path, kinds: list[str], titles: tuple[str, str], name: str, results: Results
+    output: Path,
+    kinds: list[str],
+    titles: tuple[str, str],
+    bands: Bands | None,
+    image: _Image,
+    results: Results,
 ) -> None:
     """Write the outputs of one image; `side_by_side` shows the results of all models."""
-    if len(results) == 1:
-        results[0].save(output, name, kinds)
-        return
-    results[0].save(output, name, [kind for kind in kinds if kind != "side_by_side"])
-    masks = {title: (r.mask, r.labels) for title, r in zip(titles, results, strict=True)}
-    drawn = side_by_side(results[0].image, masks)
-    path = _output_path(output, "side_by_side", name)
-    write_atomically(path, partial(drawn.save, quality=JPEG_QUALITY))
+    ours = {"dataset", "geotiff"} | ({"side_by_side"} if len(results) > 1 else set())
+    results[0].save(output, image.name, [kind for kind in kinds if kind not in ours])
+    if "dataset" in kinds:
+        sources = [image.path] if bands is None else bands.paths(image.path)
+        endings = (bands and bands.files) or [image.path.suffix]
+        for source, ending in zip(sources, endings, strict=True):
+            copy = output / "dataset" / "images" / f"{image.name}{ending}"
+            write_atomically(copy, partial(shutil.copyfile, source))
+        write_atomically(_output_path(output, "dataset", image.name), results[0].save_mask)
+    if "geotiff" in kinds:
+        path = _output_path(output, "geotiff", image.name)
+        mask, labels = results[0].mask, results[0].labels
+        write_atomically(path, partial(write_geotiff, mask, labels, image.path))
+    if len(results) > 1:
+        masks = {title: (r.mask, r.labels) for title, r in zip(titles, results, strict=True)}
+        drawn = side_by_side(results[0].image, masks)
+        path = _output_path(output, "side_by_side", image.name)
+        write_atomically(path, partial(drawn.save, quality=JPEG_QUALITY))
 
 
 def _output_path(output: Path, kind: str, name: str) -> Path:
-    return output / kind / f"{name}{SUFFIXES[kind]}"
+    if kind == "dataset":
+        return output / "dataset" / "masks" / f"{name}.png"
+    return output / kind / f"{name}{'.tif' if kind == 'geotiff' else SUFFIXES[kind]}"
 
 
 # ---- The journal
@@ -436,7 +469,7 @@ def _stamp(path: Path) -> list[int]:
 def _run_id(cfg: DictConfig) -> str:
     """Return a hash of all settings that decide what a mask looks like, the weights included."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings = ["beside", "resize", "crop", "tile", "tta", "batch_size"]
+    settings = ["beside", "resize", "crop", "tile", "tta", "batch_size", "unknown"]
     settings += ["model"] if cfg.checkpoint is None else []
     values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
@@ -459,7 +492,10 @@ def _finish(cfg: DictConfig, files: Files, labels: Labels) -> int:
     records = {record["name"]: record for record in _read_journal(output)}
     done = {_file_name(files[n], source): records[n] for n in files if "error" not in records[n]}
     failures = [records[name]["error"] for name in files if "error" in records[name]]
-    _write_summary(output, "predictions.csv", partial(_write_table, done, labels))
+    rows = sorted(done.items(), key=lambda r: r[1]["confidence"]) if cfg.sort == "doubt" else done
+    _write_summary(output, "predictions.csv", partial(_write_table, dict(rows), labels))
+    if "dataset" in cfg.save:
+        write_classes(labels, output / "dataset")
     if "coco" in cfg.save:
         _write_summary(output, "coco.json", partial(_write_coco, done, labels, output))
     log.info("%d of %d images segmented: %s", len(done), len(files), output)
@@ -509,11 +545,14 @@ def _file_name(path: Path, source: Path) -> str:
 
 def _kinds(cfg: DictConfig) -> list[str]:
     """Return the outputs that are saved for each image, after a look at the settings."""
-    unknown = [str(kind) for kind in cfg.save if kind not in {"legend", *SUFFIXES}]
+    choices = ["legend", *SUFFIXES, "geotiff", "dataset"]
+    unknown = [str(kind) for kind in cfg.save if kind not in choices]
     if unknown:
-        raise InputError(
-            f"save: there is no {', '.join(unknown)}; choose of legend, {', '.join(SUFFIXES)}"
-        )
+        raise InputError(f"save: there is no {', '.join(unknown)}; choose of {', '.join(choices)}")
+    for kind in {"dataset", "geotiff"} & set(cfg.save):
+        if cfg.resize or cfg.crop:
+            raise InputError(f"save=[{kind}] is about whole images: leave out resize and crop")
+    check_choice("sort", cfg.sort, ("name", "doubt"))
     if cfg.batch_size is not None and (not isinstance(cfg.batch_size, int) or cfg.batch_size < 1):
         raise InputError(f"batch_size={cfg.batch_size}: expected at least 1")
     kinds = [kind for kind in cfg.save if kind != "legend"]
@@ -600,6 +639,7 @@ def _wait_for_all(group: Any) -> None:
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
     settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.precision)}
+    settings["unknown"] = cfg.unknown
     settings["scales"], settings["flip"] = parse_tta(cfg.tta)
     settings["device"] = device
     if cfg.checkpoint is not None:
@@ -614,11 +654,17 @@ def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
             f"{cfg.model._target_} comes without weights that segment images: give "
             f"checkpoint=FILE, or use model=hub or model={' or model='.join(PRETRAINED)}"
         )
+    if first.bands is not None and (cfg.resize or cfg.crop):
+        raise InputError("resize and crop are for models of RGB images")
     if cfg.beside is None:
         return [first]
     if cfg.beside in PRETRAINED:
-        return [first, Segmenter.pretrained(cfg.beside, **settings)]
-    return [first, Segmenter.load(cfg.beside, trust=cfg.trust, **settings)]
+        second = Segmenter.pretrained(cfg.beside, **settings)
+    else:
+        second = Segmenter.load(cfg.beside, trust=cfg.trust, **settings)
+    if first.bands != second.bands:
+        raise InputError(f"beside={cfg.beside}: this model takes images of other channels")
+    return [first, second]
 
 
 def _titles(cfg: DictConfig) -> tuple[str, str]:

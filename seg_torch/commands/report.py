@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from seg_torch import __version__, checkpoint
+from seg_torch.bands import Bands
 from seg_torch.bootstrap import (
     METHOD,
     ImageCounts,
@@ -60,7 +61,7 @@ def report(cfg: DictConfig) -> None:
         return
     scores = json.loads((folder / f"{cfg.split}_metrics.json").read_text(encoding="utf-8"))
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
-    shown = _shown(trainer, task, data.dataset(cfg.split), counts, data.resize)
+    shown = _shown(trainer, task, data.dataset(cfg.split), counts, data.resize, data.bands)
     parts = [
         *_scores(scores, counts, cfg.split),
         *_classes(scores, counts, task.labels),
@@ -159,6 +160,7 @@ def _shown(
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
+    bands: Bands | None,
 ) -> Iterator[str]:
     """The worst and best images, and those whose labels are most likely to be wrong.
 
@@ -174,6 +176,7 @@ def _shown(
         inference.scales,
         inference.flip,
         inference.precision,
+        bands=bands,
     )
     iou = _mean_over_classes(class_iou(counts.stacked))
     quality, confidence = task.test_images["label_quality"], task.test_images["confidence"]

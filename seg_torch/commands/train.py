@@ -23,11 +23,12 @@ from seg_torch.files import write_atomically
 from seg_torch.inference import Inference
 from seg_torch.models.network import (
     Network,
+    check_channels,
     freeze_unused_parameters,
     named_compile_errors,
     synchronise_batchnorm,
 )
-from seg_torch.models.weights import load_matching_weights
+from seg_torch.models.weights import load_matching_weights, take_channels
 from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
 from seg_torch.task import SegmentationTask
 from seg_torch.trainer import (
@@ -117,14 +118,20 @@ def _task(
 ) -> SegmentationTask:
     """Builds the network and what trains it."""
     labels = data.labels
-    preprocessing = cfg.preprocessing
+    preprocessing = dict(cfg.preprocessing)
     model_config = _plain(cfg.model)
     if resumed is not None:
         preprocessing = resumed[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
     model = instantiate(model_config, num_classes=len(labels), _convert_="all")
+    if data.bands is not None:
+        take_channels(model, data.bands.channels)
+        if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
+            preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     network = Network(model, preprocessing["mean"], preprocessing["std"])
+    if data.bands is not None:
+        check_channels(network, data.bands.channels)
     if cfg.init_from is not None and resumed is None:
         state = checkpoint.network_state(checkpoint.read(cfg.init_from))
         model_state = {k.removeprefix("model."): v for k, v in state.items() if k[:6] == "model."}
@@ -146,7 +153,7 @@ def _task(
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
-            network, labels, _plain(cfg.model), _plain(cfg.data), data.resize
+            network, labels, _plain(cfg.model), _plain(cfg.data), data.resize, data.bands
         ),
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from seg_torch.bands import Bands, as_tensor
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.images import opened, plain_png, read_image
@@ -340,7 +341,8 @@ def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
 class SegmentationDataset(Dataset):
     """Images with masks, in files.
 
-    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
+    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`; with `bands`
+    images have their channels, and those of 16 bits are float32 of 0 to 255.
 
     Args:
         pairs: The files, best as `Pairs`: of each sample the name, the image and the mask.
@@ -348,6 +350,7 @@ class SegmentationDataset(Dataset):
         read_mask: Mask path -> uint8 [H, W] of class ids and 255; by default the pixel values of a
             grey or palette image. A module-level function or a partial of one, so that worker
             processes can be started with it.
+        bands: How images are stored that are not read as RGB.
     """
 
     def __init__(
@@ -355,13 +358,31 @@ class SegmentationDataset(Dataset):
         pairs: Iterable[tuple[str, str | Path, str | Path]],
         labels: Labels,
         read_mask: Callable[[Path], np.ndarray] = read_index_mask,
+        bands: Bands | None = None,
     ) -> None:
         self.pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         self.labels = labels
         self.read_mask = read_mask
+        self.bands = bands
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def files(self) -> Iterator[str]:
+        """Yield the paths of all files."""
+        if self.bands is None:
+            yield from self.pairs.files()
+            return
+        for pair in self.pairs:
+            yield from map(str, [*self.bands.paths(pair.image), pair.mask])
+
+    def read_image(self, path: Path) -> np.ndarray:
+        """Return an image as it is in its file, uint8 or uint16 [H, W, C].
+
+        Raises:
+            InputError: The file cannot be read.
+        """
+        return read_image(path) if self.bands is None else self.bands.read(path)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W], with every value checked.
@@ -375,17 +396,14 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
-        image, mask = read_image(pair.image), self.mask(index)
+        image, mask = self.read_image(pair.image), self.mask(index)
         check_sizes(pair, image.shape[:2], mask)
         return as_sample(image, mask)
 
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Return an image uint8 [H, W, C] and its mask uint8 [H, W] as a sample."""
-    # A view: cutting and resizing are faster with the channels of a pixel side by side.
-    return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(
-        torch.from_numpy(mask)
-    )
+    """Return an image uint8 or uint16 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    return tv_tensors.Image(as_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
 
 
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
@@ -422,18 +440,22 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
         index: Which sample.
 
     Returns:
-        (image uint8 [C, H, W], mask uint8 [H, W] of class ids and 255).
+        (image uint8 [C, H, W], or float32 of 0 to 255 where the dataset's `bands` have 16 bits;
+        mask uint8 [H, W] of class ids and 255).
 
     Raises:
         InputError: The item is anything else.
     """
     name = sample_name(dataset, index)
     sample = dataset[index]
+    bands = getattr(dataset, "bands", None)
+    dtype = torch.float32 if bands is not None and bands.bits == 16 else torch.uint8
     image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
     if not (
         isinstance(image, tv_tensors.Image)
         and isinstance(mask, tv_tensors.Mask)
-        and image.dtype == mask.dtype == torch.uint8
+        and image.dtype == dtype
+        and mask.dtype == torch.uint8
         and image.ndim == 3
         and image.shape[1:] == mask.shape
     ):
@@ -443,7 +465,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
         ]
         raise InputError(
             f"{name}: found {' and '.join(found)}; a sample is a tv_tensors.Image of "
-            "torch.uint8 [C, H, W] and a tv_tensors.Mask of torch.uint8 [H, W], of one size"
+            f"{dtype} [C, H, W] and a tv_tensors.Mask of torch.uint8 [H, W], of one size"
         )
     _check_values(mask.numpy(), dataset.labels, name)
     return image, mask

@@ -25,7 +25,8 @@ class CachedSamples(Dataset):
 
     Args:
         content: uint8 [bytes], of each sample the image [H, W, C] and the mask [H, W].
-        places: int64 [N, 6], of each sample the offset, H, W, C of its image, H, W of its mask.
+        places: int64 [N, 7], of each sample the offset, the bytes of a value of its image (1, or 4
+            for float32), H, W, C of its image, H, W of its mask.
         file: The open file that `content` is mapped from; `None` for memory.
     """
 
@@ -42,10 +43,11 @@ class CachedSamples(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        offset, *sizes = self.places[index].tolist()
+        offset, itemsize, *sizes = self.places[index].tolist()
         shapes = sizes[:3], sizes[3:]
-        lengths = [int(np.prod(shape)) for shape in shapes]
+        lengths = [itemsize * int(np.prod(shapes[0])), int(np.prod(shapes[1]))]
         image, mask = self.content[offset : offset + sum(lengths)].split(lengths)
+        image = image.view(torch.uint8 if itemsize == 1 else torch.float32)
         pixels = image.view(shapes[0]).permute(2, 0, 1)
         return tv_tensors.Image(pixels), tv_tensors.Mask(mask.view(shapes[1]))
 
@@ -96,7 +98,7 @@ def _map_descriptor(descriptor: Any) -> CachedSamples:
 def _map_file(file: BinaryIO) -> CachedSamples:
     content = np.memmap(file, np.uint8, "c")  # copy on write, for a transform that works in place
     (count,) = content[-8:].view(np.int64)
-    places = content[-8 - 48 * count : -8].view(np.int64).reshape(count, 6)
+    places = content[-8 - 56 * count : -8].view(np.int64).reshape(count, 7)
     return CachedSamples(torch.from_numpy(content), places, file)
 
 
@@ -112,8 +114,11 @@ def _append(samples: Any, write: Callable[[bytes], object]) -> np.ndarray:
     ):
         # The channels of a pixel side by side, as they come from a file.
         parts = image.permute(1, 2, 0).numpy(), mask.numpy()
-        places.append((offset, *parts[0].shape, *parts[1].shape))
+        gap = bytes(-offset % 4)  # float32 begin at multiples of 4
+        write(gap)
+        offset += len(gap)
+        places.append((offset, parts[0].itemsize, *parts[0].shape, *parts[1].shape))
         for part in parts:
             write(part.tobytes())
-            offset += part.size
+            offset += part.nbytes
     return np.array(places, np.int64)

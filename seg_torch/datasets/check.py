@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from seg_torch.bands import as_array, shown
 from seg_torch.datasets.base import (
     SegmentationDataset,
     check_sizes,
@@ -28,7 +29,6 @@ from seg_torch.datasets.base import (
 )
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images import read_image
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Check:
     Attributes:
         pixels: Number of pixels of each mask value, int64 [256].
         images: Number of masks that hold each value, int64 [256].
-        channels: Number of pixels of each value of red, green and blue, int64 [3, 256].
+        moments: Sums over the pixels of each channel and of its square, scaled to 0..1, float64
+            [2, C].
         digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
         thumbnails: Each image in grey, uint8 [N, 16, 16].
         problems: All of them.
@@ -59,16 +60,16 @@ class Check:
 
     pixels: np.ndarray
     images: np.ndarray
-    channels: np.ndarray
+    moments: np.ndarray
     digests: np.ndarray
     thumbnails: np.ndarray
     problems: list[Problem] = field(default_factory=list)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of each channel over all pixels, scaled to 0..1."""
-        values, total = np.arange(256) / 255, self.channels.sum(1)
-        mean = self.channels @ values / total
-        variance = (self.channels * (values - mean[:, None]) ** 2).sum(1) / total
+        mean, square = self.moments / self.pixels.sum()
+        variance = square - mean**2
+        variance[variance < 1e-12] = 0  # a rounding error of a channel of one value
         return mean.tolist(), np.sqrt(variance).tolist()
 
 
@@ -80,8 +81,7 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     times of all files, the classes and the function that reads masks stay the same.
 
     Args:
-        dataset: Has `labels` and items (image, mask). Of images that are not RGB, three channels
-            are looked at.
+        dataset: Has `labels` and items (image, mask).
         name: What messages call it.
 
     Returns:
@@ -98,7 +98,7 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     result = Check(
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
-        channels=np.zeros((3, 256), np.int64),
+        moments=np.zeros((2, 1)),
         digests=np.zeros(count, "S64"),
         thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
     )
@@ -110,10 +110,10 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
             if isinstance(found, list):
                 result.problems += found
                 continue
-            pixels, channels, result.digests[index], result.thumbnails[index] = found
+            pixels, moments, result.digests[index], result.thumbnails[index] = found
             result.pixels += pixels
             result.images += pixels > 0
-            result.channels += channels
+            result.moments = result.moments + moments
     if remembered is not None and not result.problems:
         content = {key: value for key, value in vars(result).items() if key != "problems"}
         with suppress(OSError):  # the home folder may be read-only
@@ -121,10 +121,9 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     return result
 
 
-def rgb(image: Any) -> np.ndarray:
-    """Return the image uint8 [C, H, W] of a sample as [H, W, 3], from one or three channels."""
-    channels = image if len(image) == 3 else image[[0, 1, 2] if len(image) > 3 else [0, 0, 0]]
-    return channels.permute(1, 2, 0).contiguous().numpy()
+def rgb(image: Any, dataset: Any) -> np.ndarray:
+    """Return what is shown of the image of a dataset's sample, uint8 [H, W, 3]."""
+    return shown(as_array(image), getattr(dataset, "bands", None))
 
 
 def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
@@ -139,26 +138,34 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
 
     if isinstance(dataset, SegmentationDataset):
         pair = dataset.pairs[index]
-        image = attempt(pair.image, lambda: read_image(pair.image))
+        image = attempt(pair.image, lambda: dataset.read_image(pair.image))
         mask = attempt(pair.mask, lambda: dataset.mask(index))
         if not problems:
             attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
     else:
         sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
         if sample is not None:
-            image, mask = rgb(sample[0]), sample[1].numpy()
-    return problems or _measure(image, mask)
+            image, mask = as_array(sample[0]), sample[1].numpy()
+    return problems or _measure(image, mask, shown(image, getattr(dataset, "bands", None)))
 
 
-def _measure(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
-    """Return pixels by mask value and by channel, the digest and the thumbnail of a sample."""
+def _measure(
+    image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """Return pixels by mask value, the moments, the digest and the thumbnail of a sample."""
     pixels = np.bincount(mask.ravel(), minlength=256)
-    rgb_image = Image.fromarray(image)
-    channels = np.array(rgb_image.histogram()).reshape(3, 256)
+    rgb_image = Image.fromarray(rgb_shown)
+    values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
+    if image is rgb_shown:  # Pillow counts in a fraction of the time
+        counts = np.array(rgb_image.histogram()).reshape(3, 256)
+    else:
+        channels = image.reshape(-1, image.shape[2]).T
+        counts = np.stack([np.bincount(c, minlength=len(values)) for c in channels])
+    moments = np.stack([counts @ values, counts @ values**2])
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pixels, channels, digest.hexdigest(), np.asarray(small)
+    return pixels, moments, digest.hexdigest(), np.asarray(small)
 
 
 def _remembered(dataset: Any) -> Path | None:
@@ -182,7 +189,7 @@ def fingerprint(dataset: Any) -> str | None:
     """
     try:
         digest, here = hashlib.sha256(), os.getcwd()
-        for file in dataset.pairs.files():
+        for file in dataset.files():
             path, stat = os.path.join(here, file), os.stat(file)
             digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0"))
         reader = dataset.read_mask
@@ -190,7 +197,7 @@ def fingerprint(dataset: Any) -> str | None:
         options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
     except Exception:
         return None
-    digest.update(repr((dataset.labels.to_dict(), source, options)).encode())
+    digest.update(repr((dataset.labels.to_dict(), dataset.bands, source, options)).encode())
     return digest.hexdigest()
 
 

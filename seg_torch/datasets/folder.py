@@ -13,17 +13,21 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from seg_torch.bands import Bands
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images import opened
+from seg_torch.images import IMAGE_SUFFIXES, opened
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 
 def folder(
-    root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
+    root: str | Path,
+    split: str,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    extra: Sequence[str | Path] = (),
+    bands: Bands | None = None,
 ) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
@@ -44,13 +48,17 @@ def folder(
         split: "train", "val" or "test".
         val_fraction: Fraction of the pairs in val, where no lists are given.
         seed: Seed of the random split; it does not depend on the seed of the training.
+        extra: More folders of this layout, of the same classes, such as those that predict.py
+            writes with save=[dataset]. All of their pairs belong to train.
+        bands: How images are stored that are not read as RGB; where an image has several files,
+            its name is what their names have in common.
 
     Returns:
         The samples of the split.
 
     Raises:
         InputError: The split is unknown, something is missing in `root`, a list has unknown names,
-            or pairs are incomplete or ambiguous.
+            pairs are incomplete or ambiguous, or an extra folder has other classes.
     """
     base.check_split(split)
     source = (
@@ -58,7 +66,7 @@ def folder(
         "to classes.txt, one per line"
     )
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
-    home, pairs = images.parent, _pair(images, masks)
+    home, pairs = images.parent, _pair(images, masks, bands)
     if not (home / "classes.txt").exists():
         mask_files = [mask for _, mask in pairs.values()]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
@@ -68,7 +76,18 @@ def folder(
         split = base.val_for_test(split, str(home))
     chosen = split_names(home, list(pairs), split, val_fraction, seed)
     found = base.Pairs((name, *pairs[name]) for name in chosen)
-    return base.SegmentationDataset(found, labels, read_mask)
+    if split == "train":
+        found += [pair for place in extra for pair in _extra_pairs(place, labels, bands)]
+    return base.SegmentationDataset(found, labels, read_mask, bands)
+
+
+def _extra_pairs(root: str | Path, labels: Labels, bands: Bands | None) -> list[base.Pair]:
+    entries = ["images", "masks", "classes.txt"]
+    images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
+    if base.read_classes(classes)[0] != labels:
+        raise InputError(f"{classes}: other classes than those of data.root")
+    pairs = _pair(images, masks, bands).items()
+    return [base.Pair(f"{root}/{name}", Path(image), Path(mask)) for name, (image, mask) in pairs]
 
 
 def write_folder(
@@ -85,10 +104,15 @@ def write_folder(
         rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, content in (("images", rgb), ("masks", palette_image(mask.numpy(), labels))):
             write_atomically(Path(root, kind, f"{number:04d}.png"), content.save)
+    write_classes(labels, Path(root))
+
+
+def write_classes(labels: Labels, root: Path) -> None:
+    """Write the names and colours of classes to the `classes.txt` of a folder."""
     colours = zip(labels.names, labels.palette.tolist(), strict=True)
     text = "".join(f"{name} {red} {green} {blue}\n" for name, (red, green, blue) in colours)
     write_atomically(
-        Path(root, "classes.txt"), lambda path: Path(path).write_text(text, encoding="utf-8")
+        root / "classes.txt", lambda path: Path(path).write_text(text, encoding="utf-8")
     )
 
 
@@ -175,14 +199,16 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _pair(images: Path, masks: Path) -> dict[str, tuple[str, str]]:
+def _pair(images: Path, masks: Path, bands: Bands | None) -> dict[str, tuple[str, str]]:
     """Return image and mask by name, sorted; each has to have exactly one partner."""
+    endings = bands.files if bands else ()
     by_name: tuple[dict[str, str], dict[str, str]] = {}, {}
     problems = []
     for files, home in zip(by_name, (images, masks), strict=True):
         ambiguous: dict[str, list[str]] = {}
-        for file in base.list_files(home, SUFFIXES):
-            name = os.path.splitext(file)[0]
+        first = endings[:1] if home == images else ()
+        for file in base.list_files(home, tuple(map(str.lower, first)) or IMAGE_SUFFIXES):
+            name = file[: -len(first[0])] if first else os.path.splitext(file)[0]
             if os.path.basename(file).startswith("."):
                 continue
             if name in files:
@@ -193,7 +219,10 @@ def _pair(images: Path, masks: Path) -> dict[str, tuple[str, str]]:
             problems.append(f"{home / file}: ambiguous, there is also {', '.join(others)}")
     image_files, mask_files = by_name
     if not image_files and not mask_files:
-        raise InputError(f"{images} and {masks} hold no images ({', '.join(SUFFIXES)})")
+        raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
+    for name in image_files:
+        absent = [ending for ending in endings if not (images / f"{name}{ending}").exists()]
+        problems += [f"{images / name}{ending}: no such file" for ending in absent]
     for name in image_files.keys() - mask_files.keys():
         problems.append(f"{images / image_files[name]}: no mask")
     for name in mask_files.keys() - image_files.keys():

@@ -56,7 +56,7 @@ class Network(nn.Module):
         """Compute logits, or the model's own loss.
 
         Args:
-            images: Uint8 [N, C, H, W].
+            images: Uint8 [N, C, H, W], or of any type with values from 0 to 255.
             target: Integer [N, H, W], class ids or `IGNORE_INDEX`. Only for a model with a loss of
                 its own (`model.has_own_loss`), which takes it after the images.
 
@@ -122,6 +122,29 @@ def named_compile_errors() -> Iterator[None]:
             f"trainer.compile: PyTorch cannot compile this model here: {reason}. Set "
             "trainer.compile=null"
         ) from error
+
+
+def check_channels(network: Network, channels: int) -> None:
+    """Refuses a model that does not take images of so many channels.
+
+    Raises:
+        InputError: There are not as many means, or the model fails.
+    """
+    if len(network.mean) != channels or len(network.std) != channels:
+        raise InputError(
+            f"preprocessing.mean and std have {len(network.mean)} and {len(network.std)} numbers "
+            f"for the {channels} channels of the images"
+        )
+    if channels == 3:
+        return
+    size = getattr(network.model, "image_size", 64)
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, channels, size, size, dtype=torch.uint8))
+    except Exception as error:
+        raise InputError(f"this model takes no images of {channels} channels: {error}") from error
+    network.train(training)
 
 
 def synchronise_batchnorm(network: Network) -> Network:

@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
@@ -233,6 +234,28 @@ def download_from_hugging_face(
             f"cannot download {url} ({error}); download it by other means and give "
             "model.weights=FILE, or start from random weights with model.weights=null"
         ) from error
+
+
+def take_channels(model: nn.Module, channels: int) -> None:
+    """Let a model of RGB images take others: its first convolution gets as many input channels.
+
+    The weights are those of red, green and blue in turn, scaled by 3 / channels, as timm does it;
+    for one channel their sum.
+
+    Args:
+        model: Changed in place; one that takes so many channels already stays as it is.
+        channels: Number of channels.
+
+    Raises:
+        InputError: Its first convolution takes neither 3 channels nor so many.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.in_channels not in (3, channels):
+        raise InputError(f"this model takes no images of {channels} channels")
+    if first.in_channels != channels:
+        widened = adapt_input_conv(channels, first.weight.detach())
+        first.weight = nn.Parameter(widened, first.weight.requires_grad)
+        first.in_channels = channels
 
 
 def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Module:
