@@ -253,11 +253,12 @@ def pair_files(
     )
 
 
-def read_index_mask(path: str | Path) -> np.ndarray:
+def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
 
     Args:
         path: The file.
+        content: Of the file, where it lies in another one; `path` is then for the message.
 
     Returns:
         uint8 [H, W].
@@ -265,7 +266,7 @@ def read_index_mask(path: str | Path) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, has several channels or values above 255.
     """
-    with opened(path, "a mask") as image:
+    with opened(path, "a mask", content) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
@@ -314,14 +315,16 @@ def id_table(ids: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
+def read_mapped_mask(
+    path: str | Path, table: np.ndarray, content: bytes | None = None
+) -> np.ndarray:
     """Return an index mask with its values looked up in an `id_table`, uint8 [H, W].
 
     Raises:
         InputError: The file is one that `read_index_mask` refuses, or holds a value that the table
             does not allow.
     """
-    values = read_index_mask(path)
+    values = read_index_mask(path, content)
     ids = table.take(values)
     wrong = ids == NOT_ALLOWED
     if wrong.any():
@@ -360,6 +363,10 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def image(self, index: int) -> np.ndarray:
+        """Return the image alone, uint8 [H, W, 3]."""
+        return read_image(self.pairs[index].image)
+
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W], with every value checked.
 
@@ -372,7 +379,7 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
-        image, mask = read_image(pair.image), self.mask(index)
+        image, mask = self.image(index), self.mask(index)
         check_sizes(pair, image.shape[:2], mask)
         return as_sample(image, mask)
 

@@ -28,7 +28,6 @@ from seg_torch.datasets.base import (
 )
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images import read_image
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
 
     if isinstance(dataset, SegmentationDataset):
         pair = dataset.pairs[index]
-        image = attempt(pair.image, lambda: read_image(pair.image))
+        image = attempt(pair.image, lambda: dataset.image(index))
         mask = attempt(pair.mask, lambda: dataset.mask(index))
         if not problems:
             attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
