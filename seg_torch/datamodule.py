@@ -94,7 +94,10 @@ class SegmentationDataModule(LightningDataModule):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        for setting, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
+        for setting, size in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size or 1),
+        ):
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"data.{setting}={size}: expected at least 1")
         self.make_dataset = dataset

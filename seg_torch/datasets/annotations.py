@@ -204,13 +204,16 @@ def split_of(path: str) -> str:
 def read_once(
     read: Callable[[Path, list[str]], Annotations], home: Path, files: Sequence[str]
 ) -> Annotations:
-    """Return `read(home, files)`, remembered for the next split unless a file changes."""
+    """Return `read(home, files)`, remembered for the next split unless a file or image changes."""
     stats = ((file, (home / file).stat()) for file in files)
-    return _read(read, home, tuple((file, s.st_size, s.st_mtime_ns) for file, s in stats))
+    stamps = tuple((file, s.st_size, s.st_mtime_ns) for file, s in stats)
+    return _read(read, home, stamps, tuple(base.list_files(home, IMAGE_SUFFIXES)))
 
 
 @lru_cache(maxsize=1)
-def _read(read: Callable, home: Path, stamps: tuple[tuple[str, int, int], ...]) -> Annotations:
+def _read(
+    read: Callable, home: Path, stamps: tuple[tuple[str, int, int], ...], _images: tuple[str, ...]
+) -> Annotations:
     return read(home, [file for file, *_ in stamps])
 
 
@@ -324,7 +327,11 @@ def checked_points(mask: Image.Image, points: Any, at_least: int) -> list[tuple[
     Raises:
         InputError: There are too few, or one is far outside of the image.
     """
-    array = np.array(points, np.float64).reshape(-1, 2)
+    array = np.array(points, np.float64)
+    if array.ndim == 1 and array.size % 2 == 0:  # x0, y0, x1, y1 ...
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise InputError("its points are not pairs of x and y")
     if len(array) < at_least:
         raise InputError(f"{len(array)} points, but it takes at least {at_least}")
     margin = MARGIN * np.array(mask.size) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,6 @@ class HubDataset(Dataset):
         return base.as_sample(image, mask)
 
 
-@lru_cache(maxsize=1)
 def _load(name: str) -> Mapping[str, Any]:
     """Return the tables of a dataset by the names of its splits."""
     try:
