@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import make_data
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 from matplotlib.path import Path as Outline
 from PIL import Image
 from pycocotools import mask as rle
@@ -21,6 +23,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from seg_torch import datasets
 from seg_torch.coco import coco_annotations, write_coco
+from seg_torch.commands.evaluate import evaluate
+from seg_torch.commands.train import train
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.datasets import annotations
 from seg_torch.datasets.auto import recognise
@@ -186,6 +190,20 @@ def test_more_than_255_classes_are_refused(make, name):
     with pytest.raises(InputError, match=r"30\d class names: masks are 8 bit") as error:
         getattr(datasets, name)(root, "train")
     assert str(root) in str(error.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_batches_are_loaded_with_the_settings_of_each_configuration(make, compose, name):
+    line = f"data={name}", f"data.root={make(name)}", "data.num_workers=0", "data.batch_size=2"
+    data = instantiate(compose("train", *line).data, _convert_="all")
+    data.check_files()
+    images, masks = next(iter(data.train_dataloader()))
+    assert images.shape == (2, 3, 352, 480)
+    assert masks.shape == (2, 352, 480)
+    assert masks.unique().numel() > 1
+    defaults = {**data.make_dataset.keywords}
+    signature = inspect.signature(getattr(datasets, name)).parameters
+    assert defaults == {key: signature[key].default for key in [*signature][2:]}
 
 
 # What is broken
@@ -901,6 +919,26 @@ def test_what_a_table_lacks_is_said(table, tmp_path):
         datasets.hf(str(root), "train")
     with pytest.raises(InputError, match=r"data\.name=.*nowhere: cannot be loaded"):
         datasets.hf(str(tmp_path / "nowhere"), "train")
+
+
+def test_a_run_on_a_table_is_evaluated_by_its_name(table, compose, tmp_path):
+    folder = tmp_path / "run"
+    line = ["data=hf", f"data.name={table()}", "model=unet_random", "data.augment.crop=[32,32]"]
+    brief = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "data.num_workers=0"]
+    train(compose("train", f"output_dir={folder}", "logger=none", *line, *brief))
+    scores = json.loads((folder / "test_metrics.json").read_text())
+    assert [*scores["per_class"]] == ["unlabeled", "car", "sky"]
+    assert sum(row["pixels"] for row in scores["per_class"].values()) == 4 * HEIGHT * WIDTH
+    again = tmp_path / "again"
+    evaluate(compose("evaluate", f"checkpoint={folder}", f"output_dir={again}", brief[1]))
+    found = json.loads((again / "test_metrics.json").read_text())
+    assert found["confusion_matrix"] == scores["confusion_matrix"]
+    # A file that somebody sends does not make this machine download what it names.
+    (tmp_path / "table").rename(tmp_path / "moved")
+    line = [f"checkpoint={folder}", f"output_dir={again}", brief[1]]
+    with pytest.raises(InputError, match=rf"to fetch it, give data\.name={tmp_path / 'table'}"):
+        evaluate(compose("evaluate", *line))
+    evaluate(compose("evaluate", *line, f"data.name={tmp_path / 'moved'}"))
 
 
 def test_auto_reads_what_save_to_disk_wrote(table):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,14 @@ def auto(root: str | Path, split: str) -> Any:
     """
     base.check_split(split)
     dataset, reason = recognise(Path(root).expanduser())
-    log.info("data=auto: %s is read as data=%s, because of %s", root, dataset.__name__, reason)
+    _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
     return dataset(root, split) if dataset is not hf else hf(str(root), split)
+
+
+@cache
+def _say(message: str) -> None:
+    """Log a message once, not for each split."""
+    log.info("%s", message)
 
 
 def recognise(home: Path) -> tuple[Callable[..., Any], str]:
