@@ -430,6 +430,8 @@ def test_what_predict_writes_as_coco_is_read_back_pixel_by_pixel(tmp_path):
         (lambda c: c["annotations"][0].pop("segmentation"), "'segmentation' is missing"),
         (lambda c: c["images"][0].pop("file_name"), "'file_name' is missing"),
         (lambda c: c["images"][0].pop("width"), "'width' is missing"),
+        (lambda c: c["images"][0].update(width="wide"), "invalid literal for int"),
+        (lambda c: c["annotations"].append("nothing"), "annotations: 'str' object has no"),
         (lambda c: c["categories"][0].update(id=3), "3 is 'car'"),
         (lambda c: c.pop("categories"), "hold no COCO dataset"),
     ],
@@ -526,15 +528,16 @@ def test_labels_txt_gives_the_order_and_refuses_other_labels(make):
         datasets.labelme(root, "train")
 
 
-def test_labelme_folders_make_the_split(make):
+def test_labelme_folders_make_the_split(make, caplog):
     root = make("labelme")
     for i, folder in enumerate(["train", "train", "val", "test"]):
         (root / folder).mkdir(exist_ok=True)
         for suffix in ("jpg", "json"):
             (root / f"photo_{i}.{suffix}").rename(root / folder / f"photo_{i}.{suffix}")
-    shutil.rmtree(root / "json")
-    (root / "photo_5.json").unlink()
-    names = {s: [p.name for p in datasets.labelme(root, s).pairs] for s in ("train", "val", "test")}
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        splits = {s: datasets.labelme(root, s) for s in ("train", "val", "test")}
+    names = {split: [pair.name for pair in dataset.pairs] for split, dataset in splits.items()}
+    assert "2 images are in no split of its own" in caplog.text
     assert names == {
         "train": ["train/photo_0", "train/photo_1"],
         "val": ["val/photo_2"],
@@ -638,6 +641,22 @@ def test_roboflow_classes_that_differ_between_folders_are_refused(make):
     path = root / "valid" / "_classes.csv"
     path.write_text(path.read_text().replace("car", "bus"))
     with pytest.raises(InputError, match=r"valid/_classes\.csv: other classes than in"):
+        datasets.roboflow(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("300, bus", r"pixel values \[0, 1, 2, 300\]; masks hold 0 to 255"),
+        ("3, car", "class names given more than once: car"),
+        ("bus", "not enough values to unpack"),
+    ],
+)
+def test_a_bad_list_of_roboflow_classes_is_refused_by_name(make, line, message):
+    root = make("roboflow")
+    for path in root.rglob("_classes.csv"):
+        path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(InputError, match=rf"_classes\.csv: {message}"):
         datasets.roboflow(root, "train")
 
 
@@ -912,6 +931,9 @@ def test_what_a_table_lacks_is_said(table, tmp_path):
     root = table(names=("unlabeled", "car"))
     with pytest.raises(InputError, match=r"train\[0\] label: mask values \[0, 1, 2\]"):
         datasets.hf(str(root), "train").mask(0)
+    (root / "id2label.json").write_text('{"0": "car", "300": "sky"}')
+    with pytest.raises(InputError, match=r"id2label\.json: 2 ids; masks hold 0 to 255"):
+        datasets.hf(str(root), "train")
     (root / "id2label.json").unlink()
     with pytest.raises(
         InputError, match=r"id2label\.json: no such file(.|\n)*data\.dataset\.id2label"

@@ -7,6 +7,7 @@ shapes. Later shapes lie on top of earlier ones; a format with another rule sort
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from seg_torch.errors import InputError
 from seg_torch.images import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels
 
+log = logging.getLogger(__name__)
+
 # How labelme calls what is no object, and pixels that no loss shall count.
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 # Points so far outside, as a share of the image's sides, are cut off; points beyond belong to
@@ -42,7 +45,7 @@ class Annotated(NamedTuple):
         shapes: Class name and shape of each, in the order of drawing, as JSON: a shape is what
             the format's function draws.
         split: "train", "val", "test", or "" where the format does not say.
-        size: (width, height) by the annotation, if it says.
+        size: (width, height) by the annotation, (0, 0) where it does not say.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Annotated(NamedTuple):
     file: str
     shapes: bytes
     split: str = ""
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 class Annotations(NamedTuple):
@@ -94,7 +97,7 @@ class AnnotatedDataset(base.SegmentationDataset):
         content = bytearray().join(sample.shapes for sample in samples)
         self._content = torch.frombuffer(content, dtype=torch.uint8)
         self._ends = torch.from_numpy(ends)
-        self._sizes = torch.tensor([sample.size or (0, 0) for sample in samples])
+        self._sizes = torch.tensor([sample.size for sample in samples])
 
     def shapes(self, index: int) -> list[tuple[str, Any]]:
         """Return class name and shape of each annotation, in the order of drawing."""
@@ -185,6 +188,8 @@ def choose_split(
         by_split.setdefault(sample.split, []).append(sample)
     if split == "test" and "test" not in by_split and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
+    if "" in by_split and len(by_split) > 1:
+        log.info("%s: %d images are in no split of its own", home, len(by_split[""]))
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
         return by_split[split]
     rest = {sample.name: sample for sample in samples if sample.split != "test"}

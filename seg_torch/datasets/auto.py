@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,12 @@ def recognise(home: Path) -> tuple[Callable[..., Any], str]:
             return hf, file
     for file in base.list_files(home, (".parquet",)):
         return hf, file
-    return _by_json(home)
+    return _by_json(home, tuple(base.list_files(home, (".json",))))
 
 
-def _by_json(home: Path) -> tuple[Callable[..., Any], str]:
+@lru_cache(maxsize=1)  # a file of COCO takes seconds, for each split
+def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], str]:
     """Return the same for the formats that are JSON."""
-    files = base.list_files(home, (".json",))
     for file in files[:20]:  # one without annotations, such as a description, may come first
         content = read_json(home / file)
         if is_labelme(content):

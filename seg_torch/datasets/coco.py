@@ -103,7 +103,8 @@ def coco_panoptic(
         root, "COCO panoptic", "panoptic", "panoptic_train.json, its PNG files and the images"
     )
     samples, names = read_once(_read_panoptic, home, files)
-    labels = Labels(tuple(names))
+    with parsing(home, "categories: "):
+        labels = Labels(tuple(names))
     chosen = choose_split(home, samples, split, val_fraction, seed)
     values = {name: value for value, name in enumerate(names)}
     return PanopticDataset(chosen, labels, draw_coco, values, IGNORE_INDEX)
@@ -183,7 +184,7 @@ def _read(home: Path, files: list[str]) -> Annotations:
     problems: list[str] = []
     for file, content in contents.items():
         with parsing(home / file, "images: "):
-            sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+            sizes = {i["id"]: (int(i["width"]), int(i["height"])) for i in content["images"]}
         shapes: dict[Any, list[tuple[float, str, Any]]] = {number: [] for number in sizes}
         for annotation in content["annotations"]:
             with collected(problems), parsing(home / file, f"annotation {annotation.get('id')}: "):

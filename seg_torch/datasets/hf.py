@@ -71,7 +71,9 @@ def hf(
         numbers = [str(i) for i in range(len(rows))]
         chosen = split_names(Path(name), numbers, split, val_fraction, seed)
         rows = rows.select(sorted(map(int, chosen)))
-    return HubDataset(rows, Labels(tuple(names.values())), table, f"{name} {split}")
+    with parsing(name, "id2label: "):
+        labels = Labels(tuple(names.values()))
+    return HubDataset(rows, labels, table, f"{name} {split}")
 
 
 class HubDataset(Dataset):
@@ -166,8 +168,7 @@ def _class_names(name: str, file: str | Path | None) -> dict[int, str]:
             f"{json.dumps({'0': 'background', '1': 'car'})}, and give data.dataset.id2label=FILE"
         )
     with parsing(path):
-        return {int(i): str(label) for i, label in sorted(read_json(path).items(), key=_by_id)}
-
-
-def _by_id(item: tuple[str, str]) -> int:
-    return int(item[0])
+        names = dict(sorted((int(i), str(label)) for i, label in read_json(path).items()))
+        if not names or min(names) < 0 or max(names) > 255:
+            raise InputError(f"{len(names)} ids; masks hold 0 to 255")
+        return names

@@ -104,10 +104,10 @@ def _read(home: Path, files: list[str]) -> Annotations:
                     continue
                 regions = [r for r in results if r["type"] in (*KINDS, *WITHOUT_LABEL)]
                 shapes = [_shape(region) for region in regions]
-                sizes = {(r["original_width"], r["original_height"]) for r in regions}
-                size = sizes.pop() if len(sizes) == 1 else None
+                sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
                 path = _image(images, task["data"], file)
                 place = f"{home}/{path}", f"{home}/{file}"
+                size = sizes[0] if sizes else (0, 0)
                 samples.append(
                     Annotated(name_of(path), *place, encoded(shapes), split_of(file), size)
                 )
@@ -154,7 +154,8 @@ def draw_label_studio(mask: Image.Image, value: int, shape: dict[str, Any]) -> N
     elif kind == "brushlabels":
         draw_pixels(mask, value, decode_brush(shape["rle"], mask.height, mask.width) >= 128)
     else:
-        x, y = np.array([shape["x"], shape["y"]]) * size / 100
+        # What is turned or round may go over the edge, but begins inside.
+        (start,) = checked_points(mask, [np.array([shape["x"], shape["y"]]) * size / 100], 1)
         if kind == "ellipselabels":
             radii = np.array([shape["radiusX"], shape["radiusY"]]) * size / 100
             angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
@@ -164,7 +165,7 @@ def draw_label_studio(mask: Image.Image, value: int, shape: dict[str, Any]) -> N
             corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
         turn = np.deg2rad(shape.get("rotation", 0))  # clockwise, about (x, y)
         matrix = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
-        points = checked_points(mask, corners @ matrix + (x, y), 3)
+        points = (corners @ matrix + start).ravel().tolist()
         draw.polygon(points, fill=value, outline=value)
 
 

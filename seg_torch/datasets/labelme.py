@@ -127,8 +127,7 @@ def _read(home: Path, files: list[str]) -> Annotations:
                 with suppress(InputError) if content.get("imageData") else nullcontext():
                     image = images.find(content["imagePath"], file)
                 place = f"{home}/{image}", f"{home}/{file}"
-                height, width = content.get("imageHeight"), content.get("imageWidth")
-                size = (width, height) if width and height else None
+                size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
                 of = split_of(posixpath.dirname(file))
                 samples.append(Annotated(name_of(file), *place, encoded(shapes), of, size))
             found |= names

@@ -63,7 +63,8 @@ def roboflow(
     chosen = choose_split(home, samples, split, val_fraction, seed)
     table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(classes)})
     read_mask = partial(base.read_mapped_mask, table=table)
-    labels = Labels(tuple(classes.values()))
+    with parsing(home / files[0]):
+        labels = Labels(tuple(classes.values()))
     return base.SegmentationDataset((sample[:3] for sample in chosen), labels, read_mask)
 
 
@@ -77,4 +78,7 @@ def read_csv(path: Path) -> dict[int, str]:
         first, *rows = csv.reader(base.read_list(path))
         if first[0].strip() != "Pixel Value":
             raise InputError(f"its first line is {first}, not Pixel Value, Class")
-        return dict(sorted((int(value), name.strip()) for value, name in rows))
+        classes = dict(sorted((int(value), name.strip()) for value, name in rows))
+        if not classes or min(classes) < 0 or max(classes) > 255:
+            raise InputError(f"pixel values {[*classes]}; masks hold 0 to 255")
+        return classes
