@@ -788,17 +788,17 @@ def test_a_turned_rectangle_turns_clockwise_about_its_corner(make):
 
 
 @pytest.mark.parametrize(
-    ("flags", "number"),
+    ("place", "flags", "number"),
     [
-        ({}, 2),
-        ({"ground_truth": True}, 1),
-        ({"was_cancelled": True}, 2),
-        ({"updated_at": "2026-01-01"}, 1),
+        (1, {}, 2),
+        (1, {"ground_truth": True}, 1),
+        (0, {"was_cancelled": True}, 1),
+        (1, {"updated_at": "2026-01-01"}, 1),
     ],
 )
-def test_which_annotation_of_an_image_counts(make, flags, number):
+def test_which_annotation_of_an_image_counts(make, place, flags, number):
     root = make("label_studio")
-    edit(next(root.glob("*.json")), lambda content: content[0]["annotations"][1].update(flags))
+    edit(next(root.glob("*.json")), lambda content: content[0]["annotations"][place].update(flags))
     mask = all_masks(datasets.label_studio, root)["00000000-photo 0"]
     assert mask.any() == (number == 2)  # the first one has no regions
 
