@@ -47,8 +47,9 @@ DATA = {
     *(
         f"seg_torch.datasets.{name}"
         for name in (
-            *("ade20k", "camvid", "camvid32", "cityscapes", "clothing", "coco_stuff"),
-            *("eightfold", "folder", "pet", "shapes", "voc", "voc_sbd"),
+            *("ade20k", "auto", "camvid", "camvid32", "cityscapes", "clothing", "coco"),
+            *("coco_panoptic", "coco_stuff", "cvat", "eightfold", "folder", "hf", "label_studio"),
+            *("labelme", "labelme_voc", "pet", "roboflow", "shapes", "voc", "voc_sbd", "yolo"),
         )
     ),
 }

@@ -74,6 +74,7 @@ class SegmentationDataModule(LightningDataModule):
         check: Whether `check_files` does anything.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
+        name: What the dataset is called, for those that are looked up by name.
         channels: Of images that are not read as RGB, see `seg_torch.bands.Bands`, like the three
             that follow. The dataset is given them as `bands`.
         bits: Of each of their values.
@@ -97,18 +98,23 @@ class SegmentationDataModule(LightningDataModule):
         check: bool = True,
         seed: int = 0,
         download: bool = False,
+        name: str | None = None,
         channels: int | None = None,
         bits: int = 8,
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
+        for setting, size in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size or 1),
+        ):
             if not isinstance(size, int) or size < 1:
-                raise InputError(f"data.{name}={size}: expected at least 1")
+                raise InputError(f"data.{setting}={size}: expected at least 1")
         self.make_dataset = dataset
         self.root = root
         self.download = download
+        self.dataset_name = name
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -135,6 +141,8 @@ class SegmentationDataModule(LightningDataModule):
             place: dict[str, Any] = {} if self.root is None else {"root": self.root}
             if self.download:
                 place["download"] = True
+            if self.dataset_name is not None:
+                place["name"] = self.dataset_name
             if self.bands is not None:
                 if "bands" not in inspect.signature(self.make_dataset).parameters:
                     raise InputError("data.channels: this dataset is RGB; use data=folder")

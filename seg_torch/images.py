@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -61,22 +62,26 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
+def opened(
+    path: str | Path, kind: str = "an image", content: bytes | None = None
+) -> Iterator[Image.Image]:
     """Open an image file; whatever goes wrong while it is read becomes an InputError.
 
     Args:
         path: Of the file.
         kind: What it is to be, for the message.
+        content: Of the file, where it lies in another one; `path` is then for the message.
 
     Raises:
         InputError: The file is missing, empty, cut off, no image of `FORMATS`, or larger than
             Pillow or the size of the file allows.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
             if image.format not in FORMATS:
                 raise UnidentifiedImageError
-            pixels, size = image.width * image.height, os.path.getsize(path)
+            size = os.path.getsize(path) if content is None else len(content)
+            pixels = image.width * image.height
             if pixels > max(LARGE, MOST_PIXELS_PER_BYTE * size):
                 raise InputError(
                     f"{path}: a file of {size:,} bytes claims to hold {pixels:,} pixels; it is "
@@ -94,7 +99,7 @@ def opened(path: str | Path, kind: str = "an image") -> Iterator[Image.Image]:
     except Exception as error:  # a damaged file can make Pillow's readers fail in any way
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            empty = os.path.getsize(path) == 0
+            empty = os.path.getsize(path) == 0 if content is None else not content
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
             reason = "the file is empty" if empty else known
         raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
@@ -136,6 +141,20 @@ def read_image(path: str | Path) -> np.ndarray:
     with opened(path) as image:
         pixels = plain_png(image, path) if image.mode == "RGB" else None
         return np.array(upright_rgb(image)) if pixels is None else pixels
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """Returns the image of `read_image` from the content of its file, uint8 [H, W, 3].
+
+    Args:
+        content: Of the file.
+        name: Where it comes from, for the message.
+
+    Raises:
+        InputError: As `read_image`.
+    """
+    with opened(name, content=content) as image:
+        return np.array(upright_rgb(image))
 
 
 def plain_png(image: Image.Image, path: str | Path) -> np.ndarray | None:

@@ -88,7 +88,10 @@ LIGHT = [
     ("train data.batchsize=4", "no setting data.batchsize; did you mean data.batch_size"),
     ("train modle=unet", "no setting modle; did you mean model"),
     ("train model=unett", "no model=unett; did you mean unet"),
-    ("train data=from_chekpoint", "There are: ade20k, camvid, camvid32, cityscapes, clothing, co"),
+    (
+        "train data=from_chekpoint",
+        "There are: ade20k, auto, camvid, camvid32, cityscapes, clothing, co",
+    ),
     ("train optimizer.lr=fast", "optimizer.lr=fast: expected a number, such as 0.001"),
     ("train trainer.deterministic=ye", "trainer.deterministic=ye: expected true or false"),
     ("train data.batch_size=big", "data.batch_size=big: expected a whole number"),

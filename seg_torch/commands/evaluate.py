@@ -118,6 +118,10 @@ def _data_settings(
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
         if not own:
             raise InputError("model=hub comes without data: give data=ade20k data.root=FOLDER")
+        name = own.get("name")
+        if name and "name" not in settings and not Path(str(name)).expanduser().is_dir():
+            # Nothing is downloaded because a file says so.
+            raise InputError(f"trained on the dataset {name}; to fetch it, give data.name={name}")
         settings = {**_own_data(own), **settings}
     if given.get("resize") not in (None, resize):
         raise InputError(

@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 def inspect(cfg: DictConfig) -> bool:
     """Prints and writes a report on all splits; returns whether training would be refused."""
     data = instantiate(cfg.data, _convert_="all")
-    place = {"download": True} if data.download else {}
-    report = inspect_dataset(
-        partial(data.make_dataset, **place), data.root, cfg.output_dir, data.bands
-    )
+    place: dict[str, Any] = {"download": True} if data.download else {}
+    if data.dataset_name is not None:
+        place["name"] = data.dataset_name
+    make_dataset = partial(data.make_dataset, **place)
+    report = inspect_dataset(make_dataset, data.root, cfg.output_dir, data.bands)
     if report["splits"]:
         Console().print(_class_table(report))
     if report["mean"]:

@@ -254,11 +254,12 @@ def pair_files(
     )
 
 
-def read_index_mask(path: str | Path) -> np.ndarray:
+def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
 
     Args:
         path: The file.
+        content: Of the file, where it lies in another one; `path` is then for the message.
 
     Returns:
         uint8 [H, W].
@@ -266,12 +267,12 @@ def read_index_mask(path: str | Path) -> np.ndarray:
     Raises:
         InputError: The file is missing, no image, has several channels or values above 255.
     """
-    with opened(path, "a mask") as image:
+    with opened(path, "a mask", content) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
             )
-        decoded = plain_png(image, path)
+        decoded = plain_png(image, path) if content is None else None
         ids = np.array(image) if decoded is None else decoded
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
@@ -316,14 +317,16 @@ def id_table(ids: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def read_mapped_mask(path: Path, table: np.ndarray) -> np.ndarray:
+def read_mapped_mask(
+    path: str | Path, table: np.ndarray, content: bytes | None = None
+) -> np.ndarray:
     """Return an index mask with its values looked up in an `id_table`, uint8 [H, W].
 
     Raises:
         InputError: The file is one that `read_index_mask` refuses, or holds a value that the table
             does not allow.
     """
-    values = read_index_mask(path)
+    values = read_index_mask(path, content)
     # Half the time of NumPy's look-up.
     looked_up = bytearray(values).translate(table.tobytes())
     ids = np.frombuffer(looked_up, np.uint8).reshape(values.shape)
@@ -376,12 +379,13 @@ class SegmentationDataset(Dataset):
         for pair in self.pairs:
             yield from map(str, [*self.bands.paths(pair.image), pair.mask])
 
-    def read_image(self, path: Path) -> np.ndarray:
-        """Return an image as it is in its file, uint8 or uint16 [H, W, C].
+    def image(self, index: int) -> np.ndarray:
+        """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
 
         Raises:
             InputError: The file cannot be read.
         """
+        path = self.pairs[index].image
         return read_image(path) if self.bands is None else self.bands.read(path)
 
     def mask(self, index: int) -> np.ndarray:
@@ -396,7 +400,7 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
-        image, mask = self.read_image(pair.image), self.mask(index)
+        image, mask = self.image(index), self.mask(index)
         check_sizes(pair, image.shape[:2], mask)
         return as_sample(image, mask)
 

@@ -138,7 +138,7 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
 
     if isinstance(dataset, SegmentationDataset):
         pair = dataset.pairs[index]
-        image = attempt(pair.image, lambda: dataset.read_image(pair.image))
+        image = attempt(pair.image, lambda: dataset.image(index))
         mask = attempt(pair.mask, lambda: dataset.mask(index))
         if not problems:
             attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))

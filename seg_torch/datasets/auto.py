@@ -1,0 +1,119 @@
+"""A folder of any format: which one it is, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations import read_json
+from seg_torch.datasets.coco import coco, coco_panoptic, is_coco
+from seg_torch.datasets.folder import folder
+from seg_torch.datasets.hf import hf
+from seg_torch.datasets.label_studio import is_label_studio, label_studio
+from seg_torch.datasets.labelme import is_labelme, labelme
+from seg_torch.datasets.roboflow import roboflow
+from seg_torch.datasets.voc_style import cvat, labelme_voc
+from seg_torch.datasets.yolo import read_yaml, yolo
+from seg_torch.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# The formats and what each is recognised by, in the order in which they are looked for.
+FORMATS = """\
+  folder         images/ and masks/, with classes.txt
+  cvat           labelmap.txt and SegmentationClass/
+  labelme_voc    class_names.txt and SegmentationClass/ or SegmentationClassPNG/
+  roboflow       _classes.csv beside images and masks
+  yolo           a YAML file with names, train and val
+  hf             what datasets' save_to_disk wrote, or Parquet files
+  coco           JSON with images, annotations and categories
+  coco_panoptic  the same, with segments_info
+  label_studio   JSON, a list of tasks with data and annotations
+  labelme        JSON files with shapes and imagePath"""
+
+
+def auto(root: str | Path, split: str) -> Any:
+    """Return the dataset in a folder, in whichever of these formats it is.
+
+    `folder`, `cvat`, `labelme_voc`, `roboflow`, `yolo`, `hf`, `coco`, `coco_panoptic`,
+    `label_studio` and `labelme` are looked for in this order; the log says which was found and by
+    what. Their options take their defaults: to set them, name the format.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The folder is in none of these formats, or not as its format has it.
+    """
+    base.check_split(split)
+    dataset, reason = recognise(Path(root).expanduser())
+    _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
+    return dataset(root, split) if dataset is not hf else hf(str(root), split)
+
+
+@cache
+def _say(message: str) -> None:
+    """Log a message once, not for each split."""
+    log.info("%s", message)
+
+
+def recognise(home: Path) -> tuple[Callable[..., Any], str]:
+    """Return the function of the dataset in a folder, and what it is recognised by.
+
+    Raises:
+        InputError: The folder is in none of the formats.
+    """
+    if not home.is_dir() or not any(home.iterdir()):
+        source = "export it from your annotation tool, with its images"
+        base.find(home, "A dataset", ["images and annotations"], source)
+    if (home / "images").is_dir() and (home / "masks").is_dir():
+        return folder, "its folders images and masks"
+    if (home / "labelmap.txt").is_file() and (home / "SegmentationClass").is_dir():
+        return cvat, "labelmap.txt and SegmentationClass"
+    for masks in ("SegmentationClass", "SegmentationClassPNG"):
+        if (home / "class_names.txt").is_file() and (home / masks).is_dir():
+            return labelme_voc, f"class_names.txt and {masks}"
+    for file in base.list_files(home, ("_classes.csv",)):
+        return roboflow, file
+    for file in base.list_files(home, (".yaml", ".yml")):
+        try:
+            read_yaml(home / file)
+        except InputError:
+            continue
+        return yolo, f"the names and splits in {file}"
+    for file in ("dataset_dict.json", "dataset_info.json"):
+        if (home / file).is_file():
+            return hf, file
+    for file in base.list_files(home, (".parquet",)):
+        return hf, file
+    return _by_json(home, tuple(base.list_files(home, (".json",))))
+
+
+@lru_cache(maxsize=1)  # a file of COCO takes seconds, for each split
+def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], str]:
+    """Return the same for the formats that are JSON."""
+    for file in files[:20]:  # one without annotations, such as a description, may come first
+        content = read_json(home / file)
+        if is_labelme(content):
+            return labelme, f"the shapes and the imagePath in {file}"
+        if is_label_studio(content):
+            return label_studio, f"the tasks with annotations in {file}"
+        if is_coco(content):
+            if any("segments_info" in annotation for annotation in content["annotations"]):
+                return coco_panoptic, f"the segments_info in {file}"
+            return coco, f"the images, annotations and categories in {file}"
+    names = sorted(path.name for path in home.iterdir())
+    more = ", ..." if len(names) > 8 else ""
+    raise InputError(
+        f"data=auto: {home} holds {', '.join(names[:8])}{more} and is in none of the formats that "
+        f"are known:\n{FORMATS}\nIf it is a dataset that has a name of its own, give data=NAME; "
+        "docs/datasets.md lists them."
+    )
