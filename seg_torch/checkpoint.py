@@ -107,6 +107,8 @@ def read(path: str | Path) -> dict[str, Any]:
             )
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
+    if str(path).endswith((".onnx", ".xml", ".pt2")):
+        raise InputError(f"checkpoint={path}: an exported network, which cannot be trained")
     if not zipfile.is_zipfile(path):
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
@@ -139,6 +141,15 @@ def _check(content: dict[str, Any], size: int) -> None:
         raise InputError("its weights are not tensors by name")
     if weights.stored_bytes(state) > size:
         raise InputError("it describes larger weights than it holds")
+    check_description(description)
+
+
+def check_description(description: dict[str, Any]) -> None:
+    """Refuses what `describe` would not have written.
+
+    Raises:
+        Exception: Of any type.
+    """
     plain = (dict, list, tuple, str, int, float, type(None))
     if not all(isinstance(node, plain) for node in nodes(description)):
         raise InputError("its description is not plain data")

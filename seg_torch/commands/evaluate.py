@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from seg_torch import checkpoint
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
+from seg_torch.exported import load_network
 from seg_torch.hardware import available_cpus
 from seg_torch.hub import HUB, Selection, class_order
 from seg_torch.inference import Inference, parse_tta
@@ -46,19 +47,14 @@ def prepare(
     if (cfg.checkpoint is None) != (model is not None and model._target_ == HUB):
         raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
     if cfg.checkpoint is not None:
-        content = checkpoint.read(cfg.checkpoint)
-        network, labels = checkpoint.build_network(content, cfg.trust)
-        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        own_data = content[checkpoint.KEY]["data"]
+        network, labels, description = load_network(cfg.checkpoint, cfg.trust)
+        resize, own_data = description["preprocessing"]["resize"], description["data"]
     else:
         network, labels, resize = instantiate(cfg.model)
         own_data = {}
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, own_data, resize)
-    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
-    if not isinstance(data, SegmentationDataModule):
-        raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
+    data = data_module(cfg, own_data, resize)
     data.test_split = cfg.split
     on_first_process(trainer, lambda: data.dataset(cfg.split))
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
@@ -82,6 +78,21 @@ def prepare(
         label_quality=label_quality,
     )
     return trainer, task, data, folder
+
+
+def data_module(
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None
+) -> SegmentationDataModule:
+    """Returns the data of a command: `cfg.data`, on top of the checkpoint's own settings.
+
+    Raises:
+        InputError: They cannot be used.
+    """
+    settings = _data_settings(cfg, own, resize)
+    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
+    if not isinstance(data, SegmentationDataModule):
+        raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
+    return data
 
 
 def _with_classes_of(
