@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -80,7 +80,7 @@ def write(
     path: Path,
     format: str,
     description: dict[str, Any],
-    calibration: Iterable[np.ndarray] | None = None,
+    calibration: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Exports a graph.
 
@@ -103,6 +103,11 @@ def write(
         )
     for name in ("onnxscript", "onnx_ir", "nncf"):  # which tell every step
         logging.getLogger(name).setLevel(logging.WARNING)
+    if hasattr(graph.network.model, "has_own_loss"):
+        raise InputError(
+            "models that classify masks cannot be exported: transformers computes with the numbers "
+            "of the example's pixels, which the graph would keep for images of every size"
+        )
     about = json.dumps(
         {
             **description,
@@ -169,7 +174,7 @@ def _write_openvino(
     outputs: list[str],
     about: str,
     path: Path,
-    calibration: Iterable[np.ndarray] | None,
+    calibration: Sequence[np.ndarray] | None,
 ) -> None:
     import openvino
 
@@ -180,7 +185,8 @@ def _write_openvino(
         os.environ.setdefault("NNCF_CI", "1")  # it would send statistics of its use
         import nncf
 
-        model = nncf.quantize(model, nncf.Dataset(calibration))
+        images = nncf.Dataset(calibration)
+        model = nncf.quantize(model, images, subset_size=len(calibration))
     model.set_rt_info(about, [checkpoint.KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
     del model  # it reads from the file

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -96,13 +97,19 @@ def _compare(graph: Graph, run: Run) -> float:
         table.add_column(column, justify="right")
     shares = []
     channels = len(graph.network.mean)
-    scene = next(iter(shapes("val", size=max(map(max, SIZES)))))[0]
-    scene = torch.as_tensor(scene)[torch.arange(channels) % len(scene)]
+    image, _ = shapes("val", size=max(map(max, SIZES)))[0]
+    scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
     for height, width in SIZES:
         images = scene[None, :, :height, :width].contiguous()
         with torch.no_grad():
-            expected, before = _timed(lambda images=images: graph(images))
-        found, after = _timed(lambda images=images: run(images, graph.outputs))
+            expected, before = _timed(partial(graph, images))
+        try:
+            found, after = _timed(partial(run, images, graph.outputs))
+        except Exception as error:  # there is no end to what the runtimes raise
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"what was exported does not run on an image of {height} x {width}: {reason}"
+            ) from error
         shares.append((found[0] == expected[0]).double().mean().item())
         chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, found)]
         probabilities = [*chosen, *expected[2:], *found[2:]]
