@@ -176,7 +176,7 @@ def test_evaluate_scores_an_exported_file_on_the_data_of_its_checkpoint(folder):
         assert run_command(f"{line} trust=[{__name__}]", folder) == 0
         scores = json.loads((folder / "scores/test_metrics.json").read_text())
         matrices.append(np.array(scores["confusion_matrix"]))
-    assert matrices[0].sum() == 3 * 96 * 96
+    assert matrices[0].sum() > 0.9 * 3 * 96 * 96  # the others have no label
     assert np.abs(matrices[0] - matrices[1]).sum() <= 10  # pixels
 
 
@@ -290,9 +290,9 @@ def test_a_file_of_others_is_refused(tmp_path):
             load_network(tmp_path / f"{name}.onnx")
 
 
-# Every family. Each takes seconds to half a minute, so most are marked slow.
+# Every family. Each takes ten seconds or more, so all but one are marked slow.
 
-FAST = {"lraspp", "vit_linear", *MASK_MODELS}
+FAST = {"vit_linear", *MASK_MODELS}
 NOT_EXPORTED = dict.fromkeys(MASK_MODELS, "models that classify masks")
 
 

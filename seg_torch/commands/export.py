@@ -87,7 +87,7 @@ def _calibration(cfg: DictConfig, own: dict[str, Any], resize: Any) -> list[np.n
     # Evenly spaced, since neighbours are often alike.
     chosen = range(0, len(dataset), -(-len(dataset) // CALIBRATION))
     images = (dataset[i][0] for i in chosen)
-    return [np.array(i if resize is None else resize_image(i, resize))[None] for i in images]
+    return [(i if resize is None else resize_image(i, resize)).numpy()[None] for i in images]
 
 
 def _compare(graph: Graph, run: Run) -> float:
