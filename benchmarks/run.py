@@ -225,7 +225,7 @@ COMPARISONS = {
     "loading": loading,
     "tiles": tiles,
     "training": training.unet,
-    "encoders": training.encoders,
+    **{name: partial(training.unet_step, name) for name in training.ENCODERS},
     "torchvision": training.torchvision_models,
 }
 
@@ -283,13 +283,11 @@ def main() -> None:
         start = time.perf_counter()
         for index, case in enumerate(COMPARISONS[name](root, device)):
             command = [__file__, str(root), "--device", device, "--measure", name, str(index)]
-            for result in compare(case, command, arguments.rounds):
-                results.append(result)
-                ratio = statistics.median(result.ratios)
-                print(f"{result.name} / {result.peer}: {ratio:.2f}", flush=True)
+            found = list(compare(case, command, arguments.rounds))
+            results += found
+            save(results, device, arguments.output)  # lest an interrupted run leave nothing
+            Console(width=180).print(table(found))
         print(f"{name}: took {time.perf_counter() - start:.0f} s", flush=True)
-    save(results, device, arguments.output)
-    Console(width=180).print(table(results))
 
 
 def table(results: list[Comparison]) -> Table:

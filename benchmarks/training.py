@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +30,12 @@ from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 from seg_torch.upsample import upsample, upsampled_loss
 
-CROP, BATCH, CLASSES = (352, 480), 4, 11
-UNET_SIZE = (8, 176, 240)  # of a batch on tensors: N, H, W
+CROP, CLASSES = (352, 480), 11
+# Of training with the loader: the encoder, images in a batch, and steps; the last ones are timed.
+TRAINING = {"cpu": ("resnet18", 4, 10), "cuda": ("resnet34", 16, 120)}
+UNET_SIZE = {"cpu": (8, 176, 240), "cuda": (16, 352, 480)}  # of a batch on tensors: N, H, W
 TORCHVISION_SIZE = {"cpu": (4, 360, 480), "cuda": (16, 480, 480)}
-STEPS, WARM_UP = 10, 4
+STEPS, WARM_UP = 10, 4  # on tensors
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 
 # Our names and SMP's, with which both build the same network.
@@ -77,23 +78,32 @@ class PresetSamples(Dataset):
 
 
 class StepTimes(lightning.Callback):
-    """When each training step ended."""
+    """When each training step ended. A GPU is waited for where the time is taken, and not between.
+
+    Args:
+        steps: How many there are; the first two fifths are to warm up.
+    """
 
     latest: StepTimes
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.times: list[float] = []
         StepTimes.latest = self
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if torch.cuda.is_available():
+        if len(self.times) + 1 in (self.warm_up, self.steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
-    def per_image(self) -> float:
-        """Seconds; the median of the steps, without the first ones."""
-        steps = torch.tensor(self.times).double().diff().tolist()[WARM_UP:]
-        return statistics.median(steps) / BATCH
+    @property
+    def warm_up(self) -> int:
+        return self.steps * 2 // 5
+
+    def per_image(self, batch_size: int) -> float:
+        """Seconds, with all that happens between the steps, such as the end of an epoch."""
+        seconds = self.times[self.steps - 1] - self.times[self.warm_up - 1]
+        return seconds / (self.steps - self.warm_up) / batch_size
 
 
 class Peer(lightning.LightningModule):
@@ -115,31 +125,32 @@ class Peer(lightning.LightningModule):
 
 def unet(root: Path, device: str) -> Iterator[Case]:
     """`train.py model=unet` on CamVid, loader included, against SMP and Lightning."""
-    same_unet("resnet18", "resnet18")
-    size = (BATCH, *CROP)
+    encoder, batch_size, _ = TRAINING[device]
+    same_unet(encoder, encoder)
+    size = (batch_size, *CROP)
     yield Case(
-        f"training, loader included, U-Net resnet18, {_text(size)}, an image",
-        partial(ours_per_image, root, "resnet18", device),
+        f"training, loader included, U-Net {encoder}, {_text(size)}, an image",
+        partial(ours_per_image, root, device),
         {
-            "SMP + Lightning, defaults": partial(peer, root, "resnet18", device, "32-true"),
-            "SMP + Lightning, bf16-mixed": partial(peer, root, "resnet18", device, "bf16-mixed"),
+            "SMP + Lightning, defaults": partial(peer, root, device, "32-true"),
+            "SMP + Lightning, bf16-mixed": partial(peer, root, device, "bf16-mixed"),
         },
-        {"our step without loader": partial(our_unet_step, "resnet18", size, device)},
+        {"our step without loader": partial(our_unet_step, encoder, size, device)},
     )
 
 
-def encoders(root: Path, device: str) -> Iterator[Case]:
-    """A training step of U-Nets on tensors against SMP's in a plain loop."""
-    for ours, theirs in ENCODERS.items():
-        same_unet(ours, theirs)
-        yield Case(
-            f"training step, U-Net {ours}, {_text(UNET_SIZE)}, an image",
-            partial(our_unet_step, ours, UNET_SIZE, device),
-            {
-                f"SMP, {kind}": partial(smp_step, theirs, UNET_SIZE, device, dtype)
-                for kind, dtype in DTYPES.items()
-            },
-        )
+def unet_step(encoder: str, root: Path, device: str) -> Iterator[Case]:
+    """A training step of a U-Net on tensors against SMP's in a plain loop."""
+    size, theirs = UNET_SIZE[device], ENCODERS[encoder]
+    same_unet(encoder, theirs)
+    yield Case(
+        f"training step, U-Net {encoder}, {_text(size)}, an image",
+        partial(our_unet_step, encoder, size, device),
+        {
+            f"SMP, {kind}": partial(smp_step, theirs, size, device, dtype)
+            for kind, dtype in DTYPES.items()
+        },
+    )
 
 
 def torchvision_models(root: Path, device: str) -> Iterator[Case]:
@@ -189,35 +200,39 @@ def same_logits(ours: nn.Module, theirs: nn.Module) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def ours_per_image(root: Path, encoder: str, device: str) -> float:
+def ours_per_image(root: Path, device: str) -> float:
     """Seconds of `train.py`, by the callback that it is given."""
+    encoder, batch_size, steps = TRAINING[device]
     with tempfile.TemporaryDirectory() as folder:
         overrides = {
             "data": "camvid",
             "data.root": root,
-            "data.batch_size": BATCH,
+            "data.batch_size": batch_size,
             "data.augment.crop": f"[{CROP[0]},{CROP[1]}]",
             "model.encoder": encoder,
             "model.weights": "null",
             "trainer.accelerator": device,
-            "trainer.max_steps": STEPS,
+            "trainer.devices": 1,
+            "trainer.max_steps": steps,
             "trainer.limit_val_batches": 1,
             "trainer.limit_test_batches": 1,
             "trainer.num_sanity_val_steps": 0,
             "output_dir": f"{folder}/run",
             "+callbacks.times._target_": f"{__name__}.StepTimes",
+            "+callbacks.times.steps": steps,
         }
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             train(hydra.compose("train", [f"{key}={value}" for key, value in overrides.items()]))
-    return StepTimes.latest.per_image()
+    return StepTimes.latest.per_image(batch_size)
 
 
-def peer(root: Path, encoder: str, device: str, precision: str) -> float:
+def peer(root: Path, device: str, precision: str) -> float:
     """Seconds of SMP and Lightning."""
-    times = StepTimes()
+    encoder, batch_size, steps = TRAINING[device]
+    times = StepTimes(steps)
     loader = DataLoader(
         PresetSamples(root, CROP, jitter=True),
-        BATCH,
+        batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=hardware.available_cpus(),
@@ -225,8 +240,9 @@ def peer(root: Path, encoder: str, device: str, precision: str) -> float:
     )
     trainer = lightning.Trainer(
         accelerator=device,
+        devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=[times],
         logger=False,
         enable_checkpointing=False,
@@ -234,7 +250,7 @@ def peer(root: Path, encoder: str, device: str, precision: str) -> float:
         enable_model_summary=False,
     )
     trainer.fit(Peer(encoder), loader)
-    return times.per_image()
+    return times.per_image(batch_size)
 
 
 def our_unet_step(encoder: str, size: Sequence[int], device: str) -> float:

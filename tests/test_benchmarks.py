@@ -4,6 +4,7 @@ import importlib
 import itertools
 import math
 import sys
+from functools import partial
 
 import make_data
 import pytest
@@ -52,15 +53,15 @@ def test_only_our_sides_get_our_setting_of_the_memory(benchmarks, monkeypatch):
 def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
     training = benchmarks("training")
     monkeypatch.setattr(training, "CROP", (32, 32))
-    monkeypatch.setattr(training, "BATCH", 2)
+    monkeypatch.setattr(training, "TRAINING", {"cpu": ("resnet18", 2, 5)})
     monkeypatch.setattr(training, "STEPS", 3)
     monkeypatch.setattr(training, "WARM_UP", 1)
-    monkeypatch.setattr(training, "UNET_SIZE", (2, 32, 32))
+    monkeypatch.setattr(training, "UNET_SIZE", {"cpu": (2, 32, 32)})
     monkeypatch.setattr(training, "seconds_of", lambda step, calls: step() or 1.0)
     monkeypatch.setattr(training.hardware, "available_cpus", lambda: 0)  # no workers
     root = tmp_path / "camvid"
     make_data.make_camvid(root)
-    for comparison in (training.unet, training.encoders):
+    for comparison in (training.unet, partial(training.unet_step, "mobilenetv2_100")):
         (case,) = itertools.islice(comparison(root, "cpu"), 1)
         for way in (case.ours, *case.peers.values(), *case.also.values()):
             assert math.isfinite(way())

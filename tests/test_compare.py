@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import ROOT, run_command
 from omegaconf import OmegaConf
 
 CLASSES = ("road", "car", "sky")
@@ -91,8 +91,8 @@ def test_runs_that_differ_only_in_their_seed_are_one_row(tmp_path, command):
     code, _ = command("sweep")
     assert code == 0
     first, second = table(tmp_path)
-    assert (first["settings"], first["runs"]) == ("loss=CrossEntropyLoss", "3")
-    assert (second["settings"], second["runs"]) == ("loss=DiceLoss", "1")
+    assert (first["settings"], first["runs"]) == ("loss=ce", "3")
+    assert (second["settings"], second["runs"]) == ("loss=dice", "1")
     means = [iou(each).mean() for each in counts]
     assert float(first["mean_iou"]) == pytest.approx(np.mean(means))
     assert float(first["mean_iou_sd"]) == pytest.approx(np.std(means, ddof=1))
@@ -149,10 +149,28 @@ def test_the_same_scores_are_no_difference(tmp_path, command):
     assert "## Classes" not in (tmp_path / "tables/compare.md").read_text()
 
 
+def test_choices_are_called_by_name_with_what_was_changed_of_them(tmp_path, command):
+    """Of the files that set the same function, mask2former and segformer, the nearest one."""
+    library = "seg_torch.models.transformers"
+    segformer = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/model/segformer.yaml"))
+    assert segformer["_target_"] == library
+    make_run(tmp_path / "runs/a", model=segformer)
+    make_run(tmp_path / "runs/b", model={**segformer, "weights": None})
+    make_run(tmp_path / "runs/c", model={"_target_": "mine.Model", "weights": None})
+    assert command("runs")[0] == 0
+    assert [row["settings"] for row in table(tmp_path)] == [
+        "model=segformer",
+        "model=segformer model.weights=null",
+        "model=Model model.weights=null",
+    ]
+
+
 def test_only_settings_that_change_a_result_are_told_apart(tmp_path, command):
-    make_run(tmp_path / "runs/lr=0.1", optimizer={"lr": 0.1}, model={"weights": None})
-    make_run(tmp_path / "runs/b", optimizer={"lr": 0.2}, model={"weights": "a|b"})
-    make_run(tmp_path / "runs/c", optimizer={"lr": 0.2}, model={})
+    make_run(
+        tmp_path / "runs/lr=0.1", optimizer={"lr": 0.1}, model={"encoder": "a", "weights": None}
+    )
+    make_run(tmp_path / "runs/b", optimizer={"lr": 0.2}, model={"encoder": "a", "weights": "a|b"})
+    make_run(tmp_path / "runs/c", optimizer={"lr": 0.2}, model={"encoder": "a"})
     assert command("runs/lr=0.1 runs/b runs/c")[0] == 0
     names = [row["settings"] for row in table(tmp_path)]
     assert names == [
@@ -162,7 +180,7 @@ def test_only_settings_that_change_a_result_are_told_apart(tmp_path, command):
     ]
     text = (tmp_path / "tables/compare.md").read_text().split("## Settings that differ")[1]
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0].strip("| ") for row in rows[2:]] == ["optimizer.lr", "model.weights", "model"]
+    assert [row[0].strip("| ") for row in rows[2:]] == ["optimizer.lr", "model.weights"]
     assert r"a\|b" in text
 
 

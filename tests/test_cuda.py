@@ -122,7 +122,7 @@ def test_no_loss_lets_a_training_step_wait_for_the_device(loss, device, where, m
 @needs_gpu
 def test_no_loss_lets_validation_wait_for_the_gpu(loss):
     task = small_task(loss, "cuda").eval()
-    groups = [small_batch("cuda")]
+    groups = [(*small_batch("cuda"), [0, 1])]
     with torch.no_grad():
         task.validation_step(groups, 0)
         with no_waiting("cuda"):
@@ -241,7 +241,8 @@ def test_a_gpu_gives_the_losses_of_the_cpu(loss):
 @needs_gpu
 def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(small, tmp_path):
     gpu = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=auto")
-    settings = (*gpu, "trainer.deterministic=true", "logger=none")
+    # No schedule, which would be as long as each run.
+    settings = (*gpu, "trainer.deterministic=true", "scheduler=none", "logger=none")
     whole, parts = (f"output_dir={tmp_path / name}" for name in ("whole", "parts"))
     train(small("train", *settings, whole))
     train(small("train", *settings, parts, "trainer.max_epochs=1"))

@@ -39,6 +39,14 @@ FEW = ("data.dataset.train=2", "data.dataset.val=1", "data.dataset.test=1")
 # Of each run, the data whose tiny copy it gets, and its command line.
 RUNS = {
     "shapes": ("shapes", ["experiment=shapes", "data.dataset.size=32", *FEW]),
+    "camvid_unet": (
+        "camvid",
+        [
+            "experiment=camvid_unet",
+            "data.resize=[32,32]",
+            "trainer.check_val_every_n_epoch=1",
+        ],
+    ),
     "camvid32_hrnet_w48": (
         "camvid32",
         [

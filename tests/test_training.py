@@ -413,7 +413,7 @@ def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
     epochs = [averages[2], averages[5]]
     run = tmp_path / "run"
     best = int(np.argmax([float(row["val_mean_iou"]) for row in history(run)]))
-    loaded = {k: v.numpy() for k, v in Segmenter.load(run).network.state_dict().items()}
+    loaded = {k: v.numpy() for k, v in Segmenter.load(run, "cpu").network.state_dict().items()}
     pairs = [
         *zip(used["validated"][:: len(used["validated"]) // 2], epochs, strict=True),
         *zip(used["drawn"], epochs, strict=True),

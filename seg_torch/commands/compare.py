@@ -26,6 +26,7 @@ from seg_torch.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
+from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
 from seg_torch.run import COLUMNS, TIMES, read_table
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Settings that do not tell runs apart: a repetition has others.
 REPEATED = {"seed", "data.seed", "output_dir", "resume"}
+# Parts of the configuration that are called by their choice, such as loss=ce.
+CHOICES = ("loss", "model", "optimizer", "scheduler")
 NOTE = (
     "± is the standard deviation over the seeds. A difference is that to the first row, of the "
     "means over the seeds, with its 95 % interval and two-sided p-value by the paired bootstrap: "
@@ -49,7 +52,7 @@ class Run(NamedTuple):
     Attributes:
         folder: Its folder.
         settings: Its configuration as `section.key` -> value, without seeds, folders and
-            loggers.
+            loggers; choices such as loss=ce by name, and what was changed of them.
         scores: `<split>_metrics.json`.
         val_mean_iou: Of its best epoch, or nan.
         seconds: Of an epoch, on average, or nan.
@@ -158,7 +161,7 @@ def read_run(folder: Path, split: str) -> Run | None:
     own_folder = str(config["output_dir"])
     settings = {
         key: value.replace(own_folder, "output_dir")
-        for key, value in _flat(config)
+        for key, value in _named(dict(_flat(config))).items()
         if key not in REPEATED and not key.startswith("logger.")
     }
     return Run(
@@ -183,6 +186,25 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _named(settings: dict[str, str]) -> dict[str, str]:
+    """Calls choices by their name, such as loss=ce, and leaves out all that it sets."""
+    for choice in CHOICES:
+        function = settings.pop(f"{choice}._target_", None)
+        if function is None:
+            continue
+        own = {k: v for k, v in settings.items() if k.startswith(f"{choice}.")}
+        changed = {}
+        for file in sorted((CONFIG_FOLDER / choice).glob("*.yaml")):
+            chosen = dict(_flat(OmegaConf.to_container(OmegaConf.load(file)), f"{choice}."))
+            if chosen.get(f"{choice}._target_") == function:
+                changed[file.stem] = {k: v for k, v in own.items() if chosen.get(k) != v}
+        changed.setdefault(function.rpartition(".")[2], own)  # where it is the user's
+        name = min(changed, key=lambda name: len(changed[name]))
+        settings = {k: v for k, v in settings.items() if k not in own}
+        settings |= {choice: name, **changed[name]}
+    return settings
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
@@ -221,11 +243,11 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _differing(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The settings that are not the same in all groups, functions (`_target_`) first."""
+    """The settings that are not the same in all groups, choices and functions first."""
     settings = [group[0].settings for group in groups]
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [key for key in keys if len({each.get(key) for each in settings}) > 1]
-    return sorted(differing, key=lambda key: not key.endswith("_target_"))
+    return sorted(differing, key=lambda key: key not in CHOICES and not key.endswith("_target_"))
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -243,7 +265,7 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
-    """Such as "loss=DiceLoss optimizer.lr=0.01"."""
+    """Such as "loss=dice optimizer.lr=0.01"."""
     words = []
     for key in keys:
         if key.endswith("_target_") and key in settings:

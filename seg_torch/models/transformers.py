@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def transformers(
             "files, repositories of the Hub or a pretrained backbone; give backbone_config"
         )
     try:
-        model_config = AutoConfig.for_model(**config)
+        model_config = AutoConfig.for_model(**deepcopy(config))  # 5.17 changes what is inside
         model_config.num_labels = num_classes
         model_config.use_auxiliary_head = False  # its logits would not come out
         model_config.is_training = False  # OneFormer's, for which it needs texts
