@@ -105,8 +105,8 @@ def write(
         logging.getLogger(name).setLevel(logging.WARNING)
     if hasattr(graph.network.model, "has_own_loss"):
         raise InputError(
-            "models that classify masks cannot be exported: transformers computes with the numbers "
-            "of the example's pixels, which the graph would keep for images of every size"
+            "models that classify masks cannot be exported: in transformers they take Python's "
+            "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
         )
     about = json.dumps(
         {
@@ -117,6 +117,10 @@ def write(
         }
     )
     try:
+        if format == "aotinductor":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()  # says that there is none now, not after minutes
         program = _trace(graph)
         if format == "torch":
             torch.export.save(program, path, extra_files={checkpoint.KEY: about})

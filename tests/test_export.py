@@ -274,6 +274,14 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         load_network(tmp_path / "a.onnx")
 
 
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "g++")))
+    with pytest.raises(InputError, match=r"to aotinductor: .*No working C\+\+ compiler"):
+        write(Graph(Network(Tiny(3)), None), tmp_path / "a.aot.pt2", "aotinductor", {})
+
+
 def test_a_file_of_others_is_refused(tmp_path):
     import onnx
 
