@@ -94,9 +94,9 @@ def describe(
     }
 
 
-def bands(content: dict[str, Any]) -> Bands | None:
-    """Returns how the images are stored that a checkpoint is for; `None`: they are read as RGB."""
-    stored = content[KEY]["preprocessing"].get("bands")
+def bands(description: dict[str, Any]) -> Bands | None:
+    """Returns how the images are stored that a network is for; `None`: they are read as RGB."""
+    stored = description["preprocessing"].get("bands")
     return None if stored is None else Bands(**stored)
 
 
@@ -118,6 +118,8 @@ def read(path: str | Path) -> dict[str, Any]:
             )
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
+    if str(path).endswith((".onnx", ".xml", ".pt2")):
+        raise InputError(f"checkpoint={path}: an exported network, which cannot be trained")
     if not zipfile.is_zipfile(path):
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
@@ -150,6 +152,15 @@ def _check(content: dict[str, Any], size: int) -> None:
         raise InputError("its weights are not tensors by name")
     if weights.stored_bytes(state) > size:
         raise InputError("it describes larger weights than it holds")
+    check_description(description)
+
+
+def check_description(description: dict[str, Any]) -> None:
+    """Refuses what `describe` would not have written.
+
+    Raises:
+        Exception: Of any type.
+    """
     plain = (dict, list, tuple, str, int, float, type(None))
     if not all(isinstance(node, plain) for node in nodes(description)):
         raise InputError("its description is not plain data")
@@ -161,7 +172,7 @@ def _check(content: dict[str, Any], size: int) -> None:
         isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
     ):
         raise InputError("its mean and std are not two lists of numbers of one length")
-    if len(mean) != getattr(bands(content), "channels", len(mean)) or len(mean) > MOST_CHANNELS:
+    if len(mean) != getattr(bands(description), "channels", len(mean)) or len(mean) > MOST_CHANNELS:
         raise InputError("its mean and std are not those of its channels")
     sides = (1, 1) if resize is None else resize
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):

@@ -21,6 +21,7 @@ from seg_torch.bands import Bands, as_array, as_tensor, shown
 from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
+from seg_torch.exported import load_network
 from seg_torch.files import write_atomically
 from seg_torch.hub import hub
 from seg_torch.images import read_image, upright_rgb
@@ -214,10 +215,11 @@ class Segmenter:
         trust: Sequence[str] = (),
         **settings: Any,
     ) -> Segmenter:
-        """Loads a checkpoint that `train.py` wrote.
+        """Loads a checkpoint that `train.py` wrote, or what `seg-torch export` made of one.
 
         Args:
-            path: Of the checkpoint, or of a run's folder for its best one.
+            path: Of the checkpoint, of a run's folder for its best one, or of an ONNX or OpenVINO
+                file (`.xml`), which runs on the CPU.
             device: Where to run; by default the best there is.
             trust: Packages besides seg_torch's own from which the model may come.
             settings: `tile`, `scales`, `flip` and `precision` of the constructor.
@@ -225,10 +227,8 @@ class Segmenter:
         Raises:
             InputError: No checkpoint of seg_torch, or a model from a package that is not trusted.
         """
-        content = checkpoint.read(path)
-        network, labels = checkpoint.build_network(content, trust)
-        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        bands = checkpoint.bands(content)
+        network, labels, description = load_network(path, trust)
+        resize, bands = description["preprocessing"]["resize"], checkpoint.bands(description)
         return cls(network, labels, resize, device, bands=bands, **settings)
 
     @classmethod

@@ -82,9 +82,9 @@ def test_train_resume_evaluate_and_predict(channels, bits, tmp_path):
     assert len(metrics(tmp_path / "whole")) == 2
     assert list((tmp_path / "whole/samples").glob("*.png"))
 
-    content = checkpoint.read(tmp_path / "whole")
-    stored = content[checkpoint.KEY]["preprocessing"]
-    assert checkpoint.bands(content) == bands
+    description = checkpoint.read(tmp_path / "whole")[checkpoint.KEY]
+    stored = description["preprocessing"]
+    assert checkpoint.bands(description) == bands
     files = [pair.image for pair in folder(root, "train", bands=bands).pairs]
     pixels = np.concatenate([tifffile.imread(file).reshape(-1, channels) for file in files])
     pixels = pixels / (2**bits - 1)

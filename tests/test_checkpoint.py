@@ -372,7 +372,7 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     with pytest.raises(InputError, match="shapes of size 1000000000"):
         evaluate(compose("evaluate", *options))
     own = torch.load(path)[checkpoint.KEY]["data"]
-    settings = _data_settings(compose("evaluate", *options), own, None)
+    settings = _data_settings(compose("evaluate", *options), own, None, None)
     assert settings["num_workers"] <= os.cpu_count()
 
 

@@ -15,6 +15,7 @@ from seg_torch import checkpoint
 from seg_torch.bands import Bands
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.errors import InputError
+from seg_torch.exported import load_network
 from seg_torch.hardware import available_cpus
 from seg_torch.hub import HUB, Selection, class_order
 from seg_torch.inference import Inference, parse_tta
@@ -47,20 +48,15 @@ def prepare(
     if (cfg.checkpoint is None) != (model is not None and model._target_ == HUB):
         raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
     if cfg.checkpoint is not None:
-        content = checkpoint.read(cfg.checkpoint)
-        network, labels = checkpoint.build_network(content, cfg.trust)
-        resize = content[checkpoint.KEY]["preprocessing"]["resize"]
-        bands = checkpoint.bands(content)
-        own_data = content[checkpoint.KEY]["data"]
+        network, labels, description = load_network(cfg.checkpoint, cfg.trust)
+        resize, own_data = description["preprocessing"]["resize"], description["data"]
+        bands = checkpoint.bands(description)
     else:
         network, labels, resize = instantiate(cfg.model)
         own_data, bands = {}, None
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    settings = _data_settings(cfg, own_data, resize, bands)
-    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
-    if not isinstance(data, SegmentationDataModule):
-        raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
+    data = data_module(cfg, own_data, resize, bands)
     data.test_split = cfg.split
     on_first_process(trainer, lambda: data.dataset(cfg.split))
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
@@ -84,6 +80,21 @@ def prepare(
         label_quality=label_quality,
     )
     return trainer, task, data, folder
+
+
+def data_module(
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: Bands | None
+) -> SegmentationDataModule:
+    """Returns the data of a command: `cfg.data`, on top of the checkpoint's own settings.
+
+    Raises:
+        InputError: They cannot be used.
+    """
+    settings = _data_settings(cfg, own, resize, bands)
+    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
+    if not isinstance(data, SegmentationDataModule):
+        raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
+    return data
 
 
 def _with_classes_of(
@@ -110,7 +121,7 @@ def _data_settings(
     cfg: DictConfig,
     own: dict[str, Any],
     resize: Sequence[int] | None,
-    bands: Bands | None = None,
+    bands: Bands | None,
 ) -> dict[str, Any]:
     """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)

@@ -17,7 +17,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from seg_torch import __version__, checkpoint
+from seg_torch import __version__
 from seg_torch.bands import Bands
 from seg_torch.bootstrap import (
     METHOD,
@@ -30,6 +30,7 @@ from seg_torch.bootstrap import (
 )
 from seg_torch.commands.evaluate import prepare
 from seg_torch.datasets.base import checked_sample
+from seg_torch.exported import load_network
 from seg_torch.files import write_atomically
 from seg_torch.labels import Labels, palette_image
 from seg_torch.page import SORT, figure, grid, key, page, plot, table
@@ -242,7 +243,7 @@ def _origin(cfg: DictConfig, precision: str, trainer: Trainer) -> Iterator[str]:
     if run is not None:
         config = (run / "config.yaml").read_text(encoding="utf-8")
     else:
-        description = checkpoint.read(cfg.checkpoint)[checkpoint.KEY]
+        _, _, description = load_network(cfg.checkpoint, cfg.trust)
         config = OmegaConf.to_yaml({k: description[k] for k in ("model", "data", "preprocessing")})
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

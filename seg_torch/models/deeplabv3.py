@@ -34,7 +34,8 @@ class DeepLabV3(tv.DeepLabV3):
         pooled_norm = self.classifier[0].convs[-1][2]
         # One image pools to one value per channel, which has no variance. SyncBatchNorm takes the
         # variance over the images of all processes.
-        if len(x) == 1 and pooled_norm.training and not isinstance(pooled_norm, nn.SyncBatchNorm):
+        alone = pooled_norm.training and not isinstance(pooled_norm, nn.SyncBatchNorm)
+        if alone and len(x) == 1:  # in this order: an exported graph takes any number of images
             raise InputError(
                 "DeepLabv3 cannot train on a batch of one image: its image pooling normalises over "
                 "the batch; use data.batch_size=2 or more"

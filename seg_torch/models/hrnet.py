@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import check_choice
-from seg_torch.models.padding import pad_to_multiple
+from seg_torch.models.padding import ceil_div, pad_to_multiple
 from seg_torch.models.weights import image_statistics, timm_model
 
 
@@ -65,7 +65,7 @@ class HRNetV2(nn.Module):
         logits = self.head(torch.cat(branches, dim=1))
         if self.extra_background and not self.training:
             logits = logits[:, :-1]
-        return {"out": logits[..., : -(-height // 4), : -(-width // 4)]}
+        return {"out": logits[..., : ceil_div(height, 4), : ceil_div(width, 4)]}
 
 
 def hrnet(

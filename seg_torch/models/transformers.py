@@ -17,7 +17,7 @@ from seg_torch.errors import InputError, check_choice
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.padding import pad_to_multiple
+from seg_torch.models.padding import ceil_div, pad_to_multiple
 from seg_torch.models.weights import download_from_hugging_face, log_loading
 
 MASK_MODELS = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
@@ -112,7 +112,7 @@ class MaskClassificationModel(TransformersModel):
         result = model(pixel_values=x, **options)
         logits = semantic_logits(result.class_queries_logits, result.masks_queries_logits)
         stride = x.shape[-1] // logits.shape[-1]
-        return {"out": logits[..., : -(-height // stride), : -(-width // stride)]}
+        return {"out": logits[..., : ceil_div(height, stride), : ceil_div(width, stride)]}
 
     def _fit_positions(self, module: nn.Module, inputs: Any, positions: Tensor) -> Tensor:
         """Resizes the position embeddings [1, S * S, D] of EoMT to the grid of the image."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import InputError
+from seg_torch.models.padding import ceil_div
 from seg_torch.models.weights import image_statistics, timm_model
 
 # Of a batch, with which adding up the weights takes less time than it saves (AVX512-BF16).
@@ -172,8 +173,8 @@ class UNet(EncoderDecoder):
         for stride, stage in zip(self.decoder_strides, self.decoder, strict=True):
             skip = features.get(stride)
             # The skip's own size: an odd one is not twice the size of the next deeper map.
-            size = (-(-height // stride), -(-width // stride)) if skip is None else skip.shape[-2:]
-            x = stage(x, skip, size)
+            size = (ceil_div(height, stride), ceil_div(width, stride))
+            x = stage(x, skip, size if skip is None else skip.shape[-2:])
         return {"out": self.classifier(x)}
 
 

@@ -143,6 +143,6 @@ def _doubling(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv
 def _fit(x: Tensor, size: Sequence[int]) -> Tensor:
     """Cut one row or column, or repeat the last one: odd sizes are not twice the next smaller."""
     height, width = size
-    if x.shape[-2:] == (height, width):
-        return x
+    if not torch.compiler.is_exporting() and x.shape[-2:] == (height, width):
+        return x  # an exported graph is for images of other sizes, too
     return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")

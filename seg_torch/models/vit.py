@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.models.padding import pad_to_multiple
+from seg_torch.models.padding import ceil_div, pad_to_multiple
 from seg_torch.models.weights import image_statistics, timm_model
 
 
@@ -169,8 +169,8 @@ class ViT(nn.Module):
             x, indices=self.layers, norm=True, intermediates_only=True
         )
         logits = self.head(features)
-        rows = -(-height * logits.shape[-2] // x.shape[-2])
-        columns = -(-width * logits.shape[-1] // x.shape[-1])
+        rows = ceil_div(height * logits.shape[-2], x.shape[-2])
+        columns = ceil_div(width * logits.shape[-1], x.shape[-1])
         return {"out": logits[..., :rows, :columns]}
 
 

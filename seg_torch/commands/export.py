@@ -1,0 +1,151 @@
+"""seg-torch export: a network as one file that other programs run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from seg_torch import checkpoint
+from seg_torch.bands import Bands
+from seg_torch.commands.evaluate import data_module
+from seg_torch.datasets import shapes
+from seg_torch.errors import InputError, check_choice
+from seg_torch.exported import (
+    SUFFIXES,
+    ExportedNetwork,
+    Graph,
+    Run,
+    load_network,
+    open_exported,
+    write,
+)
+from seg_torch.files import PARTIAL
+from seg_torch.transforms import resize_image
+from seg_torch.upsample import upsample
+
+log = logging.getLogger(__name__)
+
+SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are compared
+SAME = 0.999  # the share of the pixels that must be the same in float32
+CALIBRATION = 100  # images
+
+
+def export(cfg: DictConfig) -> None:
+    """Exports a checkpoint, and compares the file with the network.
+
+    Raises:
+        InputError: The checkpoint or a setting cannot be used, the model cannot be exported, or
+            what was exported differs from it.
+    """
+    check_choice("format", cfg.format, SUFFIXES)
+    if cfg.int8 and cfg.format != "openvino":
+        raise InputError(f"int8=true needs format=openvino, not {cfg.format}")
+    network, _, description = load_network(cfg.checkpoint, cfg.trust)
+    if isinstance(network, ExportedNetwork):
+        raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
+    bands = checkpoint.bands(description)
+    if bands is not None and bands.bits != 8:
+        raise InputError("exported graphs take images of 8 bits, and this network those of 16")
+    source = Path(cfg.checkpoint)
+    source = source / "checkpoints" / "best.ckpt" if source.is_dir() else source
+    suffix = SUFFIXES[cfg.format]
+    path = Path(cfg.output) if cfg.output else source.with_name(source.stem + suffix)
+    if not path.name.endswith(suffix):
+        raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
+    images = _calibration(cfg, description, bands) if cfg.int8 else None
+    graph = Graph(network.eval(), description["preprocessing"]["resize"], cfg.probabilities)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        write(graph, draft, cfg.format, description, images)
+        run, _ = open_exported(draft, trusted=True)
+        same = _compare(graph, run)
+        del run  # Windows moves no file that is open
+        if same < SAME and not cfg.int8:
+            raise InputError(
+                f"{100 * (1 - same):.2f} % of the pixels differ from those of the network, so "
+                f"{path} was not written: format={cfg.format} does not do what this model needs"
+            )
+        _move(draft, path)
+    megabytes = [sum(f.stat().st_size for f in files) / 1e6 for files in ([source], _files(path))]
+    log.info("%s: %.1f MB; the checkpoint has %.1f MB", path, megabytes[1], megabytes[0])
+
+
+def _calibration(
+    cfg: DictConfig, description: dict[str, Any], bands: Bands | None
+) -> list[np.ndarray]:
+    """Returns validation images uint8 [1, C, H, W], at the size at which the network sees them."""
+    resize = description["preprocessing"]["resize"]
+    dataset = data_module(cfg, description["data"], resize, bands).dataset("val")
+    # Evenly spaced, since neighbours are often alike.
+    chosen = range(0, len(dataset), -(-len(dataset) // CALIBRATION))
+    images = (dataset[i][0] for i in chosen)
+    return [(i if resize is None else resize_image(i, resize)).numpy()[None] for i in images]
+
+
+def _compare(graph: Graph, run: Run) -> float:
+    """Prints how an exported graph compares; returns the smallest share of equal pixels."""
+    table = Table(title="exported against the network")
+    for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
+        table.add_column(column, justify="right")
+    shares = []
+    channels = len(graph.network.mean)
+    image, _ = shapes("val", size=max(map(max, SIZES)))[0]
+    scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
+    for height, width in SIZES:
+        images = scene[None, :, :height, :width].contiguous()
+        with torch.no_grad():
+            expected, before = _timed(partial(graph, images))
+        try:
+            found, after = _timed(partial(run, images, graph.outputs))
+        except Exception as error:  # there is no end to what the runtimes raise
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"what was exported does not run on an image of {height} x {width}: {reason}"
+            ) from error
+        shares.append((found[0] == expected[0]).double().mean().item())
+        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, found)]
+        probabilities = [*chosen, *expected[2:], *found[2:]]
+        difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
+        times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
+        row = (f"{height} x {width}", f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
+        table.add_row(*row, *times)
+    Console().print(table)
+    return min(shares)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
+    """Returns the result, and the median of three times after a first call."""
+    result, times = function(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return list(result), median(times)
+
+
+def _files(path: Path) -> list[Path]:
+    """An exported network's files, in the order in which they are replaced."""
+    return [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]
+
+
+def _move(draft: Path, path: Path) -> None:
+    """Puts the files in their place. A process that is killed never leaves two that do not fit."""
+    if len(_files(path)) > 1:
+        path.unlink(missing_ok=True)
+    for new, old in zip(_files(draft), _files(path), strict=True):
+        os.replace(new, old)
