@@ -139,6 +139,7 @@ def processes(number: int) -> Cost:
         settings = {
             "data": "shapes",
             "model": "unet_random",
+            "data.dataset.size": 64,
             "data.dataset.train": 120,
             "data.dataset.val": 6,
             "data.dataset.test": 6,
@@ -186,14 +187,16 @@ def draw(results: dict[str, dict[int, Cost]], path: Path) -> None:
                 linear = [values[-1] * w / work[-1] for w in work]
                 axis.plot(amounts, linear, ":", color="grey", label="linear")
                 axis.set(xscale="log", yscale="log", ylim=(min(values) / 2, max(values) * 2))
+                axis.xaxis.minorticks_off()
             else:
-                axis.set(xticks=amounts, ylim=(0, max(values) * 1.1))
+                axis.set(ylim=(0, max(values) * 1.1))
+            axis.set_xticks(amounts, [f"{amount:,}" for amount in amounts], fontsize=7)
             axis.plot(amounts, values, "o-", color="#4878a8")
             axis.set_ylabel("seconds" if field == "seconds" else "memory, MB")
         column[0].set_title(name)
         column[1].set_xlabel(GROWTHS[name].unit)
     axes[0, 0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
