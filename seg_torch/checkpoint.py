@@ -209,7 +209,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     if not isinstance(model, nn.Module):
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
     preprocessing = description["preprocessing"]
-    if bands(content[KEY]) is not None:
+    if bands(description) is not None:
         weights.take_channels(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
