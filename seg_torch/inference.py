@@ -159,13 +159,15 @@ class Inference:
                 logits = next(tiles)  # zip would keep them
                 end = right if right == width else right - overlap
                 logits = logits[:, top - read_top :, left - read_left :]
-                sizes = [self.num_classes * overlap * side for side in (width, bottom - top)]
-                edges = room.view(logits.dtype)[: sum(sizes)].split(sizes)
-                lower_edge = edges[0].view(self.num_classes, overlap, width)
-                right_edge = edges[1].view(self.num_classes, bottom - top, overlap)
+                edges = room.view(logits.dtype)
+                lower_edge = edges[: overlap * width * self.num_classes]
+                right_edge = edges[len(lower_edge) :][: overlap * (bottom - top) * self.num_classes]
+                lower_edge = lower_edge.view(self.num_classes, overlap, width)
+                right_edge = right_edge.view(self.num_classes, bottom - top, overlap)
                 if left > 0:
                     _fade(right_edge, logits[..., :overlap], fade_in)
-                right_edge.copy_(logits[..., -overlap:])
+                if right < width:
+                    right_edge.copy_(logits[..., -overlap:])
                 logits = logits[..., : end - left]
                 if top > 0:
                     _fade(lower_edge[..., left:end], logits[:, :overlap], fade_in[:, None])
