@@ -7,7 +7,7 @@
 * files: from `data.root` to the first training batch
 * processes: an epoch of `train.py` on the CPU, the same images shared out
 
-Every point is measured in a process of its own (Linux), in some four minutes. Writes
+Every point is measured in a process of its own (Linux), in some three minutes. Writes
 `scaling.json` and `scaling.png`.
 """
 

@@ -76,7 +76,7 @@ def folder(
         split = base.val_for_test(split, str(home))
     chosen = split_names(home, list(pairs), split, val_fraction, seed)
     found = base.Pairs((name, *pairs[name]) for name in chosen)
-    if split == "train":
+    if split == "train" and extra:  # a copy of all pairs
         found += [pair for place in extra for pair in _extra_pairs(place, labels, bands)]
     return base.SegmentationDataset(found, labels, read_mask, bands)
 
