@@ -185,6 +185,7 @@ def _write_openvino(
     draft = path.with_suffix(".onnx")
     _write_onnx(program, outputs, about, draft)
     model = openvino.Core().read_model(draft)
+    _antialias(model)
     if calibration is not None:
         os.environ.setdefault("NNCF_CI", "1")  # it would send statistics of its use
         import nncf
@@ -195,6 +196,24 @@ def _write_openvino(
     openvino.save_model(model, path, compress_to_fp16=False)
     del model  # it reads from the file
     draft.unlink()
+
+
+def _antialias(model: Any) -> None:
+    """Resizes in an OpenVINO model as PyTorch does it with `antialias=True`.
+
+    Its reader of ONNX files makes of such a node one that weighs the neighbours in another way.
+    """
+    from openvino import opset11
+
+    for node in model.get_ops():
+        if node.get_type_name() != "Interpolate" or not node.get_attributes()["antialias"]:
+            continue
+        image, size = node.input_values()[:2]  # [N, C, h, w], and these four of the result
+        axes = np.array([2, 3])
+        mode = {"cubic": "bicubic_pillow"}.get(node.get_attributes()["mode"], "bilinear_pillow")
+        size = opset11.gather(size, axes, np.array(0))
+        new = opset11.interpolate(image, size, mode, "sizes", cube_coeff=-0.5, axes=axes)
+        node.output(0).replace(new.output(0))
 
 
 def is_exported(path: str | Path) -> bool:
@@ -273,7 +292,8 @@ def _open_torch(path: str) -> tuple[Run, str]:
     extra = {checkpoint.KEY: ""}
     program = torch.export.load(path, extra_files=extra)
     # The guards are about how it was traced; whether it holds for other sizes is compared.
-    return _run_torch(program.module(check_guards=False)), extra[checkpoint.KEY]
+    unguarded = {} if torch.__version__ < (2, 9) else {"check_guards": False}  # 2.8 has none
+    return _run_torch(program.module(**unguarded)), extra[checkpoint.KEY]
 
 
 def _open_aotinductor(path: str) -> tuple[Run, str]:

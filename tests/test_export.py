@@ -301,10 +301,7 @@ def test_a_file_of_others_is_refused(tmp_path):
 # Every family. Each takes ten seconds or more, so all but one are marked slow.
 
 FAST = {"vit_linear", *MASK_MODELS}
-NOT_EXPORTED = {
-    **dict.fromkeys(MASK_MODELS, "models that classify masks"),
-    **dict.fromkeys(("vit", "vit_frozen"), "the model cannot be exported"),  # DPT's sizes
-}
+NOT_EXPORTED = dict.fromkeys(MASK_MODELS, "models that classify masks")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def publish(
     """Write a tiny model as the library does, and return it."""
     library = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    full = library.AutoConfig.for_model(**config)
+    full = library.AutoConfig.for_model(**copy.deepcopy(config))  # 5.0 takes keys out
     full.id2label = dict(enumerate(names))
     mask = config["model_type"] in MASK_MODELS
     kind = "AutoModelForUniversalSegmentation" if mask else "AutoModelForSemanticSegmentation"

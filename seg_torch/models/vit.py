@@ -58,6 +58,7 @@ class DPTHead(nn.Module):
     """
 
     num_layers = 4
+    scale = 8
 
     def __init__(self, in_channels: int, num_classes: int, fusion_channels: int) -> None:
         super().__init__()
@@ -109,6 +110,7 @@ class LinearHead(nn.Sequential):
     """
 
     num_layers = 1
+    scale = 1
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, num_classes, 1))
@@ -124,7 +126,8 @@ class ViT(nn.Module):
 
     Args:
         encoder: timm's, made with `dynamic_img_size=True`.
-        head: (features float [N, C, h, w] of each layer) -> logits, with `num_layers`.
+        head: (features float [N, C, h, w] of each layer) -> logits [N, K, scale * h, scale * w],
+            with `num_layers` and `scale`.
         freeze_encoder: Keep the encoder's parameters as they are.
 
     Attributes:
@@ -169,8 +172,8 @@ class ViT(nn.Module):
             x, indices=self.layers, norm=True, intermediates_only=True
         )
         logits = self.head(features)
-        rows = ceil_div(height * logits.shape[-2], x.shape[-2])
-        columns = ceil_div(width * logits.shape[-1], x.shape[-1])
+        scale = cast(int, self.head.scale)
+        rows, columns = (ceil_div(length * scale, self.patch_size) for length in (height, width))
         return {"out": logits[..., :rows, :columns]}
 
 
