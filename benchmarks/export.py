@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seg_torch import Segmenter, checkpoint, hardware
-from seg_torch.metrics import ConfusionMatrix
+from seg_torch.metrics import ConfusionMatrix, scores
 
 COMMAND = [sys.executable, "-m", "seg_torch", "export"]
 SIDES = {  # name -> settings of the export, precision
@@ -52,9 +52,7 @@ def measure(path: str, run: str, precision: str) -> dict[str, float]:
             segmenter.predict(samples[count % len(samples)][0])
             count += 1
         rate = count / (time.perf_counter() - start)
-    counts = matrix.compute().double()
-    union = counts.sum(0) + counts.sum(1) - counts.diag()
-    return {"rate": rate, "mean_iou": (counts.diag() / union)[union > 0].mean().item()}
+    return {"rate": rate, "mean_iou": scores(matrix.compute())["mean_iou"].item()}
 
 
 def main() -> None:

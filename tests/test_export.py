@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_command
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from test_models import EXTRAS, MASK_MODELS, MODELS
 from torch import Tensor, nn
 
 from seg_torch import Labels, Segmenter, checkpoint, exported
 from seg_torch.commands import export as command
+from seg_torch.datasets import shapes
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.errors import InputError
 from seg_torch.exported import Graph, load_network, open_exported, write
@@ -72,6 +74,11 @@ def reference(path: Path, images: Tensor, size: tuple[int, int]) -> tuple[Tensor
     with torch.no_grad():
         logits = F.interpolate(model(x), size, mode="bilinear", align_corners=False)
     return logits.argmax(1), logits.softmax(1)
+
+
+def jaccard(masks: Tensor, classes: Tensor) -> float:
+    """The mean over the classes that occur."""
+    return jaccard_score(masks.numpy(), classes.numpy(), average="macro", zero_division=0)
 
 
 def random_images(*shape: int) -> Tensor:
@@ -220,9 +227,27 @@ def test_a_graph_resizes_images_as_the_network_saw_them(tmp_path):
         scaled.predict(image[0])
 
 
-def test_int8_is_calibrated_with_the_validation_images(folder):
+def test_int8_is_calibrated_and_scored_with_the_validation_images(folder, capsys):
     pytest.importorskip("nncf")
     path = exported_to(folder, "openvino", "int8=true")
+    text = capsys.readouterr()
+    (found,) = re.findall(
+        r"int8 on (\d+) validation.*: ([\d.]+) %.* IoU ([\d.]+), in float32 ([\d.]+)",
+        text.out + text.err,
+    )
+    numbers = [float(n) for n in found]
+    # By scikit-learn, over all pixels of the five images that have a label.
+    samples = [shapes("val", size=96, val=5)[i] for i in range(5)]
+    images = torch.stack([image for image, _ in samples])
+    masks = torch.stack([mask for _, mask in samples])
+    expected = [reference(folder / "a.ckpt", images, (96, 96))[0]]
+    expected.append(open_exported(path)[0](images, ["classes"])[0])
+    known = masks != 255
+    ious = [jaccard(masks[known], classes[known]) for classes in expected]
+    same = 100 * (expected[0] == expected[1]).double().mean().item()
+    assert numbers[:2] == pytest.approx([5, same], abs=0.01)
+    assert numbers[2:] == pytest.approx([ious[1], ious[0]], abs=1e-4)
+    assert abs(numbers[2] - numbers[3]) > 3e-4  # so that they cannot be exchanged
     assert "FakeQuantize" in path.read_text(encoding="utf-8")
     images = random_images(1, 3, 96, 96)
     (classes,) = open_exported(path)[0](images, ["classes"])

@@ -1,5 +1,6 @@
 """Published models of the Hugging Face Hub: tiny ones, written in its format to the local cache."""
 
+import copy
 import json
 import re
 import shutil

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import Subset
 
 from seg_torch import checkpoint
 from seg_torch.bands import Bands
@@ -34,6 +35,7 @@ from seg_torch.exported import (
     write,
 )
 from seg_torch.files import PARTIAL
+from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.transforms import resize_image
 from seg_torch.upsample import upsample
 
@@ -54,7 +56,7 @@ def export(cfg: DictConfig) -> None:
     check_choice("format", cfg.format, SUFFIXES)
     if cfg.int8 and cfg.format != "openvino":
         raise InputError(f"int8=true needs format=openvino, not {cfg.format}")
-    network, _, description = load_network(cfg.checkpoint, cfg.trust)
+    network, labels, description = load_network(cfg.checkpoint, cfg.trust)
     if isinstance(network, ExportedNetwork):
         raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
     bands = checkpoint.bands(description)
@@ -66,14 +68,18 @@ def export(cfg: DictConfig) -> None:
     path = Path(cfg.output) if cfg.output else source.with_name(source.stem + suffix)
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
-    images = _calibration(cfg, description, bands) if cfg.int8 else None
-    graph = Graph(network.eval(), description["preprocessing"]["resize"], cfg.probabilities)
+    resize = description["preprocessing"]["resize"]
+    samples = _validation(cfg, description, bands) if cfg.int8 else None
+    images = None if samples is None else [_seen(image, resize) for image, _ in samples]
+    graph = Graph(network.eval(), resize, cfg.probabilities)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
         draft = Path(folder, path.name)
         write(graph, draft, cfg.format, description, images)
         run, _ = open_exported(draft, trusted=True)
         same = _compare(graph, run)
+        if samples is not None:
+            _score(graph, run, samples, len(labels))
         del run  # Windows moves no file that is open
         if same < SAME and not cfg.int8:
             raise InputError(
@@ -85,16 +91,37 @@ def export(cfg: DictConfig) -> None:
     log.info("%s: %.1f MB; the checkpoint has %.1f MB", path, megabytes[1], megabytes[0])
 
 
-def _calibration(
-    cfg: DictConfig, description: dict[str, Any], bands: Bands | None
-) -> list[np.ndarray]:
-    """Returns validation images uint8 [1, C, H, W], at the size at which the network sees them."""
+def _validation(cfg: DictConfig, description: dict[str, Any], bands: Bands | None) -> Subset[Any]:
+    """Returns validation images, evenly spaced, since neighbours are often alike."""
     resize = description["preprocessing"]["resize"]
     dataset = data_module(cfg, description["data"], resize, bands).dataset("val")
-    # Evenly spaced, since neighbours are often alike.
-    chosen = range(0, len(dataset), -(-len(dataset) // CALIBRATION))
-    images = (dataset[i][0] for i in chosen)
-    return [(i if resize is None else resize_image(i, resize)).numpy()[None] for i in images]
+    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION)))
+
+
+def _seen(image: Tensor, resize: Sequence[int] | None) -> np.ndarray:
+    """Returns an image uint8 [1, C, H, W], at the size at which the network sees it."""
+    return (image if resize is None else resize_image(image, resize)).numpy()[None]
+
+
+def _score(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
+    """Logs what int8 costs on validation images: the pixels that change, and the mean IoU."""
+    before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
+    for image, mask in samples:
+        images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
+        with torch.no_grad():
+            expected = graph(images)[0]
+        (found,) = run(images, ["classes"])
+        before.update(expected, target)
+        after.update(found, target)
+        changes.update(found, expected)
+    log.info(
+        "int8 on %d validation images: %.2f %% of the pixels as in float32; mean IoU %.4f, "
+        "in float32 %.4f",
+        len(samples),
+        100 * scores(changes.compute())["pixel_accuracy"].item(),
+        scores(after.compute())["mean_iou"].item(),
+        scores(before.compute())["mean_iou"].item(),
+    )
 
 
 def _compare(graph: Graph, run: Run) -> float:
