@@ -43,7 +43,7 @@ def test_filling_them_gives_the_mask_back_and_nothing_where_it_is_255(mask):
 
 @pytest.mark.parametrize("mask", [RING, NOISE, ONE_CLASS, NOTHING])
 def test_every_polygon_is_a_connected_region_with_its_number_of_pixels(mask):
-    """SciPy finds the regions; matplotlib the pixels, with centres inside an odd number of rings."""
+    """SciPy finds regions; matplotlib pixels, with centres inside an odd number of rings."""
     height, width = mask.shape
     centres = np.array([(x + 0.5, y + 0.5) for y, x in product(range(height), range(width))])
     features = polygons(mask)
