@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -153,13 +153,13 @@ class Segmentation:
                 drawing = self.overlay() if output == "overlay" else self.side_by_side()
                 write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
 
-    def save_mask(self, path: str) -> None:
+    def save_mask(self, path: str | BinaryIO) -> None:
         """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
         mask = palette_image(self.mask, self.labels)
         text = PngInfo()
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
         # zlib's Z_RLE: masks are runs of one value, which take it a third of the usual time.
-        mask.save(path, pnginfo=text, compress_type=3)
+        mask.save(path, "PNG", pnginfo=text, compress_type=3)
 
     def _save_probabilities(self, path: str) -> None:
         names = np.array(self.labels.names)

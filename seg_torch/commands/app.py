@@ -114,12 +114,12 @@ def _page(segmenter: Segmenter, name: str) -> Any:
     here = Path(__file__)
     parts = [here.with_suffix(s).read_text("utf-8") for s in (".html", ".css", ".js")]
     with gr.Blocks(title=f"seg-torch: {name}", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(f"<h2>Semantic segmentation</h2>{html.escape(name)}, {len(segmenter.labels)} classes")
+        gr.HTML(
+            f"<h2>Semantic segmentation</h2>{html.escape(name)}, {len(segmenter.labels)} classes"
+        )
         files = gr.File(file_count="multiple", label="Images", height=140)
         done = gr.State({})
-        viewer = gr.HTML(
-            [], html_template=parts[0], css_template=parts[1], js_on_load=parts[2]
-        )
+        viewer = gr.HTML([], html_template=parts[0], css_template=parts[1], js_on_load=parts[2])
         files.change(
             show,
             [files, done],

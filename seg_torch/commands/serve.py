@@ -10,6 +10,7 @@ size.
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import time
@@ -22,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import litserve
 import numpy as np
 import torch
-from fastapi import Depends, HTTPException, Query, Request, Response
+from fastapi import Depends, HTTPException, Request, Response
 from litserve.loops.simple_loops import BatchedLoop
 from omegaconf import DictConfig
 from PIL import Image
@@ -75,8 +76,15 @@ def serve(cfg: DictConfig) -> None:
         max_payload_size=cfg.max_megabytes * 1_000_000,
         model_metadata=about,
     )
-    # `kill` as Ctrl-C, which LitServe knows: else its processes would stay.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    first = os.getpid()
+
+    def stop(*_: Any) -> None:  # `kill` as Ctrl-C, which LitServe knows: its processes would stay
+        if os.getpid() == first:
+            raise KeyboardInterrupt
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     log.info("http://%s:%d/predict answers soon; Ctrl-C ends it", cfg.host, cfg.port)
     if cfg.host != HOSTS[0]:
         log.warning("host=%s: others can send images, without a password", cfg.host)
@@ -93,8 +101,9 @@ def _check_settings(cfg: DictConfig) -> str:
     for name in ("max_megabytes", "max_pixels", "timeout", "workers"):
         if cfg[name] < 1:
             raise InputError(f"{name}={cfg[name]}: expected at least 1")
-    if cfg.max_batch_size is not None and (type(cfg.max_batch_size), cfg.max_batch_size) < (int, 1):
-        raise InputError(f"max_batch_size={cfg.max_batch_size}: expected at least 1")
+    size = cfg.max_batch_size
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise InputError(f"max_batch_size={size}: expected at least 1")
     if not 0 <= cfg.batch_timeout < cfg.timeout:
         raise InputError(f"batch_timeout={cfg.batch_timeout}: expected 0 to timeout={cfg.timeout}")
     if not 1024 <= cfg.port <= 65535:
@@ -112,12 +121,13 @@ def _check_settings(cfg: DictConfig) -> str:
 # ---- In the processes that speak HTTP
 
 
-async def _upload(
-    request: Request, format: Annotated[str | None, Query(pattern="^(png|json)$")] = None
-) -> Upload:
+async def _upload(request: Request, format: str | None = None) -> Upload:
     """Takes the image from a form or, with an image's content type, from the whole body."""
-    as_json = "application/json" in request.headers.get("accept", "") if format is None else None
-    as_json = format == "json" if as_json is None else as_json
+    if format is None:
+        format = "json" if "application/json" in request.headers.get("accept", "") else "png"
+    if format not in ("png", "json"):
+        raise HTTPException(400, f"format={format}: use png or json")
+    as_json = format == "json"
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         async with request.form(max_files=1) as form:
@@ -178,9 +188,6 @@ class _API(litserve.LitAPI):
     def decode_request(self, request: Annotated[Upload, Depends(_upload)]) -> Upload:
         return request
 
-    def batch(self, inputs: list[Upload]) -> list[Upload]:
-        return inputs
-
     def predict(self, uploads: list[Upload]) -> list[Response]:
         """Answers requests; what is wrong with one of them is no matter of the others."""
         images = list(self.pool.map(self._read, uploads))
@@ -190,7 +197,7 @@ class _API(litserve.LitAPI):
                 groups.setdefault(image.shape, []).append(i)
         results: dict[int, Segmentation] = {}
         for shape, indices in groups.items():
-            step = min(self.max_batch_size, max(self.segmenter.batch_size(*shape[:2]), 1))
+            step = self.cfg.max_batch_size or self.segmenter.batch_size(*shape[:2])
             for start in range(0, len(indices), step):
                 chosen = indices[start : start + step]
                 results |= zip(
@@ -204,9 +211,6 @@ class _API(litserve.LitAPI):
             answers[i].result() if i in answers else _refusal(image)
             for i, image in enumerate(images)
         ]
-
-    def unbatch(self, output: list[Response]) -> list[Response]:
-        return output
 
     def _read(self, upload: Upload) -> np.ndarray | HTTPException:
         height, width = image_size(BytesIO(upload.content)) or (0, 0)
@@ -230,7 +234,9 @@ def _answer(result: Segmentation, as_json: bool) -> Response:
         result.save_mask(file)
         return Response(file.getvalue(), media_type="image/png")
     mask = result.mask
-    outline = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+    outline = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(
+        mask[:, 1:] != mask[:, :-1]
+    )
     if outline > MAX_OUTLINE:
         detail = f"the outlines of the mask are {outline:,} pixels long, too many for polygons"
         return _refusal(HTTPException(422, f"{detail}: ask for format=png"))
