@@ -74,6 +74,7 @@ def serve(cfg: DictConfig) -> None:
         workers_per_device=cfg.workers,
         timeout=cfg.timeout,
         max_payload_size=cfg.max_megabytes * 1_000_000,
+        disable_openapi_url=True,  # its page would load scripts from elsewhere
         model_metadata=about,
     )
     first = os.getpid()
