@@ -47,6 +47,8 @@ NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 # What a command's arguments without a key are.
 POSITIONAL = {"report": "checkpoint", "compare": "runs"}
+# The packages that a command needs besides those of every installation; its extra has its name.
+EXTRAS = {"app": "gradio", "serve": "litserve"}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 LOST = """\
@@ -487,6 +489,11 @@ def _check(call: Namespace, cfg: DictConfig) -> DictConfig:
     _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(usual))
     for key in files:
         _check_file(cfg, key, OmegaConf.select(cfg, key))
+    extra = EXTRAS.get(call.command)
+    if extra and importlib.util.find_spec(extra) is None:
+        raise InputError(
+            f"{call.command} needs the package {extra}: pip install segwright[{call.command}]"
+        )
     for package in ("wandb", "mlflow"):
         if package in cfg.get("logger", {}) and importlib.util.find_spec(package) is None:
             raise InputError(f"logger={package} needs a package: pip install {package}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from seg_torch.inference import Inference, decide
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
+from seg_torch.polygons import polygon_features, write_polygons
 from seg_torch.transforms import resize_image
 from seg_torch.visualize import legend, overlay, side_by_side
 
@@ -40,6 +41,7 @@ SUFFIXES = {
     "probabilities": ".npz",
     "confidence": ".png",
     "coco": ".json",
+    "polygons": ".geojson",
     "side_by_side": ".jpg",
 }
 JPEG_QUALITY = 92
@@ -102,6 +104,11 @@ class Segmentation:
         """COCO annotations, one for each class that occurs: see `seg_torch.coco`."""
         return coco_annotations(self.mask)
 
+    def polygons(self) -> dict[str, Any]:
+        """Outlines as a GeoJSON FeatureCollection: see `seg_torch.polygons`."""
+        features = list(polygon_features(self.mask, self.labels))
+        return {"type": "FeatureCollection", "features": features}
+
     def save(
         self,
         folder: str | Path,
@@ -115,8 +122,8 @@ class Segmentation:
             name: Of the image, without a suffix; may contain folders.
             outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
                 (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
-                `confidence` (grey PNG, 255 is certain), `coco` (COCO JSON) and `side_by_side`
-                (JPEG).
+                `confidence` (grey PNG, 255 is certain), `coco` (COCO JSON), `polygons` (GeoJSON)
+                and `side_by_side` (JPEG).
 
         Raises:
             InputError: There is no such output, or it was not asked for in predicting.
@@ -138,19 +145,21 @@ class Segmentation:
                 height, width = self.mask.shape
                 images = [(str(name), width, height, self.coco())]
                 write_atomically(path, partial(write_coco, images=images, labels=self.labels))
+            elif output == "polygons":
+                write_atomically(path, partial(write_polygons, mask=self.mask, labels=self.labels))
             elif output == "colour":
                 write_atomically(path, self.colour().save)
             else:
                 drawing = self.overlay() if output == "overlay" else self.side_by_side()
                 write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
 
-    def save_mask(self, path: str) -> None:
+    def save_mask(self, path: str | BinaryIO) -> None:
         """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
         mask = palette_image(self.mask, self.labels)
         text = PngInfo()
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
         # zlib's Z_RLE: masks are runs of one value, which take it a third of the usual time.
-        mask.save(path, pnginfo=text, compress_type=3)
+        mask.save(path, "PNG", pnginfo=text, compress_type=3)
 
     def _save_probabilities(self, path: str) -> None:
         names = np.array(self.labels.names)

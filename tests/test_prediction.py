@@ -125,10 +125,10 @@ def mask_of(path: Path) -> np.ndarray:
 
 @pytest.mark.promise(23)
 def test_a_folder_keeps_its_tree_and_gets_what_was_asked_for(run, tmp_path):
-    assert run("save=[mask,colour,overlay,legend,probabilities,coco,side_by_side]") == 0
+    assert run("save=[mask,colour,overlay,legend,probabilities,coco,polygons,side_by_side]") == 0
     out = tmp_path / "out"
     suffixes = {"mask": "png", "colour": "png", "overlay": "jpg", "probabilities": "npz"}
-    suffixes |= {"coco": "json", "side_by_side": "jpg"}
+    suffixes |= {"coco": "json", "polygons": "geojson", "side_by_side": "jpg"}
     names = ("a", "b", "trip/a", "trip/b", "trip/x/c", "z")
     expected = {f"{kind}/{n}.{suffix}" for kind, suffix in suffixes.items() for n in names}
     assert files(out).keys() == expected | {"legend.png", "predictions.csv", "coco.json"}

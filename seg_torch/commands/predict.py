@@ -112,7 +112,7 @@ def predict(cfg: DictConfig) -> int:
                 segment=partial(
                     _segment, segmenters, "probabilities" in kinds, "confidence" in kinds
                 ),
-                save=partial(_save, output, kinds, _titles(cfg), bands),
+                save=partial(_save, output, kinds, (model_name(cfg), str(cfg.beside)), bands),
                 note=partial(_note, journal, run),
                 progress=fabric.is_global_zero,
             )
@@ -636,28 +636,53 @@ def _wait_for_all(group: Any) -> None:
         torch.distributed.barrier(group)
 
 
+def load_segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
+    """Loads the model of a configuration: its checkpoint or, without one, a published model.
+
+    Raises:
+        InputError: It cannot be loaded, or a setting is impossible.
+    """
+    settings = _model_settings(cfg, device)
+    if cfg.checkpoint is not None:
+        return Segmenter.load(cfg.checkpoint, trust=cfg.trust, **settings)
+    if cfg.model._target_ == HUB:
+        return Segmenter.from_hub(cfg.model.name, **settings)
+    if model_name(cfg) in PRETRAINED:
+        network = Network(instantiate(cfg.model, num_classes=len(VOC_LABELS)))
+        return Segmenter(network, VOC_LABELS, **settings)
+    raise InputError(
+        f"{cfg.model._target_} comes without weights that segment images: give "
+        f"checkpoint=FILE, or use model=hub or model={' or model='.join(PRETRAINED)}"
+    )
+
+
+def model_name(cfg: DictConfig) -> str:
+    """Returns what the model of a configuration is called."""
+    if cfg.checkpoint is not None:
+        return str(cfg.checkpoint)
+    return str(cfg.model.name if cfg.model._target_ == HUB else cfg.model._target_.split(".")[-1])
+
+
+def _model_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    scales, flip = parse_tta(cfg.tta)
+    return {
+        "tile": cfg.tile,
+        "precision": str(cfg.trainer.precision),
+        "unknown": cfg.unknown,
+        "scales": scales,
+        "flip": flip,
+        "device": device,
+    }
+
+
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
-    settings: Any = {"tile": cfg.tile, "precision": str(cfg.trainer.precision)}
-    settings["unknown"] = cfg.unknown
-    settings["scales"], settings["flip"] = parse_tta(cfg.tta)
-    settings["device"] = device
-    if cfg.checkpoint is not None:
-        first = Segmenter.load(cfg.checkpoint, trust=cfg.trust, **settings)
-    elif cfg.model._target_ == HUB:
-        first = Segmenter.from_hub(cfg.model.name, **settings)
-    elif _titles(cfg)[0] in PRETRAINED:
-        network = Network(instantiate(cfg.model, num_classes=len(VOC_LABELS)))
-        first = Segmenter(network, VOC_LABELS, **settings)
-    else:
-        raise InputError(
-            f"{cfg.model._target_} comes without weights that segment images: give "
-            f"checkpoint=FILE, or use model=hub or model={' or model='.join(PRETRAINED)}"
-        )
+    first = load_segmenter(cfg, device)
     if first.bands is not None and (cfg.resize or cfg.crop):
         raise InputError("resize and crop are for models of RGB images")
     if cfg.beside is None:
         return [first]
+    settings = _model_settings(cfg, device)
     if cfg.beside in PRETRAINED:
         second = Segmenter.pretrained(cfg.beside, **settings)
     else:
@@ -665,11 +690,3 @@ def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     if first.bands != second.bands:
         raise InputError(f"beside={cfg.beside}: this model takes images of other channels")
     return [first, second]
-
-
-def _titles(cfg: DictConfig) -> tuple[str, str]:
-    """Return what the two models are called."""
-    name = cfg.checkpoint
-    if name is None:
-        name = cfg.model.name if cfg.model._target_ == HUB else cfg.model._target_.split(".")[-1]
-    return str(name), str(cfg.beside)
