@@ -34,7 +34,7 @@ from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
 log = logging.getLogger(__name__)
 
 VIEW = 1600  # longest side of what is sent to the page; downloads have the size of the image
-DOWNLOADS = ("mask", "overlay")
+DOWNLOADS = ("mask", "overlay", "polygons")
 
 Entry = dict[str, Any]  # what the page shows of one image
 
@@ -53,6 +53,7 @@ def app(cfg: DictConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with TemporaryDirectory(prefix="seg-torch-app-") as folder, pixel_limit(cfg.max_pixels):
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, too
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         page = _page(segmenter, model_name(cfg))
         try:
             _launch(page, cfg)
@@ -106,7 +107,7 @@ def _page(segmenter: Segmenter, name: str) -> Any:
                     result = segmenter.predict(path, confidence_map=True)
             except InputError as error:
                 message = html.escape(str(error).replace(path, Path(path).name))
-                gr.Warning(message, duration=None, title="Not an image that can be segmented")
+                gr.Warning(message, duration=None)
                 continue
             done[path] = _entry(result, Path(path).name)
             yield [*done.values()], done
@@ -114,12 +115,12 @@ def _page(segmenter: Segmenter, name: str) -> Any:
     here = Path(__file__)
     parts = [here.with_suffix(s).read_text("utf-8") for s in (".html", ".css", ".js")]
     with gr.Blocks(title=f"seg-torch: {name}", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(f"<h2>Semantic segmentation</h2>{html.escape(name)}, {len(segmenter.labels)} classes")
+        gr.HTML(
+            f"<h2>Semantic segmentation</h2>{html.escape(name)}, {len(segmenter.labels)} classes"
+        )
         files = gr.File(file_count="multiple", label="Images", height=140)
         done = gr.State({})
-        viewer = gr.HTML(
-            [], html_template=parts[0], css_template=parts[1], js_on_load=parts[2]
-        )
+        viewer = gr.HTML([], html_template=parts[0], css_template=parts[1], js_on_load=parts[2])
         files.change(
             show,
             [files, done],
