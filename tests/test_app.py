@@ -20,6 +20,8 @@ from PIL import Image
 from test_prediction import bomb, random_checkpoint
 
 from seg_torch import Segmenter
+from seg_torch.commands.app import app
+from seg_torch.errors import InputError
 from seg_torch.images import read_image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -257,6 +259,12 @@ def test_two_users_at_once_see_their_own_images(open_page, photos, segmenter):
         page.locator(".about", has_text=photo.name).wait_for()
         mask = np.array(Image.open(BytesIO(download(page, "mask"))))
         assert np.array_equal(mask, segmenter.predict(photo).mask)
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(server, compose):
+    port = urlsplit(server[1]).port
+    with pytest.raises(InputError, match=f"port={port}: .*use another"):
+        app(compose("app", f"port={port}", "checkpoint=nowhere.ckpt"))
 
 
 def test_ctrl_c_ends_it_and_leaves_no_uploads(server):
