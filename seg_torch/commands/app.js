@@ -52,7 +52,7 @@ function links() {
   const list = find(".downloads");
   list.replaceChildren();
   for (const [name, href] of Object.entries(shown.downloads)) {
-    make(list, "a", `⭳ ${name}`, {href, download: ""});
+    make(list, "a", `↓ ${name}`, {href, download: ""});
   }
 }
 
@@ -70,6 +70,8 @@ async function show(entry) {
   pixels = content;
   [canvas.width, canvas.height] = entry.view;
   find(".stage img").src = entry.image;
+  const [width, height] = entry.view; // small images are enlarged, and all of it is in the window
+  find(".frame").style.width = `min(100%, ${76 * width / height}vh, ${Math.max(width, 640)}px)`;
   find(".about").textContent =
     `${entry.name}, ${entry.size.join(" × ")}, mean confidence ${percent(entry.confidence)}`;
   alone = null;

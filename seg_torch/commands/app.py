@@ -12,7 +12,9 @@ import html
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -34,7 +36,7 @@ from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
 log = logging.getLogger(__name__)
 
 VIEW = 1600  # longest side of what is sent to the page; downloads have the size of the image
-DOWNLOADS = ("mask", "overlay")
+DOWNLOADS = ("mask", "overlay", "polygons")
 
 Entry = dict[str, Any]  # what the page shows of one image
 
@@ -43,9 +45,13 @@ def app(cfg: DictConfig) -> None:
     """Serves the page until it is interrupted.
 
     Raises:
-        InputError: The model cannot be loaded, it takes images that are several files, or the port
-            is taken.
+        InputError: The model cannot be loaded, it takes images that are several files, or the
+            address or the port cannot be used.
     """
+    try:
+        socket.create_server((cfg.host, cfg.port or 0)).close()
+    except (OSError, OverflowError, TypeError) as error:
+        raise InputError(f"host={cfg.host} port={cfg.port}: {error}; use another one") from error
     segmenter = load_segmenter(cfg, torch.device(hardware.accelerator(cfg.trainer.accelerator)))
     if segmenter.bands is not None and segmenter.bands.files:
         raise InputError("app: this model takes several files an image; use seg-torch predict")
@@ -57,36 +63,29 @@ def app(cfg: DictConfig) -> None:
         try:
             _launch(page, cfg)
             log.info("%s (Ctrl-C ends it)", page.local_url)
-            if cfg.host not in ("127.0.0.1", "localhost", "::1"):
+            if cfg.host not in ("127.0.0.1", "localhost"):
                 log.warning("host=%s: others can open the page, without a password", cfg.host)
-            threading.Event().wait()
+            while True:
+                time.sleep(1)  # Windows interrupts this, and no wait without an end
         finally:
             page.close(verbose=False)
 
 
 def _launch(page: Any, cfg: DictConfig) -> None:
-    from gradio import themes
-
-    for name in ("no_proxy", "NO_PROXY"):  # Gradio calls its own server first
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio calls its own server, which no proxy reaches
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
-    try:
-        page.launch(
-            server_name=cfg.host,
-            server_port=cfg.port,
-            max_file_size=cfg.max_megabytes * 1_000_000,
-            share=False,
-            run_history=False,
-            enable_monitoring=False,
-            footer_links=[],
-            quiet=True,
-            prevent_thread_lock=True,
-            # Other fonts are loaded from elsewhere.
-            theme=themes.Default(
-                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-            ),
-        )
-    except OSError as error:
-        raise InputError(f"host={cfg.host} port={cfg.port}: {error}") from error
+    page.launch(
+        server_name=cfg.host,
+        server_port=cfg.port,
+        max_file_size=cfg.max_megabytes * 1_000_000,
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
 
 
 def _page(segmenter: Segmenter, name: str) -> Any:
@@ -106,7 +105,7 @@ def _page(segmenter: Segmenter, name: str) -> Any:
                     result = segmenter.predict(path, confidence_map=True)
             except InputError as error:
                 message = html.escape(str(error).replace(path, Path(path).name))
-                gr.Warning(message, duration=None, title="Not an image that can be segmented")
+                gr.Warning(message, duration=None)
                 continue
             done[path] = _entry(result, Path(path).name)
             yield [*done.values()], done
