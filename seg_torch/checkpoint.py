@@ -22,7 +22,7 @@ from typing import Any
 
 import hydra
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -145,16 +145,16 @@ def _published(path: str | Path) -> Path:
     if found is None:
         raise InputError(f"{setting}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
     name, revision = found.groups()
-    # Both files have to be of one commit, the newest one. Without a network the cached one is used.
-    with suppress(Exception):
-        revision = HfApi().model_info(name, revision=revision, timeout=10).sha
+    with suppress(Exception):  # such as having no network: then the newest that is in the cache
+        HfApi().model_info(name, revision=revision, timeout=10)  # soon says whether there is one
+        hf_hub_download(name, CONFIG, revision=revision)
     config = hub_file(name, CONFIG, setting, revision)
     if KEY not in read_config(config, setting):  # before what may be gigabytes
         raise InputError(
             f"{setting}: its config.json is none of seg_torch's; models of transformers and SMP "
             f"are used by model=hub model.name={name}, without checkpoint="
         )
-    return hub_file(name, WEIGHTS, setting, revision=config.parent.name)
+    return hub_file(name, WEIGHTS, setting, revision=config.parent.name)  # of the same commit
 
 
 def read(path: str | Path) -> dict[str, Any]:
