@@ -102,10 +102,14 @@ def upload(folder: Path, name: str, private: bool, message: str) -> str:
     except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
-            reason = "not logged in: run hf auth login, or set HF_TOKEN, with a token that may write"
+            reason = (
+                "not logged in: run hf auth login, or set HF_TOKEN, with a token that may write"
+            )
         elif status in (403, 404):
             owner = name.split("/")[0]
-            reason = f"the token in use may not write there; is {owner} your account or organisation?"
+            reason = (
+                f"the token in use may not write there; is {owner} your account or organisation?"
+            )
         else:
             reason = f"the Hugging Face Hub refused it: {' '.join(str(error).split())[:300]}"
         raise InputError(f"push_to_hub({name!r}): {reason}") from error
@@ -186,7 +190,10 @@ def _card(
 ) -> Iterator[str]:
     """Yields the lines of README.md."""
     architecture = _last_name(description["model"])
-    channels, size = len(description["preprocessing"]["mean"]), description["preprocessing"]["resize"]
+    channels, size = (
+        len(description["preprocessing"]["mean"]),
+        description["preprocessing"]["resize"],
+    )
     dataset = _last_name(description["data"].get("dataset", {}))
     shown = {key: scores[key] for key in SHOWN if scores and scores.get(key) is not None}
     results = [

@@ -237,7 +237,9 @@ class Segmenter:
         segmenter = cls(network, labels, resize, device, bands=bands, **settings)
         if not isinstance(network, ExportedNetwork):
             segmenter.description = description
-        folder = Path(path).absolute().parent.parent if Path(path).name == "best.ckpt" else Path(path)
+        folder = (
+            Path(path).absolute().parent.parent if Path(path).name == "best.ckpt" else Path(path)
+        )
         segmenter.scores = folder / SCORES if (folder / SCORES).is_file() else None
         return segmenter
 
@@ -325,7 +327,13 @@ class Segmenter:
             example = side_by_side(result.image, {"segmentation": (result.mask, self.labels)})
         folder = Path(folder)
         write_model(
-            folder, name or folder.name, self.network, self.description, self.scores, example, license
+            folder,
+            name or folder.name,
+            self.network,
+            self.description,
+            self.scores,
+            example,
+            license,
         )
 
     def push_to_hub(

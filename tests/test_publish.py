@@ -308,7 +308,7 @@ def test_the_card_has_what_the_hub_shows(run_folder, tmp_path):
     assert {"mean_iou", "pixel_accuracy"} <= published.keys()
     assert f"| Mean IoU | {scores['mean_iou']:.4f} |" in body
     for i, name in enumerate(segmenter.labels.names):
-        colour = "#%02x%02x%02x" % tuple(segmenter.labels.palette[i])
+        colour = f"#{bytes(segmenter.labels.palette[i]).hex()}"
         iou = scores["per_class"][name]["iou"]
         cell = "absent" if iou is None else f"{iou:.4f}"
         assert f"| {i} | `{name}` | `{colour}` | {cell} |" in body
