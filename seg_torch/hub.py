@@ -167,8 +167,8 @@ def hub_file(source: str | Path, file: str, setting: str, revision: str | None =
         ) from cause
     if isinstance(cause, GatedRepoError):
         reason = (
-            f"its owner asks for consent: give it at https://huggingface.co/{source} and log in with "
-            "hf auth login"
+            f"its owner asks for consent: give it at https://huggingface.co/{source} and log in "
+            "with hf auth login"
         )
     elif isinstance(cause, RepositoryNotFoundError):
         reason = "the Hugging Face Hub has no such repository, or it is private (hf auth login)"

@@ -216,10 +216,9 @@ def _card(
         eval_results=results or None,
     )
     yield from ("---", data.to_yaml(), "---", "", f"# {name.split('/')[-1]}", "")
-    yield (
-        f"Semantic segmentation with {len(labels)} classes: `{architecture}` of seg_torch, for images "
-        f"of {channels} channels {f'that it sees at {size[0]} x {size[1]}' if size else 'and any size'}."
-    )
+    seen = f"that it sees at {size[0]} x {size[1]}" if size else "and any size"
+    yield f"Semantic segmentation with {len(labels)} classes: `{architecture}` of seg_torch, for"
+    yield f"images of {channels} channels {seen}."
     if example:
         yield from ("", f"![An image and its segmentation]({EXAMPLE})")
     path = f"{HUB_SCHEME}{name}" if "/" in name else name

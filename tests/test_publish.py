@@ -93,7 +93,7 @@ class Calls(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
@@ -126,7 +126,7 @@ class Calls(BaseHTTPRequestHandler):
         else:
             self.answer(404)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         hub, parts = self.server, self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             parts, revision, file = parts[2:], (*parts[5:6], "main")[0], None
