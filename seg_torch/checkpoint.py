@@ -1,5 +1,6 @@
 """Checkpoints that describe themselves: a Lightning checkpoint plus, as plain data, the labels, the
-preprocessing and the configurations of model and data.
+preprocessing and the configurations of model and data. Or, as the Hugging Face Hub has them, the
+weights in model.safetensors and the rest in config.json.
 
 They may come from anybody. Reading one runs nothing that comes from the file, and what it asks for
 is compared with what it holds before there is memory for it.
@@ -7,7 +8,10 @@ is compared with what it holds before there is memory for it.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 import textwrap
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,6 +22,7 @@ from typing import Any
 
 import hydra
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -28,11 +33,17 @@ from torch.nn.modules.module import (
 
 from seg_torch.bands import MOST_CHANNELS, Bands
 from seg_torch.errors import InputError
+from seg_torch.hub import hub_file, read_config
 from seg_torch.labels import Labels
 from seg_torch.models import weights
 from seg_torch.models.network import Network
 
+log = logging.getLogger(__name__)
+
 KEY = "seg_torch"
+HUB_SCHEME = "hf://"
+# What `Segmenter.save_pretrained` writes.
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What a checkpoint may call. A package as a whole would be too much: among its functions are some
 # that write files and some that download them.
 MODELS = {
@@ -100,33 +111,74 @@ def bands(description: dict[str, Any]) -> Bands | None:
     return None if stored is None else Bands(**stored)
 
 
+def locate(path: str | Path) -> Path:
+    """Returns the file that holds the weights of a checkpoint.
+
+    Args:
+        path: Of that file; of a run's folder, for its best one; of a folder that
+            `Segmenter.save_pretrained` wrote; or `hf://OWNER/NAME[@REVISION]` of the Hugging Face
+            Hub, of which the files are downloaded that the local cache lacks.
+
+    Raises:
+        InputError: There is no such file, or it cannot be downloaded.
+    """
+    if str(path).startswith(HUB_SCHEME):
+        return _published(path)
+    file = Path(path)
+    if file.is_dir() and (file / CONFIG).is_file():
+        return hub_file(file, WEIGHTS, f"checkpoint={path}")
+    if file.is_dir():
+        file = file / "checkpoints" / "best.ckpt"
+        if not file.is_file():
+            raise InputError(
+                f"checkpoint={path}: no run there, or one that was stopped before its first "
+                "validation (it would hold checkpoints/best.ckpt)"
+            )
+    if not file.is_file():
+        raise InputError(f"checkpoint={path}: no such file")
+    return file
+
+
+def _published(path: str | Path) -> Path:
+    setting = f"checkpoint={path}"
+    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
+    if found is None:
+        raise InputError(f"{setting}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    name, revision = found.groups()
+    with suppress(Exception):  # such as having no network: then the newest that is in the cache
+        HfApi().model_info(name, revision=revision, timeout=10)  # soon says whether there is one
+        hf_hub_download(name, CONFIG, revision=revision)
+    config = hub_file(name, CONFIG, setting, revision)
+    if KEY not in read_config(config, setting):  # before what may be gigabytes
+        raise InputError(
+            f"{setting}: its config.json is none of seg_torch's; models of transformers and SMP "
+            f"are used by model=hub model.name={name}, without checkpoint="
+        )
+    return hub_file(name, WEIGHTS, setting, revision=config.parent.name)  # of the same commit
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Reads the content of a checkpoint, on the CPU.
 
     Args:
-        path: Of the file, or of a run's folder for its best one.
+        path: See `locate`.
 
     Raises:
         InputError: The file is missing, is no checkpoint, or none of seg_torch's.
     """
-    if os.path.isdir(path):
-        folder, path = path, Path(path, "checkpoints", "best.ckpt")
-        if not path.is_file():
-            raise InputError(
-                f"checkpoint={folder}: no run there, or one that was stopped before its first "
-                "validation (it would hold checkpoints/best.ckpt)"
-            )
-    if not os.path.isfile(path):
-        raise InputError(f"checkpoint={path}: no such file")
-    if str(path).endswith((".onnx", ".xml", ".pt2")):
+    file = locate(path)
+    if str(path).startswith(HUB_SCHEME):
+        log.info("%s: commit %s", path, file.parent.name)
+    published = file.suffix == ".safetensors"
+    if file.suffix in (".onnx", ".xml", ".pt2"):
         raise InputError(f"checkpoint={path}: an exported network, which cannot be trained")
-    if not zipfile.is_zipfile(path):
+    if not published and not zipfile.is_zipfile(file):
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
-        content = weights.load(path)
+        content = _read_published(file) if published else weights.load(file)
         ours = isinstance(content, dict) and KEY in content and "state_dict" in content
         if ours:
-            _check(content, os.path.getsize(path))
+            _check(content, os.path.getsize(file))
     except Exception as error:  # there is no end to what broken files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
@@ -137,6 +189,12 @@ def read(path: str | Path) -> dict[str, Any]:
             "such as runs/.../checkpoints/best.ckpt"
         )
     return content
+
+
+def _read_published(file: Path) -> dict[str, Any]:
+    config = json.loads(file.with_name(CONFIG).read_text(encoding="utf-8"))
+    state = weights.read_state_dict(file)
+    return {**config, "state_dict": {f"network.{key}": value for key, value in state.items()}}
 
 
 def _check(content: dict[str, Any], size: int) -> None:

@@ -533,6 +533,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
 def _check_file(cfg: DictConfig, key: str, value: Any) -> None:
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return
+    if key in ("checkpoint", "init_from") and value.startswith("hf://"):
+        return  # of the Hugging Face Hub
     download = cfg.data.get("download") if key == "data.root" else None
     # Other values of model.weights are names of published ones.
     is_path = value.startswith((".", "/", "~")) or value.endswith(WEIGHTS)

@@ -352,7 +352,7 @@ def load_network(
     """Loads the network of a checkpoint, or one that was exported.
 
     Args:
-        path: Of the file, or of a run's folder for its best checkpoint.
+        path: Of the file, or what else `seg_torch.checkpoint.locate` takes.
         trust: Packages besides seg_torch's own from which the model of a checkpoint may come.
 
     Returns:
@@ -361,7 +361,7 @@ def load_network(
     Raises:
         InputError: The file cannot be used, see `seg_torch.checkpoint` and `open_exported`.
     """
-    if is_exported(path):
+    if is_exported(path) and not str(path).startswith(checkpoint.HUB_SCHEME):
         run, description = open_exported(path)
         network: Network = ExportedNetwork(run, description["preprocessing"])
         return network, Labels.from_dict(description["labels"]), description

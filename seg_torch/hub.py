@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from torch import Tensor, nn
 
@@ -68,21 +69,21 @@ def hub(name: str, num_classes: int | None = None) -> Published:
             f"model=segformer, mask2former or smp with model.weights={name} or its encoder, and in "
             "model.config what its config.json says"
         )
-    config = _json(name, "config.json")
+    setting, folder = f"model.name={name}", Path(name).expanduser()
+    source = folder if folder.is_dir() else name
+    config = read_config(hub_file(source, "config.json", setting), setting)
     if "_model_class" in config:
-        statistics = _albumentations(_json(name, "albumentations_config_eval.json", optional=True))
-        weights = _file(name, "model.safetensors")
-        assert weights is not None
-        model: Any = published_smp(config, weights)
+        file = _optional_file(source, "albumentations_config_eval.json", setting)
+        statistics = None if file is None else _albumentations(read_config(file, setting))
+        model: Any = published_smp(config, hub_file(source, "model.safetensors", setting))
         model.mean, model.std = statistics or (model.mean, model.std)
         return Published(Network(model), _smp_labels(name, int(config["classes"])), None)
     names = _names(name, config)
-    _file(name, "preprocessor_config.json", optional=True)
-    weights = _file(name, "model.safetensors", optional=True)  # else sharded, or older
-    folder = Path(name).expanduser()
-    source = weights.parent if weights else folder if folder.is_dir() else name
+    _optional_file(source, "preprocessor_config.json", setting)
+    weights = _optional_file(source, "model.safetensors", setting)  # else sharded, or older
+    home = weights.parent if weights else source
     try:
-        model = transformers(len(names), _plain(config), source, complete=True)
+        model = transformers(len(names), _plain(config), home, complete=True)
     except InputError as error:
         raise InputError(f"model.name={name}: {error}") from error
     side = model.image_size
@@ -134,55 +135,81 @@ class Selection(nn.Module):
         return {"out": self.model(x)["out"][:, self.order]}
 
 
-def _file(name: str, file: str, optional: bool = False) -> Path | None:
-    """Returns a file of a repository or folder; `None` if it is optional and not there."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / file).is_file():
-            return folder / file
+def hub_file(source: str | Path, file: str, setting: str, revision: str | None = None) -> Path:
+    """Finds a file of a model of the Hub, in the local cache or by downloading it.
+
+    Args:
+        source: Repository, `OWNER/NAME`; as a `Path` a folder with its files.
+        file: Such as `config.json`.
+        setting: What the user gave, such as `model.name=OWNER/NAME`; messages begin with it.
+        revision: Branch, tag or commit; by default the newest that is in the cache.
+
+    Raises:
+        InputError: It cannot be had; the message says why, and what to do.
+    """
+    if isinstance(source, Path):
+        if (source / file).is_file():
+            return source / file
         cause: BaseException | None = EntryNotFoundError()
     else:
         try:
-            return download_from_hugging_face(name, file)
+            return download_from_hugging_face(source, file, revision)
         except HFValidationError:
             raise InputError(
-                f"model.name={name}: neither a folder nor the name of a repository (OWNER/NAME)"
+                f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
             ) from None
         except InputError as error:
             cause = error.__cause__
-    absent = isinstance(cause, EntryNotFoundError) and not isinstance(
-        cause, LocalEntryNotFoundError
-    )
-    if absent and optional:
-        return None
-    if absent:
-        reason = f"there is no {file} in it, so it is no model of transformers or SMP"
-    elif isinstance(cause, GatedRepoError):
+    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        raise _AbsentError(
+            f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
+            "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
+        ) from cause
+    if isinstance(cause, GatedRepoError):
         reason = (
-            f"its owner asks for consent: give it at https://huggingface.co/{name} and log in with "
-            "hf auth login"
+            f"its owner asks for consent: give it at https://huggingface.co/{source} and log in "
+            "with hf auth login"
         )
     elif isinstance(cause, RepositoryNotFoundError):
         reason = "the Hugging Face Hub has no such repository, or it is private (hf auth login)"
+    elif isinstance(cause, RevisionNotFoundError):
+        reason = f"the repository has no branch, tag or commit {revision}"
     else:
         reason = (
             f"{file} is not in the local cache, and the Hugging Face Hub cannot be reached "
-            f"({cause}); where it can, run hf download {name} --local-dir FOLDER, and give "
-            "model.name=FOLDER here"
+            f"({cause}); where it can, run hf download {source} --local-dir FOLDER, and give "
+            f"{setting.partition('=')[0]}=FOLDER here"
         )
-    raise InputError(f"model.name={name}: {reason}") from cause
+    raise InputError(f"{setting}: {reason}") from cause
 
 
-def _json(name: str, file: str, optional: bool = False) -> dict[str, Any]:
-    path = _file(name, file, optional)
-    if path is None:
-        return {}
+class _AbsentError(InputError):
+    """The model can be had, and has no such file."""
+
+
+def _optional_file(source: str | Path, file: str, setting: str) -> Path | None:
+    try:
+        return hub_file(source, file, setting)
+    except _AbsentError:
+        return None
+
+
+def read_config(path: Path, setting: str) -> dict[str, Any]:
+    """Reads a JSON file of a model, which may come from anybody.
+
+    Args:
+        path: Of the file.
+        setting: See `hub_file`.
+
+    Raises:
+        InputError: It does not hold settings by name.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"model.name={name}: {path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{setting}: {path} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"model.name={name}: {path} holds no settings by name")
+        raise InputError(f"{setting}: {path} holds no settings by name")
     return content
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from seg_torch.bands import Bands, as_array, as_tensor, shown
 from seg_torch.coco import coco_annotations, write_coco
 from seg_torch.datasets.voc import VOC_LABELS
 from seg_torch.errors import InputError
-from seg_torch.exported import load_network
+from seg_torch.exported import ExportedNetwork, load_network
 from seg_torch.files import write_atomically
 from seg_torch.hub import hub
 from seg_torch.images import read_image, upright_rgb
@@ -30,6 +31,7 @@ from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
 from seg_torch.polygons import polygon_features, write_polygons
+from seg_torch.publish import SCORES, upload, write_model
 from seg_torch.transforms import resize_image
 from seg_torch.visualize import legend, overlay, side_by_side
 
@@ -215,6 +217,8 @@ class Segmenter:
         self.resize = resize
         self.inference = Inference(network, len(labels), resize, tile, scales, flip, precision)
         network.to(hardware.TRUE_PRECISIONS.get(self.inference.precision))
+        self.description: dict[str, Any] | None = None  # where the network is known by one
+        self.scores: Path | None = None  # of the run that the network is from
 
     @classmethod
     def load(
@@ -228,7 +232,8 @@ class Segmenter:
 
         Args:
             path: Of the checkpoint, of a run's folder for its best one, or of an ONNX or OpenVINO
-                file (`.xml`), which runs on the CPU.
+                file (`.xml`), which runs on the CPU; or `hf://OWNER/NAME[@REVISION]` of the Hugging
+                Face Hub, or a folder, as `push_to_hub` and `save_pretrained` write them.
             device: Where to run; by default the best there is.
             trust: Packages besides seg_torch's own from which the model may come.
             settings: `tile`, `scales`, `flip` and `precision` of the constructor.
@@ -238,7 +243,14 @@ class Segmenter:
         """
         network, labels, description = load_network(path, trust)
         resize, bands = description["preprocessing"]["resize"], checkpoint.bands(description)
-        return cls(network, labels, resize, device, bands=bands, **settings)
+        segmenter = cls(network, labels, resize, device, bands=bands, **settings)
+        if not isinstance(network, ExportedNetwork):
+            segmenter.description = description
+        folder = (
+            Path(path).absolute().parent.parent if Path(path).name == "best.ckpt" else Path(path)
+        )
+        segmenter.scores = folder / SCORES if (folder / SCORES).is_file() else None
+        return segmenter
 
     @classmethod
     def pretrained(
@@ -263,7 +275,10 @@ class Segmenter:
         if model not in builders:
             raise InputError(f"no pretrained {model!r}: there are {' and '.join(builders)}")
         network = Network(builders[model](len(VOC_LABELS), backbone))
-        return cls(network, VOC_LABELS, device=device, **settings)
+        segmenter = cls(network, VOC_LABELS, device=device, **settings)
+        config = {"_target_": f"seg_torch.models.{model}", "backbone": backbone, "weights": None}
+        segmenter.description = checkpoint.describe(network, VOC_LABELS, config, {}, None)
+        return segmenter
 
     @classmethod
     def from_hub(
@@ -280,6 +295,88 @@ class Segmenter:
             InputError: The repository cannot be had, or it is not of a model that segments.
         """
         return cls(*hub(name), device, **settings)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        license: str | None = None,
+        image: str | Path | Image.Image | np.ndarray | Tensor | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Writes the network as the Hugging Face Hub has models, for `load(folder)`.
+
+        model.safetensors holds the weights, config.json the classes, the preprocessing and the
+        configuration, without paths of this machine, and README.md is the model card, with the
+        scores of the run's test_metrics.json, where there are any.
+
+        Args:
+            folder: A new one.
+            license: As the Hub names it, such as `apache-2.0`.
+            image: One to show in the card, with its segmentation; by default none is.
+            name: What the card calls it; by default as the folder.
+
+        Raises:
+            InputError: The folder is not empty; or the network was not loaded by `load` or
+                `pretrained`, was exported, has rounded weights, or needs files of this machine.
+        """
+        if self.description is None:
+            raise InputError(
+                "only a network that Segmenter.load has from a checkpoint, or that of "
+                "Segmenter.pretrained, is known well enough to be saved; one of from_hub is on the "
+                "Hub already, and of an exported one give the checkpoint"
+            )
+        if self.network.mean.dtype != torch.float32:
+            raise InputError(
+                f"the weights are rounded to {self.inference.precision}; load the checkpoint "
+                "without precision="
+            )
+        example = None
+        if image is not None:
+            result = self.predict(image)
+            example = side_by_side(result.image, {"segmentation": (result.mask, self.labels)})
+        folder = Path(folder)
+        write_model(
+            folder,
+            name or folder.name,
+            self.network,
+            self.description,
+            self.scores,
+            example,
+            license,
+        )
+
+    def push_to_hub(
+        self,
+        name: str,
+        private: bool = False,
+        license: str | None = None,
+        image: str | Path | Image.Image | np.ndarray | Tensor | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Uploads the network to the Hugging Face Hub, for `load("hf://OWNER/NAME")`.
+
+        The token is that of `hf auth login` or `HF_TOKEN`. Files of the same names are replaced,
+        the model card among them.
+
+        Args:
+            name: Repository, `OWNER/NAME`; made if need be.
+            private: Whether a new repository can be seen by its owner alone.
+            license: See `save_pretrained`.
+            image: See there. It is uploaded, with its segmentation.
+            commit_message: Of the upload.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InputError: As `save_pretrained`; or nobody is logged in, the account may not write
+                there, or the Hub cannot be reached.
+        """
+        if name.count("/") != 1:
+            raise InputError(f"push_to_hub({name!r}): expected OWNER/NAME")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, license, image, name)
+            return upload(Path(folder), name, private, commit_message)
 
     def batch_size(self, height: int, width: int) -> int:
         """How many images of one size `predict_batch` should be given."""

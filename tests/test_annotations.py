@@ -967,6 +967,9 @@ def test_auto_reads_what_save_to_disk_wrote(table):
     root = table()
     assert recognise(root) == (datasets.hf, "dataset_dict.json")
     assert len(datasets.auto(root, "val")) == 4
+    assert datasets.auto(root, "val", unlabelled=0).labels.names == ("car", "sky")
+    with pytest.raises(InputError, match=r"data\.dataset\.background: data=hf has no such .*seed"):
+        datasets.auto(root, "val", background="car")
 
 
 # Names of splits

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from seg_torch import checkpoint
 from seg_torch.bands import Bands
@@ -128,7 +128,10 @@ def _data_settings(
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
         if not own:
-            raise InputError("model=hub comes without data: give data=ade20k data.root=FOLDER")
+            raise InputError("this model comes without data: give data=ade20k data.root=FOLDER")
+        for key in ("root", "name"):
+            if own.get(key) == MISSING and key not in settings:  # of a model of the Hub
+                raise InputError(f"the model does not say where its data are: give data.{key}=...")
         name = own.get("name")
         if name and "name" not in settings and not Path(str(name)).expanduser().is_dir():
             # Nothing is downloaded because a file says so.

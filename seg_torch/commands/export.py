@@ -62,8 +62,9 @@ def export(cfg: DictConfig) -> None:
     bands = checkpoint.bands(description)
     if bands is not None and bands.bits != 8:
         raise InputError("exported graphs take images of 8 bits, and this network those of 16")
-    source = Path(cfg.checkpoint)
-    source = source / "checkpoints" / "best.ckpt" if source.is_dir() else source
+    source = checkpoint.locate(cfg.checkpoint)
+    if cfg.checkpoint.startswith(checkpoint.HUB_SCHEME) and not cfg.output:
+        raise InputError(f"checkpoint={cfg.checkpoint} lies in a cache: give output=FILE")
     suffix = SUFFIXES[cfg.format]
     path = Path(cfg.output) if cfg.output else source.with_name(source.stem + suffix)
     if not path.name.endswith(suffix):

@@ -40,7 +40,7 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
-from seg_torch import hardware
+from seg_torch import checkpoint, hardware
 from seg_torch.bands import Bands, write_geotiff
 from seg_torch.coco import write_coco
 from seg_torch.commands import video
@@ -474,7 +474,8 @@ def _run_id(cfg: DictConfig) -> str:
     values = [plain["trainer"]["precision"], *(plain[key] for key in settings)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for weights in (cfg.checkpoint, cfg.beside, cfg.model.get("weights"), cfg.model.get("name")):
-        path = Path(weights or "")
+        published = str(weights).startswith(checkpoint.HUB_SCHEME)
+        path = checkpoint.locate(weights) if published else Path(weights or "")
         if weights and path.is_dir():  # of a run, or as on the Hub
             files = (path / "checkpoints" / "best.ckpt", path / "model.safetensors")
             path = next((file for file in files if file.is_file()), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -36,27 +37,35 @@ FORMATS = """\
   labelme        JSON files with shapes and imagePath"""
 
 
-def auto(root: str | Path, split: str) -> Any:
+def auto(root: str | Path, split: str, **options: Any) -> Any:
     """Return the dataset in a folder, in whichever of these formats it is.
 
     `folder`, `cvat`, `labelme_voc`, `roboflow`, `yolo`, `hf`, `coco`, `coco_panoptic`,
     `label_studio` and `labelme` are looked for in this order; the log says which was found and by
-    what. Their options take their defaults: to set them, name the format.
+    what.
 
     Args:
         root: The dataset's folder.
         split: "train", "val" or "test".
+        options: Of the format that is found, such as `val_fraction`.
 
     Returns:
         The samples of the split.
 
     Raises:
-        InputError: The folder is in none of these formats, or not as its format has it.
+        InputError: The folder is in none of these formats, or not as its format has it; or the
+            format has no such option.
     """
     base.check_split(split)
     dataset, reason = recognise(Path(root).expanduser())
     _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
-    return dataset(root, split) if dataset is not hf else hf(str(root), split)
+    known = [*inspect.signature(dataset).parameters][2:]
+    for option in options.keys() - known:
+        raise InputError(
+            f"data.dataset.{option}: data={dataset.__name__} has no such option; it has "
+            f"{', '.join(known)}"
+        )
+    return dataset(str(root) if dataset is hf else root, split, **options)
 
 
 @cache
