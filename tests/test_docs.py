@@ -9,14 +9,20 @@ import sys
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import make_data
+import nbformat
 import pytest
 from conftest import ROOT
+from jupyter_client import KernelManager
+from nbclient import NotebookClient
+from PIL import Image
 
 from seg_torch import cli
 
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+NOT_IN_DOCS = ["CHANGELOG.md", "CONTRIBUTING.md"]
+PAGES = [ROOT / name for name in ("README.md", *NOT_IN_DOCS)]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NOTEBOOK = ROOT / "docs/quickstart.ipynb"
 
@@ -93,3 +99,129 @@ def test_every_link_to_a_file_or_heading_leads_there(page):
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_no_page_is_left_out_of_the_site():
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES[3:]]
+    assert sorted(listed) == sorted(["index.md", "quickstart.md", *NOT_IN_DOCS, *pages])
+
+
+# Code
+
+
+def test_the_ten_lines_of_python_train_and_predict(tmp_path, monkeypatch):
+    """As in the README, but for a smaller network without a download and one epoch."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in blocks(readme, "python") if "Trainer(" in block)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    for text, smaller in (
+        ('encoder="resnet34"', 'encoder="test_efficientnet", weights=None'),
+        ("resize=(256, 256)", "resize=(32, 32)"),
+        ("max_epochs=20", "max_epochs=1, accelerator='cpu', enable_progress_bar=False"),
+    ):
+        assert text in code
+        code = code.replace(text, smaller)
+    monkeypatch.chdir(tmp_path)
+    make_data.make_folder(tmp_path / "photos")
+    make_data.picture(1).save("photo.jpg")
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice
+        exec(code, names)
+    task = names["task"]
+    assert task.trainer.global_step == 1
+    assert 0 <= task.trainer.callback_metrics["val/mean_iou"] <= 1
+    assert task.inference.num_classes == 3
+    mask = Image.open("out/mask/image.png")
+    assert mask.size == (make_data.WIDTH, make_data.HEIGHT)
+    assert Path("out/overlay/image.jpg").is_file()
+
+
+def test_the_notebook_runs_without_a_network_and_is_stored_without_outputs(tmp_path):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    offline = "import socket; socket.socket.connect = None"  # any connection is a TypeError
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(offline))
+    manager = KernelManager(kernel_name="python3")
+    settings = {**environment(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    client = NotebookClient(
+        notebook, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=settings)
+    printed = [
+        output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        for cell in code
+        for output in cell.outputs
+    ]
+    text = "".join(printed)
+    assert re.search(r"mean IoU 0\.\d+", text)
+    assert (tmp_path / "quickstart/checkpoints/best.onnx").is_file()
+    same = float(re.search(r"([\d.]+) of the pixels are the same", text)[1])
+    assert same > 0.99  # the Segmenter's network is in bfloat16 where that is fast
+
+
+# The site
+
+
+class Page(HTMLParser):
+    """The anchors of a page, what it links to, and what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.anchors.add(values.get("id") or "")
+        if tag == "a" and values.get("href"):
+            self.links.append(str(values["href"]))
+        elif tag in ("script", "img", "iframe") and values.get("src"):
+            self.loaded.append(str(values["src"]))
+        elif tag == "link" and values.get("rel") != "canonical":
+            self.loaded.append(str(values["href"]))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", folder]
+    done = subprocess.run(
+        build, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
+    pages = {path: Page() for path in site.rglob("*.html")}
+    for path, page in pages.items():
+        page.feed(path.read_text(encoding="utf-8"))
+    assert {"index.html", "quickstart.html", "CONTRIBUTING.html"} <= {p.name for p in pages}
+    for path, page in pages.items():
+        if path.name == "404.html":  # whose links are absolute
+            continue
+        for link in page.loaded:
+            assert not re.match(r"(\w+:)?//", link), f"{path.name} loads {link}"
+        for link in [*page.links, *page.loaded]:
+            if re.match(r"\w+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name.partition("?")[0]).resolve() if name else path
+            assert target.exists(), f"{path.name}: {link}"
+            if anchor:
+                assert anchor in pages[target].anchors, f"{path.name}: {link}"
+    styles = "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.css"))
+    assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", styles)
+
+
+def test_the_reference_documents_what_it_names(site):
+    text = (site / "api/segmenter.html").read_text(encoding="utf-8")
+    for name in ("Segmenter", "Segmenter.load", "Segmentation.overlay"):
+        assert f'id="seg_torch.segmenter.{name}"' in text
+    losses = (site / "api/losses.html").read_text(encoding="utf-8")
+    assert 'id="seg_torch.losses.DiceLoss"' in losses
+    assert "ignored" in losses
