@@ -14,7 +14,7 @@ from typing import Any
 import make_data
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from PIL import Image
@@ -75,6 +75,40 @@ def test_every_command_of_the_texts_has_settings_that_exist(page, line, compose)
 def one_by_one(setting: str) -> list[str]:
     key, _, value = setting.partition("=")
     return [setting] if value[:1] == "[" else [f"{key}={v}" for v in value.split(",")]
+
+
+def make_labelme_examples(folder: Path) -> None:
+    """The layout of labelme's own repository: three images, each with its JSON beside it."""
+    for i, name in enumerate(("2011_000003", "2011_000006", "2011_000025")):
+        image = folder / f"labelme/examples/semantic_segmentation/data_annotated/{name}.jpg"
+        make_data.save(make_data.picture(i), image)
+        shapes = [make_data.labelme_shape("person", make_data.polygon(i, 0), "polygon")]
+        make_data.write_labelme(image.with_suffix(".json"), shapes, image.name)
+
+
+EXPORTS = {
+    "labelme": make_labelme_examples,
+    "cvat": lambda folder: make_data.make_cvat(folder / "cvat"),
+    "coco": lambda folder: make_data.make_coco(folder / "coco"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_two_commands_lead_from_an_export_to_overlays(name, tmp_path):
+    """Those of the docs, with a small network from random weights and one epoch."""
+    section = (ROOT / "docs/datasets.md").read_text("utf-8").split("## From an annotation tool")[1]
+    (pair,) = (block for block in blocks(section) if f"output_dir=runs/{name}\n" in block)
+    train, predict = (line.removeprefix("python ") for line in pair.splitlines())
+    EXPORTS[name](tmp_path)
+    small = "model.encoder=test_efficientnet model.weights=null data.augment.crop=[32,32]"
+    small += " data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu logger=none"
+    assert run_command(f"{train.replace('train.py', 'train')} {small}", tmp_path) == 0
+    assert run_command(predict.replace("predict.py", "predict"), tmp_path) == 0
+    root = re.search(r"input=(\S+)", predict)[1]
+    images = {path.stem for path in (tmp_path / root).rglob("*.jpg")}
+    assert images == {path.stem for path in (tmp_path / "overlays/overlay").rglob("*.jpg")}
+    masks = list((tmp_path / "overlays/mask").rglob("*.png"))
+    assert len(masks) == len(images) >= 2
 
 
 # Links
