@@ -28,8 +28,8 @@ demo: setup  ## train on generated images, then segment others with the result
 	@echo "Predicted overlays: $(DEMO)/predictions/overlay/"
 
 docs: setup  ## build site/, which opens without a network
-	$(BIN)/python -m mkdocs build --quiet
-	@echo "Open site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Open site/index.html; with search: python3 -m http.server --directory site"
 
 test: setup
 	$(BIN)/python -m pytest $(ON_ALL_CORES)

@@ -43,8 +43,9 @@ def environment() -> dict[str, str]:
 
 def commands() -> list[tuple[str, str]]:
     """Every command line of ours in README, docs and notebook that has settings, with its page."""
-    names = "|".join(p.stem for p in cli.CONFIG_FOLDER.glob("*.yaml") if p.stem not in cli.INTERNAL)
-    ours = rf"\s*(?:%run )?(?:python |(?:python )?-m seg_torch |seg-torch )({names})(?:\.py)?( .*=.*)"
+    names = "|".join(p.stem for p in cli.CONFIG_FOLDER.glob("*.yaml"))
+    programs = r"\s*(?:%run )?(?:python |(?:python )?-m seg_torch |seg-torch )"
+    ours = rf"{programs}({names})(?:\.py)?( .*=.*)"
     found = set()
     for path in [*PAGES, NOTEBOOK]:
         text = path.read_text(encoding="utf-8")
