@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 ON_ALL_CORES := --numprocesses auto --dist loadfile
 
-.PHONY: setup demo test test-lowest test-wheel lint clean
+.PHONY: setup demo docs test test-lowest test-wheel lint clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +26,10 @@ demo: setup  ## train on generated images, then segment others with the result
 	@echo "Samples by epoch:   $(DEMO)/samples/"
 	@echo "Learning curves:    $(DEMO)/curves.png"
 	@echo "Predicted overlays: $(DEMO)/predictions/overlay/"
+
+docs: setup  ## build site/, which opens without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Open site/index.html; with search: python3 -m http.server --directory site"
 
 test: setup
 	$(BIN)/python -m pytest $(ON_ALL_CORES)

@@ -9,17 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seg_torch.datamodule import SegmentationDataModule
     from seg_torch.labels import Labels, decode_segmap, encode_segmap
+    from seg_torch.models.network import Network
     from seg_torch.segmenter import Segmentation, Segmenter
+    from seg_torch.task import SegmentationTask
 
-__all__ = ["Labels", "Segmentation", "Segmenter", "decode_segmap", "encode_segmap"]
+__all__ = [
+    "Labels",
+    "Network",
+    "Segmentation",
+    "SegmentationDataModule",
+    "SegmentationTask",
+    "Segmenter",
+    "decode_segmap",
+    "encode_segmap",
+]
 __version__ = "0.2.0"
+MODULES = {
+    "Network": "models.network",
+    "Segmentation": "segmenter",
+    "SegmentationDataModule": "datamodule",
+    "SegmentationTask": "task",
+    "Segmenter": "segmenter",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "segmenter" if name.startswith("Seg") else "labels"
+    module = MODULES.get(name, "labels")
     value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value

@@ -52,7 +52,8 @@ class SegmentationTask(LightningModule):
     Args:
         network: What is trained.
         labels: Its classes.
-        inference: How validation and test go from images to class ids.
+        inference: How validation and test go from images to class ids; by default as the data
+            module resizes and in the trainer's precision.
         loss: (logits float [N, C, H, W], target uint8 [N, H, W]) -> scalar. Not needed to score.
         optimizer: `optimizer(parameters)`, as a partial.
         scheduler: A partial, see `seg_torch.schedulers.scheduler_config`.
@@ -72,7 +73,7 @@ class SegmentationTask(LightningModule):
         self,
         network: Network,
         labels: Labels,
-        inference: Inference,
+        inference: Inference | None = None,
         loss: nn.Module | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
@@ -89,7 +90,7 @@ class SegmentationTask(LightningModule):
         super().__init__()
         self.network = network
         self.labels = labels
-        self.inference = inference
+        self.inference: Any = inference
         self.loss = loss
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -114,6 +115,12 @@ class SegmentationTask(LightningModule):
         self.test_images: dict[str, np.ndarray] = {}  # see ImageScores
 
     def setup(self, stage: str) -> None:
+        if self.inference is None:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            precision = str(self.trainer.precision)
+            self.inference = Inference(
+                self.network, len(self.labels), data.resize, precision=precision
+            )
         if stage != "fit" or self.loss is None:
             return
         if isinstance(self.loss, OwnLoss) and not hasattr(self.network.model, "has_own_loss"):
@@ -123,7 +130,7 @@ class SegmentationTask(LightningModule):
             )
         for loss in self.loss.modules():
             if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
-                data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+                data = self.trainer.datamodule  # type: ignore[attr-defined]
                 counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 

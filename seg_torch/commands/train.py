@@ -145,7 +145,6 @@ def _task(
     return SegmentationTask(
         network,
         labels,
-        Inference(network, len(labels), data.resize, precision=str(trainer.precision)),
         loss=instantiate(cfg.loss, _convert_="all"),
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
