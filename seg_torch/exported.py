@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from seg_torch import __version__, checkpoint
 from seg_torch.errors import InputError
@@ -292,7 +293,8 @@ def _open_torch(path: str) -> tuple[Run, str]:
     extra = {checkpoint.KEY: ""}
     program = torch.export.load(path, extra_files=extra)
     # The guards are about how it was traced; whether it holds for other sizes is compared.
-    unguarded = {} if torch.__version__ < (2, 9) else {"check_guards": False}  # 2.8 has none
+    old = TorchVersion(torch.__version__) < "2.9"  # which has none
+    unguarded = {} if old else {"check_guards": False}
     return _run_torch(program.module(**unguarded)), extra[checkpoint.KEY]
 
 
