@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def main() -> None:
             for clients in arguments.clients:
                 start = time.perf_counter()
                 with ThreadPoolExecutor(clients) as pool:
-                    answers = pool.map(client, *zip(*[(url, content, seconds)] * clients))
+                    answers = pool.map(partial(client, url, content), [seconds] * clients)
                     waits = [wait for times in answers for wait in times]
                 row(f"batches of up to {batch}", clients, waits, time.perf_counter() - start)
         finally:

@@ -61,7 +61,7 @@ def _polygons(region: np.ndarray) -> Iterator[tuple[list[Ring], int]]:
     top, bottom = np.flatnonzero(region.any(1))[[0, -1]]
     left, right = np.flatnonzero(region.any(0))[[0, -1]]
     padded = np.pad(region[top : bottom + 1, left : right + 1], 1)
-    contours = contour_generator(z=padded, fill_type=FillType.ChunkCombinedOffsetOffset)
+    contours: Any = contour_generator(z=padded, fill_type=FillType.ChunkCombinedOffsetOffset)
     [points], [starts], [parts] = contours.filled(0.5, 2)
     # Counted from the corner of the image, no longer from the centre of the border's first pixel.
     points += (left - 0.5, top - 0.5)
