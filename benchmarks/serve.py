@@ -29,7 +29,8 @@ from seg_torch.images import decode_image
 def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
     """Decodes, segments and encodes as the server does, one image after the other."""
     hardware.reuse_memory()
-    segmenter, waits = Segmenter.load(checkpoint), []
+    segmenter = Segmenter.load(checkpoint)
+    waits: list[float] = []
 
     def once() -> float:
         start = time.perf_counter()

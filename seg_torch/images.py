@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -105,11 +106,11 @@ def opened(
         raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
 
 
-def image_size(path: str | Path) -> tuple[int, int] | None:
+def image_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
     """Return (height, width) of an upright image from the header of its file.
 
     Args:
-        path: Of the file.
+        path: Of the file, or the open file.
 
     Returns:
         The size that `read_image` most likely gives, or `None` for a file without a readable

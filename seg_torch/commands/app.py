@@ -140,6 +140,7 @@ def _entry(result: Segmentation, name: str) -> Entry:
     view = max(1, round(width * factor)), max(1, round(height * factor))
     image = Image.fromarray(result.image).resize(view, Image.Resampling.LANCZOS)
     image.save(folder / "image.jpg", quality=JPEG_QUALITY)
+    assert result.confidence_map is not None
     maps = (Image.fromarray(m) for m in (result.mask, result.confidence_map))
     content = b"".join(m.resize(view, Image.Resampling.NEAREST).tobytes() for m in maps)
     (folder / "pixels.gz").write_bytes(gzip.compress(content, 1))

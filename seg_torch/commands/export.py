@@ -71,7 +71,7 @@ def export(cfg: DictConfig) -> None:
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
     resize = description["preprocessing"]["resize"]
     samples = _validation(cfg, description, bands) if cfg.int8 else None
-    images = None if samples is None else [_seen(image, resize) for image, _ in samples]
+    images = [_seen(samples[i][0], resize) for i in range(len(samples))] if samples else None
     graph = Graph(network.eval(), resize, cfg.probabilities)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
@@ -107,7 +107,8 @@ def _seen(image: Tensor, resize: Sequence[int] | None) -> np.ndarray:
 def _score(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
     """Logs what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
-    for image, mask in samples:
+    for i in range(len(samples)):
+        image, mask = samples[i]
         images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
         with torch.no_grad():
             expected = graph(images)[0]

@@ -191,11 +191,11 @@ class _API(litserve.LitAPI):
 
     def predict(self, uploads: list[Upload]) -> list[Response]:
         """Answers requests; what is wrong with one of them is no matter of the others."""
-        images = list(self.pool.map(self._read, uploads))
+        read = list(self.pool.map(self._read, uploads))
+        images = {i: image for i, image in enumerate(read) if isinstance(image, np.ndarray)}
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            if isinstance(image, np.ndarray):
-                groups.setdefault(image.shape, []).append(i)
+        for i, image in images.items():
+            groups.setdefault(image.shape, []).append(i)
         results: dict[int, Segmentation] = {}
         for shape, indices in groups.items():
             step = self.cfg.max_batch_size or self.segmenter.batch_size(*shape[:2])
@@ -209,8 +209,8 @@ class _API(litserve.LitAPI):
             for i, result in results.items()
         }
         return [
-            answers[i].result() if i in answers else _refusal(image)
-            for i, image in enumerate(images)
+            _refusal(image) if isinstance(image, HTTPException) else answers[i].result()
+            for i, image in enumerate(read)
         ]
 
     def _read(self, upload: Upload) -> np.ndarray | HTTPException:
