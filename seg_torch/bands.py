@@ -222,7 +222,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
             raise InputError(
                 f"{path}: {height * width:,} pixels. If you trust the file, raise the limit "
-                "(predict.py: max_pixels=N)"
+                "(max_pixels=N of predict and app)"
             )
         places = [series.axes.index(axis) for axis in "YX"]
         image = np.moveaxis(series.asarray(), places, (0, 1))
