@@ -30,7 +30,7 @@ from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
 from seg_torch.transforms import resize_image
-from seg_torch.visualize import legend, overlay, side_by_side
+from seg_torch.visualize import legend, overlay, save_overlay, side_by_side
 
 # What can be saved of one image, and the format it is saved in.
 SUFFIXES = {
@@ -140,9 +140,11 @@ class Segmentation:
                 write_atomically(path, partial(write_coco, images=images, labels=self.labels))
             elif output == "colour":
                 write_atomically(path, self.colour().save)
+            elif output == "overlay":
+                drawn = {"image": self.image, "mask": self.mask, "labels": self.labels}
+                write_atomically(path, partial(save_overlay, **drawn, quality=JPEG_QUALITY))
             else:
-                drawing = self.overlay() if output == "overlay" else self.side_by_side()
-                write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
+                write_atomically(path, partial(self.side_by_side().save, quality=JPEG_QUALITY))
 
     def save_mask(self, path: str) -> None:
         """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
