@@ -150,7 +150,7 @@ def _as_array(image: Image.Image) -> np.ndarray:
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, 256):
         band = image.crop((0, top, image.width, min(top + 256, image.height)))
-        pixels[top : top + 256] = band
+        pixels[top : top + 256] = np.asarray(band)
     return pixels
 
 

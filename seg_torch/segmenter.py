@@ -141,8 +141,7 @@ class Segmentation:
             elif output == "colour":
                 write_atomically(path, self.colour().save)
             elif output == "overlay":
-                drawn = {"image": self.image, "mask": self.mask, "labels": self.labels}
-                write_atomically(path, partial(save_overlay, **drawn, quality=JPEG_QUALITY))
+                write_atomically(path, self._save_overlay)
             else:
                 write_atomically(path, partial(self.side_by_side().save, quality=JPEG_QUALITY))
 
@@ -153,6 +152,9 @@ class Segmentation:
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
         # zlib's Z_RLE: masks are runs of one value, which take it a third of the usual time.
         mask.save(path, pnginfo=text, compress_type=3)
+
+    def _save_overlay(self, path: str) -> None:
+        save_overlay(path, self.image, self.mask, self.labels, JPEG_QUALITY)
 
     def _save_probabilities(self, path: str) -> None:
         names = np.array(self.labels.names)
