@@ -141,7 +141,18 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     with opened(path) as image:
         pixels = plain_png(image, path) if image.mode == "RGB" else None
-        return np.array(upright_rgb(image)) if pixels is None else pixels
+        return _as_array(upright_rgb(image)) if pixels is None else pixels
+
+
+def _as_array(image: Image.Image) -> np.ndarray:
+    """Returns an RGB image as an array; NumPy would hold a large one twice beside Pillow's own."""
+    if image.width * image.height <= LARGE:
+        return np.array(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, 256):
+        band = image.crop((0, top, image.width, min(top + 256, image.height)))
+        pixels[top : top + 256] = np.asarray(band)
+    return pixels
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:

@@ -33,7 +33,7 @@ from seg_torch.models.network import Network
 from seg_torch.polygons import polygon_features, write_polygons
 from seg_torch.publish import SCORES, upload, write_model
 from seg_torch.transforms import resize_image
-from seg_torch.visualize import legend, overlay, side_by_side
+from seg_torch.visualize import legend, overlay, save_overlay, side_by_side
 
 # What can be saved of one image, and the format it is saved in.
 SUFFIXES = {
@@ -151,9 +151,10 @@ class Segmentation:
                 write_atomically(path, partial(write_polygons, mask=self.mask, labels=self.labels))
             elif output == "colour":
                 write_atomically(path, self.colour().save)
+            elif output == "overlay":
+                write_atomically(path, self._save_overlay)
             else:
-                drawing = self.overlay() if output == "overlay" else self.side_by_side()
-                write_atomically(path, partial(drawing.save, quality=JPEG_QUALITY))
+                write_atomically(path, partial(self.side_by_side().save, quality=JPEG_QUALITY))
 
     def save_mask(self, path: str | BinaryIO) -> None:
         """Writes the mask alone: a PNG of class ids with the palette, and the names as text."""
@@ -162,6 +163,9 @@ class Segmentation:
         text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
         # zlib's Z_RLE: masks are runs of one value, which take it a third of the usual time.
         mask.save(path, "PNG", pnginfo=text, compress_type=3)
+
+    def _save_overlay(self, path: str) -> None:
+        save_overlay(path, self.image, self.mask, self.labels, JPEG_QUALITY)
 
     def _save_probabilities(self, path: str) -> None:
         names = np.array(self.labels.names)

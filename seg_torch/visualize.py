@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 WRONG = Labels(("wrong",), np.array([[255, 0, 0]], dtype=np.uint8))
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 GAP = 4  # pixels between the images of a sheet
+STRIP = 256  # rows that are drawn at once: the whole of a large image would take several copies
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5) -> Image.Image:
@@ -33,16 +35,60 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
         RGB image of W x H pixels.
     """
     page = Image.new("RGB", mask.shape[::-1])
-    for top in range(0, len(mask), 256):  # bands, since the whole would take several copies
-        rows = slice(top, top + 256)
+    for top, strip in _overlay_strips(image, mask, labels, alpha):
+        page.paste(strip, (0, top))
+    return page
+
+
+def save_overlay(
+    path: str, image: np.ndarray, mask: np.ndarray, labels: Labels, quality: int
+) -> None:
+    """Writes the `overlay` as a JPEG file, of which only a strip is in memory.
+
+    Pillow holds four bytes a pixel and writes whole images alone. Where a JPEG file has a restart
+    marker, its code begins anew (ITU-T T.81, section F.1.1.5.3): strips that were encoded by
+    themselves are one file with such markers between them.
+    """
+    with open(path, "wb") as file:
+        for number, (_, strip) in enumerate(_overlay_strips(image, mask, labels)):
+            buffer = BytesIO()
+            # A marker for each 16 rows of 16 pixels, thus none within a strip.
+            strip.save(buffer, "JPEG", quality=quality, restart_marker_rows=STRIP // 16)
+            jpeg = bytearray(buffer.getvalue())
+            frame, code = _find_in_jpeg(jpeg)
+            if number == 0:
+                jpeg[frame + 5 : frame + 7] = len(mask).to_bytes(2, "big")
+                file.write(jpeg[:-2])
+            else:
+                file.write(bytes([0xFF, 0xD0 + (number - 1) % 8]) + jpeg[code:-2])
+        file.write(b"\xff\xd9")
+
+
+def _find_in_jpeg(jpeg: bytes | bytearray) -> tuple[int, int]:
+    """Returns where the frame header of a baseline JPEG begins, and where its code does."""
+    frame, start = 0, 2
+    while True:
+        marker, length = jpeg[start + 1], int.from_bytes(jpeg[start + 2 : start + 4], "big")
+        if marker == 0xC0:
+            frame = start
+        start += 2 + length
+        if marker == 0xDA:
+            return frame, start
+
+
+def _overlay_strips(
+    image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yields the first row of each strip of an overlay, and the strip."""
+    for top in range(0, len(mask), STRIP):
+        rows = slice(top, top + STRIP)
         original = Image.fromarray(image[rows])
         colours = palette_image(mask[rows], labels).convert("RGB")
         blended = Image.blend(original, colours, alpha)
         ignored = mask[rows] == IGNORE_INDEX
         if ignored.any():
             blended.paste(original, mask=Image.fromarray(ignored))
-        page.paste(blended, (0, top))
-    return page
+        yield top, blended
 
 
 def additive_overlay(

@@ -331,3 +331,12 @@ def test_libspng_refuses_what_pillow_refuses_with_pillows_reason(tmp_path, monke
         assert np.array_equal(found, expected)
         refused += isinstance(found, str)
     assert 100 < refused < 300
+
+
+def test_a_large_image_is_read_as_pillow_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("seg_torch.images.LARGE", 1000)
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as expected:
+        assert np.array_equal(read_image(tmp_path / "large.jpg"), np.asarray(expected))
+    assert read_image(tmp_path / "large.jpg").flags.writeable

@@ -3,6 +3,7 @@
 import matplotlib.figure
 import numpy as np
 import pytest
+from PIL import Image
 
 from seg_torch.datasets.camvid32 import CAMVID32_LABELS
 from seg_torch.labels import Labels
@@ -13,6 +14,7 @@ from seg_torch.visualize import (
     sample_sheet,
     save_confusion_matrix,
     save_curves,
+    save_overlay,
     side_by_side,
 )
 
@@ -40,6 +42,18 @@ def test_the_overlay_is_a_weighted_mean_and_leaves_ignored_pixels():
     # 0.8 * 100 + 0.2 * (100, 200, 0) and 0.8 * 100 + 0.2 * 255 = 131
     assert blended[0].tolist() == [[100, 120, 80], [131, 131, 131], [100, 100, 100]]
     assert (blended == blended[0]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (256, 40), (257, 333), (2600, 30)])
+def test_a_saved_overlay_has_the_pixels_of_pillows_jpeg_of_the_whole(tmp_path, size):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (*size, 3), np.uint8)
+    mask = random.choice(np.array([0, 1, 255], np.uint8), size)
+    save_overlay(str(tmp_path / "strips.jpg"), image, mask, LABELS, quality=92)
+    overlay(image, mask, LABELS).save(tmp_path / "whole.jpg", quality=92)
+    with Image.open(tmp_path / "strips.jpg") as found, Image.open(tmp_path / "whole.jpg") as whole:
+        assert found.mode == "RGB"
+        assert np.array_equal(np.asarray(found), np.asarray(whole))
 
 
 def test_the_additive_overlay_is_image_plus_six_tenths_of_the_colours():
