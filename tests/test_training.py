@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_MASK2FORMER, SMALL_UNET
+from forked import Forked
 from lightning import Callback
 from make_data import make_camvid
 from omegaconf import OmegaConf
@@ -163,33 +163,15 @@ DEFAULTS = (
 )
 
 
-def start(*overrides: str, **environment: str) -> subprocess.Popen:
+def start(*overrides: str, **environment: str) -> Forked:
     """Starts train.py as a user does."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *overrides],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a group of its own, to which signals can be sent
-    )
+    return Forked([ROOT / "train.py", *overrides], **environment)
 
 
-def wait_for(process: subprocess.Popen, beginning: str) -> None:
-    """Reads what a process prints up to a line with this beginning."""
-    assert process.stdout is not None
-    read = []
-    for line in process.stdout:
-        read.append(line)
-        if line.startswith(beginning):
-            return
-    raise AssertionError("".join(read))
-
-
-def start_second_epoch(*overrides: str, **environment: str) -> subprocess.Popen:
+def start_second_epoch(*overrides: str, **environment: str) -> Forked:
     """Starts train.py and returns at a random moment after its first epoch."""
     process = start(*overrides, **environment)
-    wait_for(process, "epoch 1")
+    process.wait_for("\nepoch 1")
     time.sleep(random.uniform(0, 1))
     return process
 
@@ -200,14 +182,10 @@ def resume(folder: Path, max_epochs: int | None = None) -> None:
     train(resumed_config(cfg, [f"trainer.max_epochs={max_epochs}"] if max_epochs else []))
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: Forked, code: int = 0) -> str:
     """Waits for the end of a process and returns what it printed that was not read yet."""
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == code, output
+    found, output = process.finish()
+    assert found == code, output
     assert "Traceback" not in output
     return output
 
@@ -263,13 +241,13 @@ def test_d02_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tm
     """Stopped before there is anything to save, started again, and then killed by kill -9."""
     folder = tmp_path / "killed"
     process = start(f"output_dir={folder}", *DEFAULTS)
-    wait_for(process, "output_dir=")
-    process.terminate()
+    process.wait_for("\noutput_dir=")
+    os.kill(process.pid, signal.SIGTERM)
     output = finish(process, 128 + signal.SIGTERM)
     assert output.splitlines()[-1] == "stopped; start it again: nothing is saved yet"
     process = start_second_epoch(f"output_dir={folder}", *DEFAULTS)
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.finish()
     partial = folder / "checkpoints" / f".partial-{'0' * 32}.ckpt"
     partial.write_bytes(b"of a checkpoint that was being written")
     finish(start(f"resume={folder}"))
@@ -288,8 +266,8 @@ def test_d02_ten_random_kills(tmp_path):
         folder = tmp_path / f"killed_{number}"
         process = start(f"output_dir={folder}", *options)
         time.sleep(random.uniform(0.3, 1) * duration)
-        process.kill()
-        process.communicate()
+        os.kill(process.pid, signal.SIGKILL)
+        process.finish()
         if not (folder / "checkpoints/last.ckpt").exists():
             finish(start(f"output_dir={folder}", *options))  # nothing to go on from
         elif not (folder / "test_metrics.json").exists():
@@ -479,7 +457,7 @@ def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path)
     try:
         folder = disk / "run"
         process = start(f"output_dir={folder}", *DEFAULTS)
-        wait_for(process, "epoch 1")
+        process.wait_for("\nepoch 1")
         before = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
         room = 100 << 10
         if mounted:
@@ -622,7 +600,6 @@ def test_a_loss_that_is_no_number_leaves_its_batch_and_the_last_good_checkpoint(
         "+loss.step=4",
         "+callbacks.spy._target_=test_training.Spy",
         f"+callbacks.spy.folder={tmp_path}",
-        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
     )
     output = finish(process, 2)
     assert "the training loss is nan at batch 1 of epoch 2" in output

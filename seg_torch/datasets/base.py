@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -208,11 +209,16 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
         Paths relative to the folder, with `/`, sorted folder by folder.
     """
     files: list[str] = []
-    for directory, _, names in os.walk(folder):
-        below = Path(directory).relative_to(folder).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        files += [prefix + name for name in names if name.lower().endswith(suffixes)]
-    return sorted(files, key=lambda file: file.replace("/", "\0"))
+    folders = [""] if folder.is_dir() else []
+    for below in folders:  # which grows
+        with suppress(OSError), os.scandir(folder / below) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{below}{entry.name}/")
+                elif entry.name.lower().endswith(suffixes) and not entry.is_dir():
+                    files.append(below + entry.name)
+    files.sort(key=lambda file: file.replace("/", "\0"))
+    return files
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, str]:

@@ -68,14 +68,14 @@ def folder(
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
     home, pairs = images.parent, _pair(images, masks, bands)
     if not (home / "classes.txt").exists():
-        mask_files = [mask for _, mask in pairs.values()]
+        mask_files = [f"{masks}/{name}{ending}" for name, (_, ending) in pairs.items()]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
     chosen = split_names(home, list(pairs), split, val_fraction, seed)
-    found = base.Pairs((name, *pairs[name]) for name in chosen)
+    found = _pairs(chosen, pairs, images, masks)
     if split == "train" and extra:  # a copy of all pairs
         found += [pair for place in extra for pair in _extra_pairs(place, labels, bands)]
     return base.SegmentationDataset(found, labels, read_mask, bands)
@@ -86,8 +86,18 @@ def _extra_pairs(root: str | Path, labels: Labels, bands: Bands | None) -> list[
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
-    pairs = _pair(images, masks, bands).items()
-    return [base.Pair(f"{root}/{name}", Path(image), Path(mask)) for name, (image, mask) in pairs]
+    endings = _pair(images, masks, bands)
+    pairs = _pairs(endings, endings, images, masks)
+    return [base.Pair(f"{root}/{name}", image, mask) for name, image, mask in pairs]
+
+
+def _pairs(
+    names: Iterable[str], endings: dict[str, tuple[str, str]], images: Path, masks: Path
+) -> base.Pairs:
+    return base.Pairs(
+        (name, f"{images}/{name}{endings[name][0]}", f"{masks}/{name}{endings[name][1]}")
+        for name in names
+    )
 
 
 def write_folder(
@@ -170,7 +180,7 @@ def split_names(
         return lists[split]
     if "train" in lists or "val" in lists:
         raise InputError(f"{root / split}.txt is missing: give train.txt and val.txt, or neither")
-    rest = sorted(set(names) - set(lists.get("test", [])))
+    rest = sorted(set(names) - set(lists["test"]) if "test" in lists else names)
     if len(rest) < 2 or not 0 < val_fraction < 1:
         raise InputError(
             f"{root}: {len(rest)} pairs cannot be split with val_fraction={val_fraction}; it "
@@ -187,51 +197,55 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         InputError: A list has unknown names.
     """
-    known = set(names)
+    files = [path for split in base.SPLITS if (path := root / f"{split}.txt").exists()]
+    known = set(names) if files else set()
     lists: dict[str, list[str]] = {}
-    for path in [root / f"{split}.txt" for split in base.SPLITS]:
-        if path.exists():
-            lines = base.read_list(path)
-            listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
-            unknown = [name for name in listed if name not in known]
-            base.refuse(unknown, f"names in {path} have no image and mask")
-            lists[path.stem] = listed
+    for path in files:
+        lines = base.read_list(path)
+        listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
+        unknown = [name for name in listed if name not in known]
+        base.refuse(unknown, f"names in {path} have no image and mask")
+        lists[path.stem] = listed
     return lists
 
 
 def _pair(images: Path, masks: Path, bands: Bands | None) -> dict[str, tuple[str, str]]:
-    """Return image and mask by name, sorted; each has to have exactly one partner."""
+    """Return the endings of image and mask by name, sorted; each has exactly one partner.
+
+    The names and their files' paths would take five times the memory of names alone.
+    """
     endings = bands.files if bands else ()
-    by_name: tuple[dict[str, str], dict[str, str]] = {}, {}
+    pairs: dict[str, tuple[str, str]] = {}  # an ending is "" where there is no file
+    same: dict[tuple[str, str], tuple[str, str]] = {}  # one tuple for all pairs with its endings
     problems = []
-    for files, home in zip(by_name, (images, masks), strict=True):
+    for place, home in enumerate((images, masks)):
         ambiguous: dict[str, list[str]] = {}
         first = endings[:1] if home == images else ()
         for file in base.list_files(home, tuple(map(str.lower, first)) or IMAGE_SUFFIXES):
-            name = file[: -len(first[0])] if first else os.path.splitext(file)[0]
-            if os.path.basename(file).startswith("."):
+            cut = -len(first[0]) if first else file.rindex(".") - len(file)
+            name, ending = file[:cut], file[cut:]
+            if file.startswith(".", file.rfind("/") + 1):
                 continue
-            if name in files:
-                ambiguous.setdefault(files[name], []).append(os.path.basename(file))
+            found = pairs.get(name, ("", ""))
+            if found[place]:
+                ambiguous.setdefault(f"{name}{found[place]}", []).append(os.path.basename(file))
             else:
-                files[name] = file
+                both = (ending, "") if place == 0 else (found[0], ending)
+                pairs[name] = same.setdefault(both, both)
         for file, others in ambiguous.items():
             problems.append(f"{home / file}: ambiguous, there is also {', '.join(others)}")
-    image_files, mask_files = by_name
-    if not image_files and not mask_files:
+    if not pairs:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
-    for name in image_files:
-        absent = [ending for ending in endings if not (images / f"{name}{ending}").exists()]
-        problems += [f"{images / name}{ending}: no such file" for ending in absent]
-    for name in image_files.keys() - mask_files.keys():
-        problems.append(f"{images / image_files[name]}: no mask")
-    for name in mask_files.keys() - image_files.keys():
-        problems.append(f"{masks / mask_files[name]}: no image")
+    for name, (image, mask) in pairs.items():
+        if not mask:
+            problems.append(f"{images / name}{image}: no mask")
+        elif not image:
+            problems.append(f"{masks / name}{mask}: no image")
+        if image and endings:
+            absent = [e for e in endings if not (images / f"{name}{e}").exists()]
+            problems += [f"{images / name}{ending}: no such file" for ending in absent]
     base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return {
-        name: (f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}")
-        for name in sorted(image_files)
-    }
+    return {name: pairs[name] for name in sorted(pairs)}
 
 
 def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:
