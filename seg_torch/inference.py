@@ -140,6 +140,7 @@ class Inference:
         out. Only what is still to be faded into the next tiles is kept: the right edge of the last
         tile, and the lower edge of the last row of tiles.
         """
+        hardware.return_memory()  # of reading an image of hundreds of megabytes
         height, width = image.shape[-2:]
         overlap = max(32, tile // 8 // 32 * 32)
         ramp = (torch.arange(overlap, device=self.device) + 0.5) / overlap
@@ -155,8 +156,7 @@ class Inference:
             windows = [image[:, read_top:bottom, start:right] for start, _, right in columns]
             tiles = self._tile_logits(windows)
             for read_left, left, right in columns:
-                # Of reading a large image; of other tiles, since what is kept is soon in pieces.
-                hardware.return_memory()
+                hardware.return_memory()  # of the last tile, which would soon be kept in pieces
                 logits = next(tiles)  # zip would keep them
                 end = right if right == width else right - overlap
                 logits = logits[:, top - read_top :, left - read_left :]
