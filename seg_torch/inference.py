@@ -151,12 +151,13 @@ class Inference:
         room = torch.empty(self.num_classes * overlap * (width + tile), dtype=dtype)
         room = room.to(self.device)
         for read_top, top, bottom in _spans(height, tile, overlap):
+            # What tiles take and free is soon in pieces. Doing this for each takes a seventh longer.
+            hardware.return_memory()
             columns = _spans(width, tile, overlap)
             end_row = bottom if bottom == height else bottom - overlap
             windows = [image[:, read_top:bottom, start:right] for start, _, right in columns]
             tiles = self._tile_logits(windows)
             for read_left, left, right in columns:
-                hardware.return_memory()  # of the last tile, which would soon be kept in pieces
                 logits = next(tiles)  # zip would keep them
                 end = right if right == width else right - overlap
                 logits = logits[:, top - read_top :, left - read_left :]
