@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -38,7 +39,7 @@ class Forked:
         self.process: Any = SERVER.Process(target=_run, args=run)
         with mock.patch.dict(os.environ, environment):  # of the server, which has to find this file
             self.process.start()
-        self.pid = self.process.pid
+        self.pid: int = self.process.pid
 
     def wait_for(self, beginning: str, timeout: float = 120) -> None:
         """Reads what the process prints up to a line with this beginning."""
@@ -78,6 +79,9 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], output:
 def _execute(*arguments: str) -> None:
     if arguments[:2] == ("-m", "torch.distributed.run"):
         torchrun = torch.distributed.run.parse_args(arguments[2:])
+        if torchrun.standalone:
+            torchrun.rdzv_backend, torchrun.rdzv_endpoint = "c10d", "localhost:0"
+            torchrun.rdzv_id = str(uuid.uuid4())
         config = torch.distributed.run.config_from_args(torchrun)[0]
         config.start_method = "fork"
         elastic_launch(config, _execute)(torchrun.training_script, *torchrun.training_script_args)

@@ -1,21 +1,17 @@
 """Several processes equal one: scores, BatchNorm, training, and what they leave behind."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import several_processes
 import torch
+from forked import Forked
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from several_processes import SPLITS, Numbers, batchnorm_step, scored
@@ -30,43 +26,18 @@ from seg_torch.trainer import build_trainer
 ROOT = Path(__file__).parents[1]
 
 
-def environment(folder: Path, **others: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    notes, cache = str(folder / "notes.txt"), str(folder / "cache")
-    own = {"PYTHONPATH": paths, "NOTES": notes, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own, **others}
-
-
-Started = tuple[subprocess.Popen, IO[str]]
-
-
-def finish(*started: Started) -> str:
+def finish(*started: Forked) -> str:
     """Returns what they printed when all have ended well; ends all if one takes too long."""
-    processes = [process for process, _ in started]
     end = time.monotonic() + 240
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.1)
-    late = [process for process in processes if process.poll() is None]
-    for process in late:
-        os.killpg(process.pid, signal.SIGKILL)
-    # Of all, also where one waited for another that had failed.
-    output = "".join(file.read() for _, file in started if file.seek(0) == 0)
-    assert not late, f"{len(late)} of {len(processes)} had to be ended\n{output}"
-    assert all(process.returncode == 0 for process in processes), output
+    results = [process.finish(max(0, end - time.monotonic())) for process in started]
+    output = "".join(output for _, output in results)  # of all, where one waited for another, too
+    assert [code for code, _ in results] == [0] * len(started), output
     return output
 
 
-def start(folder: Path, *command: str | Path, **others: str) -> Started:
-    file = TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment(folder, **others),
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    return process, file
+def start(folder: Path, *command: str | Path) -> Forked:
+    notes, cache = str(folder / "notes.txt"), str(folder / "cache")
+    return Forked(command, folder, NOTES=notes, XDG_CACHE_HOME=cache, OMP_NUM_THREADS="1")
 
 
 def torchrun(count: int) -> list[str]:
@@ -172,7 +143,7 @@ RUN = (
 FOLDER = "output_dir=runs/${now:%H-%M-%S-%f}"
 
 
-def agents(folder: Path, *command: str | Path) -> list[Started]:
+def agents(folder: Path, *command: str | Path) -> list[Forked]:
     """Starts torchrun as on two machines, with a process on each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

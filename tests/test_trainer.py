@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET
+from forked import Forked
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -167,7 +166,7 @@ from seg_torch.cli import main
 from seg_torch.datamodule import SegmentationDataModule
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.task import SegmentationTask
-import seg_torch.trainer
+import seg_torch.commands.train as command
 
 notes = Path(os.environ["NOTES"])
 def note(what, value):
@@ -186,7 +185,7 @@ def run_folder(trainer, cfg):
     own = cfg.output_dir
     note("folder", [own, str(choose(trainer, cfg)), cfg.output_dir])
     return Path(cfg.output_dir)
-choose, seg_torch.trainer.run_folder = seg_torch.trainer.run_folder, run_folder
+choose, command.run_folder = command.run_folder, run_folder
 SegmentationDataModule.pixel_counts = pixel_counts
 CrossEntropyLoss.set_pixel_counts = set_pixel_counts
 def training_step(self, batch, index):
@@ -225,27 +224,11 @@ def on_two_processes(tmp_path: Path, *overrides: str, **environment: str) -> tup
     program.write_text(PROGRAM)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     small = (*SMALL_TRAINER, "trainer.devices=2", *FIVE)
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(program), *small, *overrides],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "NOTES": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, output
+    command = [*torchrun, program, *small, *overrides]
+    process = Forked(command, tmp_path, NOTES=str(tmp_path), OMP_NUM_THREADS="1", **environment)
+    code, output = process.finish(timeout=120)
+    assert code is not None, output
+    return code, output
 
 
 def noted(folder: Path, what: str) -> list:
