@@ -95,7 +95,7 @@ def opened(
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{path}: {error} If you trust the file, raise the limit (max_pixels=N of predict and app)"
+            f"{path}: {error} If you trust it, raise the limit (max_pixels=N of predict and app)"
         ) from None
     except Exception as error:  # a damaged file can make Pillow's readers fail in any way
         reason = str(error) or type(error).__name__
