@@ -151,7 +151,7 @@ class Inference:
         room = torch.empty(self.num_classes * overlap * (width + tile), dtype=dtype)
         room = room.to(self.device)
         for read_top, top, bottom in _spans(height, tile, overlap):
-            # What tiles take and free is soon in pieces. For each tile it takes a seventh longer.
+            # What tiles free is soon in pieces. To do this for each would take a seventh longer.
             hardware.return_memory()
             columns = _spans(width, tile, overlap)
             end_row = bottom if bottom == height else bottom - overlap
