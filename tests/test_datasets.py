@@ -1088,3 +1088,22 @@ def test_a_pair_takes_little_more_memory_than_its_names():
         tracemalloc.stop()
     assert len(pairs) == number
     assert used < 1.5 * (6 + 2 * len(path) + 10)  # an offset of 8 bytes, two separators
+
+
+def test_a_folder_is_listed_in_half_of_the_memory_that_the_paths_would_take(tmp_path):
+    """The paths as strings in a dictionary took 600 bytes for each pair."""
+    number = 4_000
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(number):
+            (tmp_path / kind / f"{i:06d}.png").touch()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    datasets.folder(tmp_path, "val")
+    tracemalloc.start()
+    try:
+        train = datasets.folder(tmp_path, "train")
+        used = tracemalloc.get_traced_memory()[1] / number
+    finally:
+        tracemalloc.stop()
+    assert len(train) == 0.8 * number
+    assert used - len(str(tmp_path)) * 2 * 0.8 < 250, used
