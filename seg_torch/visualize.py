@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.labels import IGNORE_INDEX, Labels, decode_segmap, palette_image
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 WRONG = Labels(("wrong",), np.array([[255, 0, 0]], dtype=np.uint8))
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 GAP = 4  # pixels between the images of a sheet
+JPEG_LIMIT = 65_500  # rows or columns, of libjpeg
 STRIP = 256  # rows that are drawn at once: the whole of a large image would take several copies
 
 
@@ -48,7 +50,16 @@ def save_overlay(
     Pillow holds four bytes a pixel and writes whole images alone. Where a JPEG file has a restart
     marker, its code begins anew (ITU-T T.81, section F.1.1.5.3): strips that were encoded by
     themselves are one file with such markers between them.
+
+    Raises:
+        InputError: The image has more rows or columns than libjpeg takes.
     """
+    if max(mask.shape) > JPEG_LIMIT:
+        height, width = mask.shape
+        raise InputError(
+            f"no JPEG file holds an overlay of {height} x {width} pixels, only {JPEG_LIMIT} a side: "
+            "leave overlay out of save"
+        )
     with open(path, "wb") as file:
         for number, (_, strip) in enumerate(_overlay_strips(image, mask, labels)):
             buffer = BytesIO()

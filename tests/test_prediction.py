@@ -566,6 +566,17 @@ def test_a_file_whose_header_is_wrong_or_unreadable_does_not_stop_its_batch(
     assert len(table(tmp_path / "out")) == 8
 
 
+def test_an_image_of_which_no_overlay_can_be_written_does_not_stop_the_others(
+    run, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("seg_torch.visualize.JPEG_LIMIT", 100)
+    NOISE.resize((101, 40)).save(images / "a_long.png")
+    others = len(list(images.rglob("*.*"))) - 1
+    assert run() == 1
+    assert len(list((tmp_path / "out/overlay").rglob("*.jpg"))) == others
+    assert len(table(tmp_path / "out")) == others
+
+
 def test_d30_a_resumed_run_makes_the_same_batches(run, images, batches, tmp_path):
     run("batch_size=3", "save=[mask,probabilities]")
     out = tmp_path / "out"

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from seg_torch.datasets.camvid32 import CAMVID32_LABELS
+from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.visualize import (
     additive_overlay,
@@ -54,6 +55,13 @@ def test_a_saved_overlay_has_the_pixels_of_pillows_jpeg_of_the_whole(tmp_path, s
     with Image.open(tmp_path / "strips.jpg") as found, Image.open(tmp_path / "whole.jpg") as whole:
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), np.asarray(whole))
+
+
+def test_an_overlay_that_no_jpeg_can_hold_is_refused_and_nothing_is_written(tmp_path):
+    image, mask = np.zeros((65_501, 1, 3), np.uint8), np.zeros((65_501, 1), np.uint8)
+    with pytest.raises(InputError, match="65501 x 1 pixels, only 65500 a side: leave overlay out"):
+        save_overlay(str(tmp_path / "long.jpg"), image, mask, LABELS, quality=92)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_additive_overlay_is_image_plus_six_tenths_of_the_colours():

@@ -361,7 +361,10 @@ def _write(
 ) -> Record:
     """Write the outputs of an image and return its record."""
     start = time.perf_counter()
-    save(image, results)
+    try:
+        save(image, results)
+    except InputError as error:
+        return {"name": image.name, "error": str(error)}
     return {
         "name": image.name,
         "file": _stamp(image.path),
