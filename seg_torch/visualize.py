@@ -57,8 +57,8 @@ def save_overlay(
     if max(mask.shape) > JPEG_LIMIT:
         height, width = mask.shape
         raise InputError(
-            f"no JPEG file holds an overlay of {height} x {width} pixels, only {JPEG_LIMIT} a side: "
-            "leave overlay out of save"
+            f"no JPEG file holds an overlay of {height} x {width} pixels, {JPEG_LIMIT} a side at "
+            "most: leave overlay out of save"
         )
     with open(path, "wb") as file:
         for number, (_, strip) in enumerate(_overlay_strips(image, mask, labels)):

@@ -59,7 +59,7 @@ def test_a_saved_overlay_has_the_pixels_of_pillows_jpeg_of_the_whole(tmp_path, s
 
 def test_an_overlay_that_no_jpeg_can_hold_is_refused_and_nothing_is_written(tmp_path):
     image, mask = np.zeros((65_501, 1, 3), np.uint8), np.zeros((65_501, 1), np.uint8)
-    with pytest.raises(InputError, match="65501 x 1 pixels, only 65500 a side: leave overlay out"):
+    with pytest.raises(InputError, match="65501 x 1 pixels, 65500 a side at most: leave overlay"):
         save_overlay(str(tmp_path / "long.jpg"), image, mask, LABELS, quality=92)
     assert not list(tmp_path.iterdir())
 
