@@ -1361,7 +1361,8 @@ def library_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """The loss of transformers, with its own criterion, of masks of each class."""
     library = copy.deepcopy(model.model)
     library.criterion = library.criterion.criterion
-    library.config.contrastive_temperature = None  # OneFormer's, of texts, which there are none of
+    # OneFormer's loss of texts, which there are none of; its own check would refuse `None`.
+    object.__setattr__(library.config, "contrastive_temperature", None)
     present = [each.unique() for each in target]
     masks = [(t == ids[:, None, None]).float() for t, ids in zip(target, present, strict=True)]
     inputs = {"task_inputs": model.task.expand(len(x), -1)} if hasattr(model, "task") else {}
