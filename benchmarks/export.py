@@ -1,7 +1,7 @@
 """What a network runs at in other runtimes: images per second, and the mean IoU that is left.
 
     python train.py output_dir=runs/demo          # unless make demo has
-    python benchmarks/export.py runs/demo         # takes about three minutes on two cores
+    python benchmarks/export.py runs/demo         # takes five minutes on two cores
 
 The checkpoint is exported to ONNX and to OpenVINO, in float32 and int8. Then each of them, and
 PyTorch in bfloat16 and float32, segments the test images of the checkpoint's data through
@@ -39,7 +39,7 @@ def measure(path: str, run: str, precision: str) -> dict[str, float]:
     """Images per second, and the mean IoU, of a checkpoint or an exported file."""
     hardware.reuse_memory()  # as predict.py does
     settings = checkpoint.read(run)[checkpoint.KEY]["data"]
-    dataset = checkpoint.instantiate(settings, (), checkpoint.DATA).dataset("test")
+    dataset = checkpoint.instantiate(settings, ("seg_torch",), checkpoint.DATA).dataset("test")
     samples = [dataset[i] for i in range(min(len(dataset), 100))]
     segmenter = Segmenter.load(path, device="cpu", precision=precision)
     matrix = ConfusionMatrix(len(segmenter.labels))
