@@ -149,9 +149,9 @@ def _as_array(image: Image.Image) -> np.ndarray:
     if image.width * image.height <= LARGE:
         return np.array(image)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, 256):
-        band = image.crop((0, top, image.width, min(top + 256, image.height)))
-        pixels[top : top + 256] = np.asarray(band)
+    for top in range(0, image.height, 32):
+        band = image.crop((0, top, image.width, min(top + 32, image.height)))
+        pixels[top : top + 32] = np.asarray(band)
     return pixels
 
 
