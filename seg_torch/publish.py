@@ -190,10 +190,8 @@ def _card(
 ) -> Iterator[str]:
     """Yields the lines of README.md."""
     architecture = _last_name(description["model"])
-    channels, size = (
-        len(description["preprocessing"]["mean"]),
-        description["preprocessing"]["resize"],
-    )
+    preprocessing = description["preprocessing"]
+    channels, size = len(preprocessing["mean"]), preprocessing["resize"]
     dataset = _last_name(description["data"].get("dataset", {}))
     shown = {key: scores[key] for key in SHOWN if scores and scores.get(key) is not None}
     results = [

@@ -475,7 +475,8 @@ def test_broken_and_evil_files_are_one_message(tmp_path):
     config, weights = home / "config.json", home / "model.safetensors"
     good, state, content = config.read_text(), load_file(weights), weights.read_bytes()
     about = json.loads(good)["seg_torch"]
-    evil = {**about, "model": {"_target_": "os.system", "command": "touch /tmp/gotcha"}}
+    run = tmp_path / "run"
+    evil = {**about, "model": {"_target_": "os.system", "command": f"touch '{run}'"}}
     nested = {**about, "model": {**about["model"], "part": {"_target_": "os.getcwd"}}}
     reads = {**about, "model": {**about["model"], "key": "${oc.env:HOME}"}}
     for text, part in (
@@ -492,6 +493,7 @@ def test_broken_and_evil_files_are_one_message(tmp_path):
         config.write_text(text)
         with pytest.raises(InputError, match=re.escape(part)):
             load(home)
+    assert not run.exists()
     config.write_text(good)
     with pytest.raises(InputError, match=rf"wants to run {__name__}"):
         Segmenter.load(home)  # without trust
