@@ -250,9 +250,9 @@ class Segmenter:
         segmenter = cls(network, labels, resize, device, bands=bands, **settings)
         if not isinstance(network, ExportedNetwork):
             segmenter.description = description
-        folder = (
-            Path(path).absolute().parent.parent if Path(path).name == "best.ckpt" else Path(path)
-        )
+        folder = Path(path).absolute()
+        if folder.parts[-2:] == ("checkpoints", "best.ckpt"):
+            folder = folder.parents[1]
         segmenter.scores = folder / SCORES if (folder / SCORES).is_file() else None
         return segmenter
 

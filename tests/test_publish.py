@@ -321,6 +321,13 @@ def test_the_card_has_what_the_hub_shows(run_folder, tmp_path):
     head, _ = card((tmp_path / "last/README.md").read_text())
     assert head.keys().isdisjoint({"model-index", "license"})
     assert not (tmp_path / "last/test_metrics.json").exists()
+    # A copy of the best one elsewhere does not take scores that happen to lie above it.
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copy(run_folder / "checkpoints/best.ckpt", copies)
+    (tmp_path / "test_metrics.json").write_text(json.dumps(scores))
+    assert load(copies / "best.ckpt").scores is None
+    assert load(run_folder / "checkpoints/best.ckpt").scores == run_folder / "test_metrics.json"
 
 
 def test_an_image_is_published_only_where_it_is_given(tmp_path):
