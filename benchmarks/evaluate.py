@@ -28,7 +28,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
-from seg_torch import Labels, checkpoint
+from seg_torch import Labels, checkpoint, hardware
 from seg_torch.cli import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
@@ -113,6 +113,7 @@ class Clock(Callback):
 
 def validation(root: Path) -> None:
     """The share of a validation's time that the network alone does not need."""
+    hardware.reuse_memory()  # as train.py does
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         settings = ["data=camvid", f"data.root={root}", "trainer.accelerator=cpu"]
         cfg = hydra.compose("train", settings)
@@ -122,15 +123,17 @@ def validation(root: Path) -> None:
     inference = Inference(network, len(data.labels), precision=str(trainer.precision))
     task = SegmentationTask(network, data.labels, inference, CrossEntropyLoss())
     bare = []
-    for _ in range(ROUNDS):  # in turn, since the speed of a machine drifts
-        trainer.validate(task, datamodule=data, verbose=False)
-        batches = [images for groups in data.val_dataloader() for images, _, _ in groups]
+    data.trainer = trainer
+    loader = data.val_dataloader()  # one for all, as in training, whose workers stay
+    images = [image for groups in loader for images, _, _ in groups for image in images.split(1)]
+    for _ in range(ROUNDS + 1):  # in turn, since the speed of a machine drifts
+        trainer.validate(task, loader, verbose=False)
         start = time.perf_counter()
         with torch.no_grad(), inference.autocast():
-            for images in batches:
-                network(images)
+            for image in images:
+                network(image)
         bare.append(time.perf_counter() - start)
-    shares = [1 - b / whole for b, whole in zip(bare, clock.seconds, strict=True)]
+    shares = [1 - b / whole for b, whole in zip(bare, clock.seconds, strict=True)][1:]
     print(
         f"validation of {len(data.dataset('val'))} images: {np.median(clock.seconds):.2f} s, the "
         f"network alone {np.median(bare):.2f} s: {100 * np.median(shares):.1f} % outside the "

@@ -42,7 +42,7 @@ from seg_torch.datasets.cache import (
 )
 from seg_torch.datasets.check import Check, Problem, cache_folder, check, fingerprint
 from seg_torch.errors import InputError, check_choice
-from seg_torch.hardware import available_cpus, reuse_memory
+from seg_torch.hardware import available_cpus, reuse_memory, total_memory
 from seg_torch.labels import Labels
 from seg_torch.transforms import resize_image, resize_mask
 
@@ -61,16 +61,17 @@ class SegmentationDataModule(LightningDataModule):
             the samples of `train`, `val` and `test`; see `seg_torch.datasets`.
         root: The dataset's folder.
         batch_size: Training images per device and step.
-        eval_batch_size: Images per device that are evaluated together; by default 4 on a CUDA
-            device, else 1.
+        eval_batch_size: Images per device that are evaluated together, by default 4; on a CPU they
+            still go through the network one by one, which is as fast.
         num_workers: Processes that prepare batches; by default as many as there are CPUs for each
-            device, at most 8, but none for training on the CPU with `cache`.
+            device, at most 8, but none for images that are kept where the network runs on the CPU.
         resize: (height, width) at which the network sees every image; `None` for its own size.
         augment: Transform of the training samples, see `seg_torch.transforms.augment`.
         cache: Where the decoded and resized samples are kept, once per machine: "none", "ram", or
             "disk" for a file in `~/.cache/seg_torch/samples` (or below `XDG_CACHE_HOME`), which
             later runs use, too, for as long as the names, sizes and times of all files stay the
-            same. `False` and `True` mean "none" and "ram".
+            same. `False` and `True` mean "none" and "ram". Where one process trains on the CPU,
+            "none" keeps the validation images, unless they take a 16th of the memory.
         check: Whether `check_files` does anything.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
@@ -116,7 +117,7 @@ class SegmentationDataModule(LightningDataModule):
         self.download = download
         self.dataset_name = name
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size = eval_batch_size or 4
         self.num_workers = num_workers
         self.resize = resize
         self.augment = augment
@@ -270,11 +271,13 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
-        dataset = self._augmented(self._samples("train", resize_labels=True))
+        samples = self._samples("train", resize_labels=True)
         sampler = EpochSampler(
-            len(dataset), self.batch_size, self.seed, *self._rank_and_world(), *self._position
+            len(samples), self.batch_size, self.seed, *self._rank_and_world(), *self._position
         )
-        return self._loader(dataset, batch_sampler=sampler, collate_fn=stack)
+        return self._loader(
+            self._augmented(samples), samples, batch_sampler=sampler, collate_fn=stack
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -301,7 +304,7 @@ class SegmentationDataModule(LightningDataModule):
         world = self._rank_and_world()[1]
         samples = _Samples(self.dataset(split), self.resize, resize_labels=split == "train")
         if split != "train":
-            indices = self._evaluation_batches(len(samples), rank, world)[batch]
+            indices = evaluation_batches(len(samples), self.eval_batch_size, rank, world)[batch]
             return indices, [samples[index] for index in indices]
         dataset = self._augmented(samples)
         sampler = EpochSampler(len(samples), self.batch_size, self.seed, rank, world, epoch)
@@ -312,18 +315,17 @@ class SegmentationDataModule(LightningDataModule):
         return _TrainingSamples(samples, self.augment, self.seed)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        dataset = _NumberedSamples(self._samples(split, resize_labels=False))
-        batches = self._evaluation_batches(len(dataset), *self._rank_and_world())
-        return self._loader(dataset, batch_sampler=batches, collate_fn=group_by_size)
-
-    def _evaluation_batches(self, length: int, rank: int, world: int) -> list[list[int]]:
-        size = self.eval_batch_size or (4 if self._device == "cuda" else 1)
-        return evaluation_batches(length, size, rank, world)
+        samples = self._samples(split, resize_labels=False)
+        batches = evaluation_batches(len(samples), self.eval_batch_size, *self._rank_and_world())
+        return self._loader(
+            _NumberedSamples(samples), samples, batch_sampler=batches, collate_fn=group_by_size
+        )
 
     def _samples(self, split: str, resize_labels: bool) -> _Samples | CachedSamples:
         samples = _Samples(self.dataset(split), self.resize, resize_labels)
         if self.cache == "none":
-            return samples
+            keep = split == "val" and self._has_room_for(samples)
+            return samples_in_memory(samples) if keep else samples
         if self.cache == "disk":
             return self._samples_on_disk(samples)
         if self.trainer is None or self.trainer.num_devices == 1:
@@ -342,6 +344,13 @@ class SegmentationDataModule(LightningDataModule):
             path.unlink()  # the memory stays mapped, and whatever ends the run frees it
         return cached
 
+    def _has_room_for(self, samples: _Samples) -> bool:
+        """Whether validation images are kept: each is decoded by cores that the network needs."""
+        if self.trainer is None or self.trainer.world_size > 1 or self._device != "cpu":
+            return False
+        taken = sum(part.nbytes for part in samples[0]) * len(samples)
+        return taken < total_memory(torch.device("cpu")) / 16
+
     def _samples_on_disk(self, samples: _Samples) -> CachedSamples:
         """Returns the samples from a folder named after the files that they were decoded from."""
         files = fingerprint(samples.dataset)
@@ -354,9 +363,11 @@ class SegmentationDataModule(LightningDataModule):
             log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
         return samples_on_disk(samples, folder)
 
-    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+    def _loader(
+        self, dataset: Dataset, samples: _Samples | CachedSamples, **arguments: Any
+    ) -> DataLoader:
         workers = self.num_workers
-        if workers is None and self.cache != "none" and self._device == "cpu":
+        if workers is None and isinstance(samples, CachedSamples) and self._device == "cpu":
             workers = 0  # there is nothing to wait for, and the network needs the CPUs
         elif workers is None:
             on_this_node = self.trainer.num_devices if self.trainer is not None else 1

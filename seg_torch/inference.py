@@ -127,7 +127,7 @@ class Inference:
             for index, image in enumerate(images):
                 yield from self._tiled(index, image, tile)
             return
-        together = max(1, self._fitting(height, width))
+        together = self.batch_size(height, width)
         for start in range(0, len(images), together):
             logits = self._logits(images[start : start + together])
             for index, rows, values in upsampled_bands(logits, size):

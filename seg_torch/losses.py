@@ -8,11 +8,12 @@ whatever type the model ran in. None of them makes the CPU wait for a GPU.
 import logging
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX
@@ -165,9 +166,12 @@ class CrossEntropyLoss(SegmentationLoss):
         valid = target != IGNORE_INDEX
         ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
         with torch.autocast(logits.device.type, enabled=False):
-            pixel_loss = self.pixel_loss(_in_float32(logits, valid), target, ids)
+            logits = _pixels(logits, valid)
+            shape = logits[:, 0].shape
+            pixel_loss = self.pixel_loss(logits, target.view(shape), ids.view(shape))
             if self.per_image:
-                pixel_loss = pixel_loss * _weights_by_image(ids, valid, num_classes)
+                weights = _weights_by_image(ids, valid, num_classes)
+                pixel_loss = pixel_loss * weights.view(shape)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum(), divisor
 
@@ -175,12 +179,12 @@ class CrossEntropyLoss(SegmentationLoss):
         """Computes the loss of each pixel with its class weight.
 
         Args:
-            logits: float32 [N, C, H, W].
-            target: int64 [N, H, W].
+            logits: float32 [n, C, p].
+            target: int64 [n, p].
             ids: `target`, with class ids in place of `IGNORE_INDEX`.
 
         Returns:
-            float32 [N, H, W], 0 at ignored pixels.
+            float32 [n, p], 0 at ignored pixels.
         """
         # reduction="none" is the one that CUDA computes deterministically.
         return F.cross_entropy(
@@ -266,7 +270,8 @@ class OhemCrossEntropyLoss(nn.Module):
         target = target.long()
         valid = target != IGNORE_INDEX
         with torch.autocast(logits.device.type, enabled=False):
-            logits = _in_float32(logits, valid)
+            logits = _pixels(logits, valid)
+            target, valid = target.view_as(logits[:, 0]), valid.view_as(logits[:, 0])
             loss = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
             with torch.no_grad():
                 hardest = torch.where(valid, loss, -1).flatten().sort(descending=True).values
@@ -334,21 +339,16 @@ class DiceLoss(SegmentationLoss):
     def sums(self, logits: Tensor, target: Tensor) -> Sums:
         """Adds up where the two agree, the probabilities and the labels, each [C]; or weighted."""
         _check(logits, target)
+        valid = target != IGNORE_INDEX
+        ids = target.long().masked_fill(~valid, 0)
         with torch.autocast(logits.device.type, enabled=False):
-            valid = (target != IGNORE_INDEX).unsqueeze(1)
-            probabilities = _in_float32(logits, valid[:, 0]).softmax(dim=1)
-            class_ids = torch.arange(logits.shape[1], device=target.device).view(1, -1, 1, 1)
-            # Booleans of one byte and torch.where: no one-hot of floats, and unlike gather,
-            # deterministic on CUDA.
-            is_class = (target.long().unsqueeze(1) == class_ids) & valid
-            if self.per_image:
-                ids = target.long().masked_fill(~valid[:, 0], 0)
-                weights = _weights_by_image(ids, valid[:, 0], logits.shape[1]) * valid[:, 0]
-                right = torch.where(is_class, probabilities, 0).sum(1)
-                return (weights * right).sum(), weights.sum()
-            intersection = torch.where(is_class, probabilities, 0).sum((0, 2, 3))
-            predicted = torch.where(valid, probabilities, 0).sum((0, 2, 3))
-            return intersection, predicted, is_class.sum((0, 2, 3))
+            logits = _pixels(logits, valid)
+            shape = logits[:, 0].shape
+            if not self.per_image:
+                return _DiceSums.apply(logits, ids.view(shape), valid.view(shape))
+            weights = _weights_by_image(ids, valid, logits.shape[1]) * valid
+            loss = F.cross_entropy(logits, ids.view(shape), reduction="none")  # -log p
+            return (weights.view(shape) * torch.exp(-loss)).sum(), weights.sum()
 
     def from_sums(self, sums: Sums) -> Tensor:
         """Computes the loss, in [0, 1]."""
@@ -361,6 +361,44 @@ class DiceLoss(SegmentationLoss):
         intersection, predicted, labelled = sums
         dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
         return _mean_over_present(1 - dice, labelled)
+
+
+class _DiceSums(torch.autograd.Function):
+    """sum(p_c t_c), sum(p_c) and sum(t_c), each [C], over valid pixels, from float32 [n, C, p].
+
+    Of the three, only the probabilities are kept for backward, and no one-hot labels are made: on a
+    CPU that takes a fraction of the time of what autograd would do.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, ids: Tensor, valid: Tensor) -> Sums:
+        num_classes = logits.shape[1]
+        probabilities = logits.softmax(1).masked_fill_(~valid.unsqueeze(1), 0)
+        right = probabilities.gather(1, ids.unsqueeze(1))
+        if logits.device.type == "cpu":
+            flat = ids.flatten()
+            intersection = torch.bincount(flat, right.flatten().double(), num_classes).float()
+            labelled = torch.bincount(flat, valid.flatten().double(), num_classes).long()
+        else:  # where adding up by class would depend on the order
+            classes = torch.arange(num_classes, device=ids.device).view(1, -1, 1)
+            is_class = (ids.unsqueeze(1) == classes) & valid.unsqueeze(1)
+            intersection = torch.where(is_class, probabilities, 0).sum((0, 2))
+            labelled = is_class.sum((0, 2))
+        context.save_for_backward(probabilities, ids)
+        context.mark_non_differentiable(labelled)
+        return intersection, probabilities.sum((0, 2)), labelled
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of a softmax p is p (g - sum(p g)), where g is that of the loss by p."""
+        probabilities, ids = context.saved_tensors
+        of_right, of_predicted, _ = gradients
+        right = probabilities.gather(1, ids.unsqueeze(1)) * of_right[ids].unsqueeze(1)
+        gradient = probabilities * of_predicted.view(1, -1, 1)
+        mean = gradient.sum(1, keepdim=True) + right
+        gradient.addcmul_(probabilities, mean, value=-1)
+        return gradient.scatter_add_(1, ids.unsqueeze(1), right), None, None
 
 
 class TverskyLoss(DiceLoss):
@@ -416,7 +454,8 @@ class LovaszSoftmaxLoss(nn.Module):
         valid = target != IGNORE_INDEX
         losses, pixels = [], []
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = _in_float32(logits, valid).softmax(dim=1)
+            probabilities = _pixels(logits, valid).softmax(dim=1)
+            target, valid = target.view_as(probabilities[:, 0]), valid.view_as(probabilities[:, 0])
             for class_id in range(logits.shape[1]):  # class by class: a C-th of the memory
                 is_class = target == class_id
                 errors = (is_class.float() - probabilities[:, class_id]).abs()
@@ -432,11 +471,11 @@ def _jaccard_losses(errors: Tensor, is_class: Tensor) -> Tensor:
     These are the differences of algorithm 1, but without subtracting numbers that are almost equal.
 
     Args:
-        errors: float32 [N, H, W], 0 at ignored pixels: they come last, where nothing counts.
-        is_class: bool [N, H, W], the pixels of the class.
+        errors: float32 [...], 0 at ignored pixels: they come last, where nothing counts.
+        is_class: bool [...], the pixels of the class.
 
     Returns:
-        float32 [N, H, W].
+        float32 [...].
     """
     if errors.device.type == "cpu" and not is_class.any():
         return torch.zeros_like(errors)  # will not count; a GPU would have to be waited for
@@ -475,7 +514,7 @@ class BoundaryLoss(SegmentationLoss):
         num_classes = logits.shape[1]
         valid = target != IGNORE_INDEX
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = _in_float32(logits, valid).softmax(dim=1)
+            probabilities = _pixels(logits.contiguous(), valid).softmax(dim=1).view(logits.shape)
             distances = torch.stack([_signed_distances(ids, num_classes) for ids in target])
             total = torch.where(valid.unsqueeze(1), probabilities * distances, 0).sum()
             return total, valid.sum() * num_classes
@@ -596,18 +635,26 @@ def _mean_over_present(values: Tensor, pixels: Tensor) -> Tensor:
     return torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
 
 
-def _in_float32(logits: Tensor, valid: Tensor) -> Tensor:
+def _pixels(logits: Tensor, valid: Tensor) -> Tensor:
     """Returns float32 logits; those of float16, which overflow, without the ignored pixels.
 
     The softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
 
+    Where a pixel's logits lie side by side (channels_last), a CPU compares classes for one pixel at
+    a time, or copies all of them across its cache. Row by row it takes half the time.
+
     Args:
         logits: Float [N, C, H, W].
         valid: bool [N, H, W].
+
+    Returns:
+        [n, C, p], the pixels in the order of [N, H, W]: n is N, or N * H.
     """
     if logits.dtype == torch.float16:
         logits = logits.masked_fill(~valid.unsqueeze(1), 0)
-    return logits.float()
+    if logits.device.type == "cpu" and not logits.is_contiguous():
+        return logits.movedim(1, 2).contiguous().float().flatten(0, 1)
+    return logits.float().flatten(2)
 
 
 def _over_processes(sums: Sums) -> Sums:

@@ -27,6 +27,7 @@ from seg_torch.datamodule import (
 )
 from seg_torch.datasets import base, folder, shapes, write_folder
 from seg_torch.errors import InputError
+from seg_torch.labels import Labels
 from seg_torch.files import PARTIAL
 from seg_torch.transforms import augment
 
@@ -76,6 +77,42 @@ def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
 def test_the_seed_of_a_run_is_that_of_its_data(compose):
     for data in ("data=shapes", "data=voc"):
         assert instantiate(compose("train", "seed=3", data).data).seed == 3
+
+
+def test_validation_images_are_decoded_once_where_the_network_needs_the_cpu(monkeypatch):
+    """Unless they are many, or each process has its own share."""
+    read = []
+
+    class Counted:
+        labels = Labels(("a", "b"))
+
+        def __init__(self, split):
+            pass
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            read.append(index)
+            pixels = torch.full((3, 32, 32), index, dtype=torch.uint8)
+            return tv_tensors.Image(pixels), tv_tensors.Mask(pixels[0] % 2)
+
+    def loader(memory=1 << 30, **stub):
+        monkeypatch.setattr("seg_torch.datamodule.total_memory", lambda device: memory)
+        module = SegmentationDataModule(Counted, batch_size=2)
+        module.trainer = trainer_stub(**stub)
+        return module.val_dataloader()
+
+    kept = loader()
+    assert kept.num_workers == 0
+    for _ in range(2):
+        batches = [group for groups in kept for group in groups]
+        assert [numbers for *_, numbers in batches] == [[0, 1, 2, 3], [4]]
+        assert [image.amax().item() for images, *_ in batches for image in images] == [*range(5)]
+        assert sorted(read) == [0, *range(5)]  # the first one also for its size
+    taken = 5 * 4 * 32 * 32
+    for others in ({"memory": 16 * taken}, {"num_devices": 2}, {"device": "cuda"}):
+        assert loader(**others).num_workers > 0
 
 
 def test_cached_samples_take_no_workers_from_a_network_on_the_cpu():
@@ -189,14 +226,13 @@ def test_d11_a_bad_label_is_refused_by_the_worker_that_reads_it():
             list(loader)
 
 
-@pytest.mark.parametrize(("device", "size"), [("cpu", 1), ("cuda", 4)])
-def test_d23_evaluation_has_a_batch_size_of_its_own(device, size):
+def test_d23_evaluation_has_a_batch_size_of_its_own():
     def first_batch(**arguments):
         module = SegmentationDataModule(small_shapes, batch_size=8, num_workers=0, **arguments)
-        module.trainer = trainer_stub(device=device)
+        module.trainer = trainer_stub()
         return next(iter(module.val_dataloader().batch_sampler))
 
-    assert len(first_batch()) == size
+    assert len(first_batch()) == 4
     assert len(first_batch(eval_batch_size=3)) == 3
     with pytest.raises(InputError, match=r"data\.eval_batch_size=-1"):
         first_batch(eval_batch_size=-1)
@@ -354,7 +390,9 @@ def fit(folder: Path | None = None, resume: Path | None = None) -> list[tuple[in
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    data = SegmentationDataModule(Numbered, batch_size=2, num_workers=2, seed=3)
+    data = SegmentationDataModule(
+        Numbered, batch_size=2, eval_batch_size=1, num_workers=2, seed=3
+    )
     trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=True)
     return recorder.seen
 

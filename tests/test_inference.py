@@ -335,9 +335,16 @@ def test_images_go_through_in_tiles_where_memory_asks_for_them(landscape, monkey
 
 def test_as_many_images_go_through_together_as_memory_holds(landscape, monkeypatch):
     """100 x 100 pixels take 10 MB, of 10 and of 30 for the whole of the images."""
-    images = landscape[None, :, :100, :100].repeat(5, 1, 1, 1)
-    for memory, expected in ((45, [1] * 5), (90, [2, 2, 1]), (400, [5])):
+    engine = Inference(plain(Pointwise()), 5, precision="32-true")
+    for memory, expected in ((10, 1), (45, 1), (90, 2), (400, 9), (4000, 16)):
         monkeypatch.setattr(hardware, "total_memory", lambda device, m=memory: m * 1000**2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Inference, "device", torch.device("cuda"))
+            assert engine.batch_size(100, 100) == expected
+        assert engine.batch_size(100, 100) == 1
+    images = landscape[None, :, :100, :100].repeat(5, 1, 1, 1)
+    for together, expected in ((1, [1] * 5), (2, [2, 2, 1])):
+        monkeypatch.setattr(Inference, "batch_size", lambda *_, n=together: n)
         watched = Watched(Pointwise())
         assembled(Inference(plain(watched), 5), images)
         assert [shape[0] for shape in watched.seen] == expected

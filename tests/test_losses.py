@@ -144,6 +144,16 @@ def test_autocast_does_not_change_the_loss(loss, batch):
     assert torch.equal(under_autocast, loss(*batch))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_format_changes_no_loss_and_no_gradient(loss, batch, dtype):
+    logits, target = batch
+    logits = logits.to(dtype)
+    side_by_side = logits.contiguous(memory_format=torch.channels_last)
+    value, gradient = value_and_gradient(loss, logits, target)
+    assert gradient.any()
+    torch.testing.assert_close(value_and_gradient(loss, side_by_side, target), (value, gradient))
+
+
 def test_uint8_and_int64_targets_agree(loss, batch):
     logits, target = batch
     assert torch.equal(loss(logits, target), loss(logits, target.long()))
