@@ -27,8 +27,8 @@ from seg_torch.datamodule import (
 )
 from seg_torch.datasets import base, folder, shapes, write_folder
 from seg_torch.errors import InputError
-from seg_torch.labels import Labels
 from seg_torch.files import PARTIAL
+from seg_torch.labels import Labels
 from seg_torch.transforms import augment
 
 
@@ -390,9 +390,7 @@ def fit(folder: Path | None = None, resume: Path | None = None) -> list[tuple[in
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    data = SegmentationDataModule(
-        Numbered, batch_size=2, eval_batch_size=1, num_workers=2, seed=3
-    )
+    data = SegmentationDataModule(Numbered, batch_size=2, eval_batch_size=1, num_workers=2, seed=3)
     trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=True)
     return recorder.seen
 
