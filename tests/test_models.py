@@ -6,9 +6,11 @@ import math
 import os
 import re
 import sys
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -577,6 +579,25 @@ def test_deeplabv3_takes_the_imagenet_weights_of_its_backbone(tmp_path):
     model = deeplabv3(NUM_CLASSES, "mobilenet_v3_large", "imagenet")
     expected = published.features.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_published_weights_are_downloaded_by_one_of_the_processes_that_need_them(
+    tmp_path, monkeypatch
+):
+    torch_cache(tmp_path)
+    state_dict = torchvision.models.mobilenet_v3_large().state_dict()
+    downloads = []
+
+    def download(url, path, *_, **__):
+        downloads.append(url)
+        time.sleep(0.5)
+        torch.save(state_dict, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor(3) as pool:
+        built = [pool.submit(deeplabv3, 2, "mobilenet_v3_large", "imagenet") for _ in range(3)]
+        assert all(each.result() for each in built)
+    assert len(downloads) == 1
 
 
 def test_imagenet_weights_that_cannot_be_downloaded_are_one_message():

@@ -8,6 +8,7 @@ import re
 import textwrap
 import zipfile
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,6 +16,7 @@ import huggingface_hub
 import safetensors.torch
 import timm
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -191,19 +193,26 @@ def load_torchvision_weights(
         load_matching_weights(model, read_state_dict(weights), str(weights), new_layers)
         return
     url = published[str(weights)].url
+    folder = Path(torch.hub.get_dir(), "checkpoints")
     try:
-        state_dict = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
+        with _alone_in(folder) if not (folder / Path(url).name).exists() else nullcontext():
+            state_dict = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
     except Exception as error:  # no network, or whatever torch.load makes of a broken file
         raise InputError(
-            f"cannot load {url} ({error}); download it by other means and put it into "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'} under the same name, or start from "
-            "random weights with model.weights=null"
+            f"cannot load {url} ({error}); download it by other means and put it into {folder} "
+            "under the same name, or start from random weights with model.weights=null"
         ) from error
     # A backbone is the features of torchvision's classifier of that name.
     state_dict = {name.removeprefix("features."): v for name, v in state_dict.items()}
     load_matching_weights(model, state_dict, str(weights), new_layers)
+
+
+def _alone_in(folder: Path) -> FileLock:
+    """Lets one of the processes of a run download, which the others then need not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "seg_torch.lock")
 
 
 def download_from_hugging_face(
