@@ -376,9 +376,9 @@ class _DiceSums(torch.autograd.Function):
         probabilities = logits.softmax(1).masked_fill_(~valid.unsqueeze(1), 0)
         right = probabilities.gather(1, ids.unsqueeze(1))
         if logits.device.type == "cpu":
-            flat = ids.flatten()
-            intersection = torch.bincount(flat, right.flatten().double(), num_classes).float()
-            labelled = torch.bincount(flat, valid.flatten().double(), num_classes).long()
+            flat, sums = ids.flatten(), right.new_zeros(num_classes, dtype=torch.float64)
+            intersection = sums.scatter_add(0, flat, right.flatten().double()).float()
+            labelled = sums.long().scatter_add_(0, flat, valid.flatten().long())
         else:  # where adding up by class would depend on the order
             classes = torch.arange(num_classes, device=ids.device).view(1, -1, 1)
             is_class = (ids.unsqueeze(1) == classes) & valid.unsqueeze(1)

@@ -308,7 +308,8 @@ def test_two_processes_name_the_batch_and_the_process_whose_loss_is_no_number(tm
 
 
 def test_two_processes_stop_together_during_a_validation_of_unequal_shares(tmp_path):
-    code, output = on_two_processes(tmp_path, "output_dir=a", "data.dataset.val=23", STOP="1")
+    options = ("output_dir=a", "data.dataset.val=23", "data.eval_batch_size=1")
+    code, output = on_two_processes(tmp_path, *options, STOP="1")
     assert code != 0
     assert "stopped in epoch 1; go on with resume=a" in output
     assert {code for codes in noted(tmp_path, "exit") for code in codes} == {128 + signal.SIGTERM}

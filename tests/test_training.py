@@ -664,7 +664,8 @@ VALIDATION_STEP = SegmentationTask.validation_step
 @pytest.mark.promise(28)
 def test_d03_an_epoch_without_numbers_ends_the_run_and_is_never_best(small, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    train(small("train", "scheduler=none", "optimizer=sgd", "trainer.max_epochs=3"))
+    settings = ("scheduler=none", "optimizer=sgd", "trainer.max_epochs=3")
+    train(small("train", *settings, "data.eval_batch_size=1"))
     (folder / "test_metrics.json").unlink()
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     state["optimizer_states"][0]["param_groups"][0]["lr"] = 1e30
