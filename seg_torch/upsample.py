@@ -16,8 +16,8 @@ from seg_torch.losses import SegmentationLoss, Sums, WeightedSum
 # What a loss takes of memory for each logit at label size, with its gradient.
 LOSS_BYTES = 20
 
-# Numbers of logits: of a few rows on a CPU, which has little to do beside; many keep a GPU busy.
-CPU_BAND = 1 << 22
+# Numbers of logits: of a few rows, which stay in a CPU's cache; many keep a GPU busy.
+CPU_BAND = 1 << 20
 GPU_BAND = 1 << 26
 
 # Logits of one image at label size that are made at once to be decided: a quarter of a gigabyte.

@@ -72,6 +72,17 @@ def test_training_comparisons_run(benchmarks, tmp_path, monkeypatch):
             assert case.name
 
 
+@pytest.mark.parametrize("name", ["palette", "scores", "dice", "tiles"])
+def test_the_other_comparisons_run(benchmarks, tmp_path, monkeypatch, name):
+    pytest.importorskip("monai")
+    run = benchmarks("run")
+    monkeypatch.setattr(run, "TILED", (700, 600))
+    case = run.COMPARISONS[name](tmp_path, "cpu")
+    monkeypatch.setattr(benchmarks("comparison"), "seconds_of", lambda step: step() is None or 1.0)
+    for way in ("ours", *case.peers, *case.also):
+        assert math.isfinite(case.measure(way, "cpu")["seconds"])
+
+
 def test_scaling_draws_what_it_measures(benchmarks, tmp_path):
     scaling = benchmarks("scaling")
     costs = {amount: scaling.files(amount) for amount in (10, 20)}

@@ -165,7 +165,11 @@ def test_nothing_in_a_run_waits_for_the_device_in_a_step(small, device, monkeypa
     )  # in the place of one that does nothing in training
     settings = ("data.dataset.train=20", "trainer.max_epochs=1", "logger=none", "loss=ce_dice")
     gpu = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=auto")
-    train(small("train", *settings, *(gpu if device == "cuda" else ())))
+    try:
+        train(small("train", *settings, *(gpu if device == "cuda" else ())))
+    finally:
+        if callback.context is not None:  # or all tests after this one would fail, too
+            callback.context.__exit__(None, None, None)
     assert callback.steps == 3
 
 
