@@ -124,7 +124,7 @@ def validation(root: Path) -> None:
     task = SegmentationTask(network, data.labels, inference, CrossEntropyLoss())
     bare = []
     data.trainer = trainer
-    loader = data.val_dataloader()  # one for all, as in training, whose workers stay
+    loader = data.val_dataloader()  # one for all, as in training
     images = [image for groups in loader for images, _, _ in groups for image in images.split(1)]
     for _ in range(ROUNDS + 1):  # in turn, since the speed of a machine drifts
         trainer.validate(task, loader, verbose=False)

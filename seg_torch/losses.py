@@ -168,10 +168,10 @@ class CrossEntropyLoss(SegmentationLoss):
         with torch.autocast(logits.device.type, enabled=False):
             logits = _pixels(logits, valid)
             shape = logits[:, 0].shape
-            pixel_loss = self.pixel_loss(logits, target.view(shape), ids.view(shape))
+            pixel_loss = self.pixel_loss(logits, target.reshape(shape), ids.reshape(shape))
             if self.per_image:
                 weights = _weights_by_image(ids, valid, num_classes)
-                pixel_loss = pixel_loss * weights.view(shape)
+                pixel_loss = pixel_loss * weights.reshape(shape)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum(), divisor
 
@@ -271,7 +271,8 @@ class OhemCrossEntropyLoss(nn.Module):
         valid = target != IGNORE_INDEX
         with torch.autocast(logits.device.type, enabled=False):
             logits = _pixels(logits, valid)
-            target, valid = target.view_as(logits[:, 0]), valid.view_as(logits[:, 0])
+            shape = logits[:, 0].shape
+            target, valid = target.reshape(shape), valid.reshape(shape)
             loss = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
             with torch.no_grad():
                 hardest = torch.where(valid, loss, -1).flatten().sort(descending=True).values
@@ -345,10 +346,10 @@ class DiceLoss(SegmentationLoss):
             logits = _pixels(logits, valid)
             shape = logits[:, 0].shape
             if not self.per_image:
-                return _DiceSums.apply(logits, ids.view(shape), valid.view(shape))
+                return _DiceSums.apply(logits, ids.reshape(shape), valid.reshape(shape))
             weights = _weights_by_image(ids, valid, logits.shape[1]) * valid
-            loss = F.cross_entropy(logits, ids.view(shape), reduction="none")  # -log p
-            return (weights.view(shape) * torch.exp(-loss)).sum(), weights.sum()
+            loss = F.cross_entropy(logits, ids.reshape(shape), reduction="none")  # -log p
+            return (weights.reshape(shape) * torch.exp(-loss)).sum(), weights.sum()
 
     def from_sums(self, sums: Sums) -> Tensor:
         """Computes the loss, in [0, 1]."""
@@ -455,7 +456,8 @@ class LovaszSoftmaxLoss(nn.Module):
         losses, pixels = [], []
         with torch.autocast(logits.device.type, enabled=False):
             probabilities = _pixels(logits, valid).softmax(dim=1)
-            target, valid = target.view_as(probabilities[:, 0]), valid.view_as(probabilities[:, 0])
+            shape = probabilities[:, 0].shape
+            target, valid = target.reshape(shape), valid.reshape(shape)
             for class_id in range(logits.shape[1]):  # class by class: a C-th of the memory
                 is_class = target == class_id
                 errors = (is_class.float() - probabilities[:, class_id]).abs()

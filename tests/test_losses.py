@@ -154,6 +154,18 @@ def test_the_memory_format_changes_no_loss_and_no_gradient(loss, batch, dtype):
     torch.testing.assert_close(value_and_gradient(loss, side_by_side, target), (value, gradient))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_labels_may_lie_in_memory_in_any_way(loss, batch, dtype):
+    """A part of a larger label, or one whose columns come first."""
+    logits, target = batch
+    target = target.to(dtype)
+    part = torch.nn.functional.pad(target, (2, 3))[..., 2:-3]
+    turned = target.mT.contiguous().mT
+    for other in (part, turned):
+        assert not other.is_contiguous()
+        assert loss(logits, other) == loss(logits, target)
+
+
 def test_uint8_and_int64_targets_agree(loss, batch):
     logits, target = batch
     assert torch.equal(loss(logits, target), loss(logits, target.long()))
