@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from seg_torch import Segmenter
+from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import camvid
 from seg_torch.metrics import ConfusionMatrix, scores
-from seg_torch.transforms import resize_image, resize_mask
 
 HERE = Path(__file__).parent
 SIZE = (176, 240)
@@ -44,7 +44,7 @@ OVERRIDES = (
 
 
 def ours(root: str, epochs: int, seed: int) -> tuple[float, float]:
-    """Returns seconds and mean IoU of the last epoch."""
+    """Return seconds and mean IoU of the last epoch."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             *OVERRIDES,
@@ -64,7 +64,7 @@ def ours(root: str, epochs: int, seed: int) -> tuple[float, float]:
 
 
 def theirs(root: str, epochs: int, seed: int) -> tuple[float, float]:
-    """Returns seconds and mean IoU of the last epoch."""
+    """Return seconds and mean IoU of the last epoch."""
     seconds, output = timed([str(HERE / "plain_loop.py"), root, str(epochs), str(seed)])
     return seconds, float(output.split("mean_iou")[-1].split()[0])
 

@@ -39,7 +39,7 @@ class Case:
     note: str = ""
 
     def measure(self, way: str, device: str) -> dict[str, float]:
-        """Returns the seconds of a way, and the GB of its first call above what was in use."""
+        """Return the seconds of a way, and the GB of its first call above what was in use."""
         if way not in self.peers and device == "cpu":
             hardware.reuse_memory()  # as train.py and predict.py do for their users
         function = {"ours": self.ours, **self.peers, **self.also}[way]
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def compare(case: Case, command: Sequence[str], rounds: int) -> Iterator[Comparison]:
-    """Runs all ways of a case in turn, since the speed of a machine drifts.
+    """Run all ways of a case in turn, since the speed of a machine drifts.
 
     Args:
         command: With the name of a way behind it, prints what `Case.measure` returns.
@@ -90,7 +90,7 @@ def compare(case: Case, command: Sequence[str], rounds: int) -> Iterator[Compari
 
 
 def seconds_of(function: Callable[[], object], calls: int = 3) -> float:
-    """Returns the median of a few calls; at least half a second of them."""
+    """Return the median of a few calls; at least half a second of them."""
     times: list[float] = []
     while len(times) < calls or sum(times) < 0.5:
         start = time.perf_counter()
@@ -102,7 +102,7 @@ def seconds_of(function: Callable[[], object], calls: int = 3) -> float:
 
 
 def _peak_memory(function: Callable[[], object], device: str) -> tuple[float, object]:
-    """Returns what a call takes above what is in use before it, in GB, and its result."""
+    """Return what a call takes above what is in use before it, in GB, and its result."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -28,17 +28,18 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
-from seg_torch import Labels, checkpoint, hardware
-from seg_torch.cli import CONFIG_FOLDER
+from seg_torch import Labels, hardware
+from seg_torch.checkpoints import checkpoint
+from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets import write_folder
-from seg_torch.inference import Inference
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3, unet
 from seg_torch.models.network import Network
-from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer
+from seg_torch.prediction.inference import Inference
+from seg_torch.training.task import SegmentationTask
+from seg_torch.training.trainer import build_trainer
 
 ROUNDS = 5
 CLASSES = 19
@@ -54,7 +55,7 @@ def memory(key: str) -> float:
 
 
 def run(command: str, *overrides: str) -> float:
-    """Runs a command in this process, which is a new one; its peak memory above the model's."""
+    """Run a command in this process, which is a new one; its peak memory above the model's."""
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = hydra.compose(command, list(overrides))
     checkpoint.build_network(checkpoint.read(cfg.checkpoint))
@@ -81,7 +82,7 @@ def write_images(root: Path) -> None:
         (root / f"{split}.txt").write_text(names)
     network = Network(deeplabv3(CLASSES, "resnet50", None))
     data = {
-        "_target_": "seg_torch.datamodule.SegmentationDataModule",
+        "_target_": "seg_torch.data.SegmentationDataModule",
         "dataset": {"_target_": "seg_torch.datasets.folder", "_partial_": True},
         "root": str(root),
     }
@@ -112,7 +113,7 @@ class Clock(Callback):
 
 
 def validation(root: Path) -> None:
-    """The share of a validation's time that the network alone does not need."""
+    """Return the share of a validation's time that the network alone does not need."""
     hardware.reuse_memory()  # as train.py does
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         settings = ["data=camvid", f"data.root={root}", "trainer.accelerator=cpu"]

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from seg_torch import Segmenter, checkpoint, hardware
+from seg_torch import Segmenter, hardware
+from seg_torch.checkpoints import checkpoint
 from seg_torch.metrics import ConfusionMatrix, scores
 
 COMMAND = [sys.executable, "-m", "seg_torch", "export"]

@@ -23,17 +23,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet101
 
-from seg_torch import Labels, Segmenter, checkpoint, hardware
-from seg_torch.cli import CONFIG_FOLDER
+from seg_torch import Labels, Segmenter, hardware
+from seg_torch.checkpoints import checkpoint
+from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.predict import predict
+from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import clothing
-from seg_torch.datasets.voc import VOC_LABELS
-from seg_torch.images import pixel_limit, read_image
-from seg_torch.inference import upsample
+from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.images.read import pixel_limit, read_image
 from seg_torch.models import deeplabv3 as our_deeplabv3
 from seg_torch.models import unet
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
-from seg_torch.transforms import resize_image, resize_mask
+from seg_torch.prediction.inference import upsample
 
 PHOTOS = 200
 ROUNDS = 3
@@ -80,7 +81,7 @@ def train_a_little(model: nn.Module, photos: list[np.ndarray], masks: Tensor) ->
 
 
 def autocast() -> torch.autocast:
-    """The precision that predict.py chooses here."""
+    """Return the precision that predict.py chooses here."""
     return hardware.autocast(hardware.resolve_precision("auto", "cpu"), "cpu")
 
 
@@ -130,7 +131,7 @@ def median_rate(times: list[list[float]], block: int = 20) -> float:
 
 
 def save_unet(path: Path, num_classes: int, data: Path | None = None) -> None:
-    """Writes the checkpoint of a U-Net, trained a little where there is data."""
+    """Write the checkpoint of a U-Net, trained a little where there is data."""
     torch.manual_seed(0)
     labels = Labels(tuple(f"class {i}" for i in range(num_classes)))
     model = unet(num_classes, "resnet18", None)
@@ -243,7 +244,7 @@ def memory(key: str) -> float:
 
 
 def load_large(path: Path, weights: Path) -> float:
-    """The memory of a process that holds the model and the image, and nothing else."""
+    """Return the memory of a process that holds the model and the image, and nothing else."""
     segmenter, pixels = Segmenter.load(weights, device="cpu"), read_image(path)
     hardware.return_memory()
     used = memory("VmRSS")
@@ -252,7 +253,7 @@ def load_large(path: Path, weights: Path) -> float:
 
 
 def predict_large(path: Path, weights: Path, output: Path) -> float:
-    """The peak memory of predict.py with one image."""
+    """Return the peak memory of predict.py with one image."""
     predict_folder(path, weights, output)
     return memory("VmHWM")
 

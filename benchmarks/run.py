@@ -36,13 +36,13 @@ from torchvision.transforms import v2
 
 import seg_torch.upsample
 from seg_torch import Labels, Segmenter, decode_segmap, hardware
-from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.transforms import augment
 from seg_torch.datasets import camvid
 from seg_torch.labels import VOC_PALETTE
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 from seg_torch.metrics import ConfusionMatrix
 from seg_torch.models.network import Network
-from seg_torch.transforms import augment
 from seg_torch.upsample import upsample, upsampled_loss
 
 PEERS = (
@@ -78,7 +78,7 @@ def palette(_: Path, device: str) -> Case:
 
 
 def scores(_: Path, device: str) -> Case:
-    """The confusion matrix against torchmetrics' scores of the same kind."""
+    """Return the confusion matrix against torchmetrics' scores of the same kind."""
     from torchmetrics.classification import MulticlassJaccardIndex
 
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def scores(_: Path, device: str) -> Case:
 
 
 def dice(_: Path, device: str) -> Case:
-    """The Dice loss with its gradient against MONAI's."""
+    """Return the Dice loss with its gradient against MONAI's."""
     from monai.losses import DiceLoss as MonaiDice
 
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +140,7 @@ def many_classes(dice: bool, _: Path, device: str) -> Case:
 
 
 def gradient(loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """The loss with its gradient."""
+    """Return the loss with its gradient."""
     return lambda: loss().backward()
 
 
@@ -167,7 +167,7 @@ def loading(root: Path, device: str) -> Case:
 
 
 def tiles(_: Path, device: str) -> Case:
-    """A large image in tiles against MONAI's sliding window with the same tiles."""
+    """Return a large image in tiles against MONAI's sliding window with the same tiles."""
     from monai.inferers import SlidingWindowInferer
 
     network = nn.Conv2d(3, 21, 9, padding=4).to(device)
@@ -216,7 +216,7 @@ COMPARISONS: dict[str, Callable[[Path, str], Case]] = {
 
 
 def save(results: list[Comparison], device: str, output: Path) -> None:
-    """Writes the JSON file and the chart."""
+    """Write the JSON file and the chart."""
     import matplotlib.pyplot as plt
 
     name = torch.cuda.get_device_name() if device == "cuda" else hardware_name()
@@ -274,7 +274,7 @@ def main() -> None:
 
 
 def table(results: list[Comparison]) -> Table:
-    """Returns a row for each comparison."""
+    """Return a row for each comparison."""
     rows = Table("comparison", "peer", "ours, s", "theirs, s", "ratio", "from - to", "GB", "note")
     for result in results:
         ratios = sorted(result.ratios)

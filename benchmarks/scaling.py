@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from seg_torch import Labels, Segmenter, hardware
-from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets import folder
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import unet
@@ -61,7 +61,7 @@ class Growth(NamedTuple):
 
 
 def cost(function: Callable[[], object], rounds: int = 1) -> Cost:
-    """The median of the seconds, after a first call where there are several rounds."""
+    """Return the median of the seconds, after a first call where there are several rounds."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is used now
     start_memory, seconds = memory("VmRSS"), []
     for _ in range(rounds if rounds == 1 else rounds + 1):
@@ -120,7 +120,7 @@ def files(number: int) -> Cost:
 
 
 def _ten(root: Path) -> str:
-    """A dataset of ten files, to load what a first batch needs of the libraries."""
+    """Return a dataset of ten files, to load what a first batch needs of the libraries."""
     for kind in ("images", "masks"):
         (root / "ten" / kind).mkdir(parents=True)
         for index in range(10):
@@ -131,7 +131,7 @@ def _ten(root: Path) -> str:
 
 
 def processes(number: int) -> Cost:
-    """An epoch after the first; the memory is that of the largest process, with its libraries.
+    """Return an epoch after the first; the memory is that of the largest process.
 
     Every process has one thread, so that up to the number of cores they do not share one.
     """

@@ -1,5 +1,7 @@
-"""What do confident predictions bring as labels? 60 annotated photos of Clothing Co-Parsing alone,
-with the predictions of others, and with the labels of these.
+"""What do confident predictions bring as labels?
+
+60 annotated photos of Clothing Co-Parsing alone, with the predictions of others, and with the
+labels of these.
 
     python benchmarks/self_training.py DATA/clothing-co-parsing WEIGHTS [--epochs 15] [--seeds 1]
 
@@ -21,9 +23,9 @@ from typing import Any
 
 from PIL import Image
 
+from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import clothing
 from seg_torch.datasets.folder import write_folder
-from seg_torch.transforms import resize_image, resize_mask
 
 HERE = Path(__file__).parents[1]
 ANNOTATED = 60
@@ -40,7 +42,7 @@ OVERRIDES = (
 
 
 def prepare(root: str, folder: Path) -> None:
-    """Writes `own` (60 photos and val), `others` (the rest) and their photos, `unlabelled`."""
+    """Write `own` (60 photos and val), `others` (the rest) and their photos, `unlabelled`."""
     splits = [clothing(root, split) for split in ("train", "val")]
     train, val = ([_shrunk(*split[i]) for i in range(len(split))] for split in splits)
     labels = splits[0].labels

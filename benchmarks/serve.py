@@ -23,11 +23,11 @@ import httpx
 import numpy as np
 
 from seg_torch import Segmenter, hardware
-from seg_torch.images import decode_image
+from seg_torch.images.read import decode_image
 
 
 def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
-    """Decodes, segments and encodes as the server does, one image after the other."""
+    """Decode, segments and encodes as the server does, one image after the other."""
     hardware.reuse_memory()
     segmenter = Segmenter.load(checkpoint)
     waits: list[float] = []
@@ -45,7 +45,7 @@ def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
 
 
 def client(url: str, content: bytes, seconds: float) -> list[float]:
-    """Returns how long each answer took."""
+    """Return how long each answer took."""
     waits: list[float] = []
     headers = {"Content-Type": "application/octet-stream"}
     with httpx.Client(timeout=300, trust_env=False) as session:

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 import seg_torch.models
 from seg_torch import hardware
-from seg_torch.cli import CONFIG_FOLDER
+from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.train import train
 from seg_torch.datasets import camvid
 from seg_torch.losses import CrossEntropyLoss
@@ -146,7 +146,7 @@ def unet(root: Path, device: str) -> Case:
 
 
 def unet_step(encoder: str, _: Path, device: str) -> Case:
-    """A training step of a U-Net on tensors against SMP's in a plain loop."""
+    """Return a training step of a U-Net on tensors against SMP's in a plain loop."""
     size, theirs = UNET_SIZE[device], ENCODERS[encoder]
     same_unet(encoder, theirs)
     return Case(
@@ -333,7 +333,7 @@ def per_image(step: Callable[[], object], size: Sequence[int]) -> float:
 
 
 def batch(size: Sequence[int], classes: int) -> tuple[Tensor, Tensor]:
-    """Returns random uint8 images [N, 3, H, W] and labels [N, H, W] for a size (N, H, W)."""
+    """Return random uint8 images [N, 3, H, W] and labels [N, H, W] for a size (N, H, W)."""
     generator = torch.Generator().manual_seed(0)
     images = (size[0], 3, *size[1:])
     return (

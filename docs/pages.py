@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Returns a page with the links that GitHub follows as the site has them."""
+    """Return a page with the links that GitHub follows as the site has them."""
     markdown = re.sub(r"\]\(docs/", "](", markdown)
     for name, target in ABOVE.items():
         markdown = re.sub(rf"\]\((\.\./)?{re.escape(name)}(?=[#)])", f"]({target}", markdown)
@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def as_markdown(notebook: dict[str, Any]) -> str:
-    """Returns the cells of a notebook: text as it is, code in fences."""
+    """Return the cells of a notebook: text as it is, code in fences."""
     parts = []
     for cell in notebook["cells"]:
         text = "".join(cell["source"])

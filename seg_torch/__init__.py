@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from seg_torch.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from seg_torch.datamodule import SegmentationDataModule
+    from seg_torch.data import SegmentationDataModule
     from seg_torch.labels import Labels, decode_segmap, encode_segmap
     from seg_torch.models.network import Network
-    from seg_torch.segmenter import Segmentation, Segmenter
-    from seg_torch.task import SegmentationTask
+    from seg_torch.prediction.segmenter import Segmentation, Segmenter
+    from seg_torch.training.task import SegmentationTask
 
 __all__ = [
     "Labels",
@@ -25,13 +27,12 @@ __all__ = [
     "decode_segmap",
     "encode_segmap",
 ]
-__version__ = "0.2.0"
 MODULES = {
     "Network": "models.network",
-    "Segmentation": "segmenter",
-    "SegmentationDataModule": "datamodule",
-    "SegmentationTask": "task",
-    "Segmenter": "segmenter",
+    "Segmentation": "prediction.segmenter",
+    "SegmentationDataModule": "data",
+    "SegmentationTask": "training.task",
+    "Segmenter": "prediction.segmenter",
 }
 
 

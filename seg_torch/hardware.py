@@ -18,14 +18,14 @@ TRUE_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-tr
 
 
 def available_cpus() -> int:
-    """Returns how many CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def total_memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a device, whether in use or not."""
+    """Return the bytes of memory of a device, whether in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
@@ -38,7 +38,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def reuse_memory() -> None:
-    """Keeps memory that was freed for the next tensor, instead of giving it back (glibc only).
+    """Keep memory that was freed for the next tensor, instead of giving it back (glibc only).
 
     A training step on a CPU allocates the same large tensors again and again. glibc returns
     each to the system, which clears its pages when they are next used: a tenth of the step's time.
@@ -53,7 +53,7 @@ def reuse_memory() -> None:
 
 
 def return_memory() -> None:
-    """Gives what `reuse_memory` has kept back to the system (glibc only), before other sizes."""
+    """Give what `reuse_memory` has kept back to the system (glibc only), before other sizes."""
     if sys.platform == "linux":
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if malloc_trim is not None:
@@ -61,7 +61,7 @@ def return_memory() -> None:
 
 
 def best_device() -> torch.device:
-    """Returns a CUDA GPU, else Apple's, else the CPU."""
+    """Return a CUDA GPU, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -70,7 +70,7 @@ def best_device() -> torch.device:
 
 
 def accelerator(name: str) -> str:
-    """Turns `trainer.accelerator` into `cuda`, `mps` or `cpu`; other names stay as they are.
+    """Turn `trainer.accelerator` into `cuda`, `mps` or `cpu`; other names stay as they are.
 
     Raises:
         InputError: The machine has no such device.
@@ -94,7 +94,7 @@ def accelerator(name: str) -> str:
 
 
 def resolve_precision(precision: str | int, device_type: str) -> str:
-    """Turns a precision as the user writes it into Lightning's name.
+    """Turn a precision as the user writes it into Lightning's name.
 
     `auto` is the fastest that trains well on this kind of device: bfloat16 where there are
     instructions for it (without them it is emulated, and slower than float32), float16 on older
@@ -123,14 +123,14 @@ def resolve_precision(precision: str | int, device_type: str) -> str:
 
 
 def autocast(precision: str, device_type: str) -> torch.autocast:
-    """The context in which a network runs at a precision; float32 also inside another autocast."""
+    """Return the context of a precision; that of float32 holds inside another autocast, too."""
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
 @contextmanager
 def named_nondeterminism() -> Iterator[None]:
-    """The context of training with `trainer.deterministic=true`.
+    """Return the context of training with `trainer.deterministic=true`.
 
     PyTorch refuses an operation that has no deterministic implementation on the device when it is
     first called, which is in the first step, before any weight has changed.

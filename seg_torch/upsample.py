@@ -43,7 +43,7 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def upsampled_bands(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yields logits at the size of the labels, image by image; of a large image in bands of rows.
+    """Yield logits at the size of the labels, image by image; of a large image in bands of rows.
 
     With 150 classes those of a large image at once would take gigabytes. Whether there are bands
     depends on the sizes alone, and the values do not depend on where the bands begin. They are
@@ -68,7 +68,7 @@ def upsampled_bands(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def upsampled_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the loss of logits that are first brought to the size of the labels.
+    """Return the loss of logits that are first brought to the size of the labels.
 
     With many classes, the logits at that size and what a loss makes of them take more memory than
     the whole network. Where that is more than a quarter of the device's memory they are made for a
@@ -117,7 +117,7 @@ class _Band(NamedTuple):
     share: Tensor
 
     def upsampled(self, logits: Tensor) -> Tensor:
-        """Returns the logits at label size, float32 [1, C, rows, width], from their `sources`.
+        """Return the logits at label size, float32 [1, C, rows, width], from their `sources`.
 
         To the width of the label first, while there are fewer rows: on a CPU the backward of
         interpolation takes longer than the cross-entropy, that of lerp a fraction of it.
@@ -127,7 +127,7 @@ class _Band(NamedTuple):
         return torch.lerp(above, below, self.share)
 
     def sums(self, losses: Sequence[SegmentationLoss], logits: Tensor, target: Tensor) -> Sums:
-        """Returns the sums of all losses over this band, from the `sources` of its logits."""
+        """Return the sums of all losses over this band, from the `sources` of its logits."""
         labels = target[self.image, self.rows]
         with torch.autocast(logits.device.type, enabled=False):
             at_size = self.upsampled(logits)

@@ -17,8 +17,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from seg_torch import cli
-from seg_torch.cli import CONFIG_FOLDER, complete_overrides
+from seg_torch.cli import main as cli
+from seg_torch.cli.main import CONFIG_FOLDER, complete_overrides
 
 # Small enough for two processor cores, and still every part of the real thing.
 SMALL_DATA = (
@@ -43,6 +43,8 @@ SMALL_MASK2FORMER = (
     *(f"+model.config.{name}=64" for name in ("encoder_feedforward_dim", "dim_feedforward")),
 )
 ROOT = Path(__file__).parents[1]
+# Where other processes find the package, and what the tests import.
+PYTHONPATH = os.pathsep.join(map(str, [ROOT, *(p for p in ROOT.glob("tests/**") if p.is_dir())]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,7 +66,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 def promises() -> dict[int, list[str]]:
     """Returns the tests marked with each number of docs/reliability.md, but for slow ones."""
     found: dict[int, list[str]] = {number: [] for number in range(1, 30)}
-    for file in sorted(Path(__file__).parent.glob("test_*.py")):
+    for file in sorted(Path(__file__).parent.rglob("test_*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
             if any("mark.slow" in mark for mark in marks):
@@ -105,7 +107,7 @@ def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str
         cwd=folder,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": PYTHONPATH,
             "OMP_NUM_THREADS": "1",
         },
         check=True,

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seg_torch import losses
 from seg_torch.commands.train import train
-from seg_torch.inference import Inference
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.segmenter import Segmenter
-from seg_torch.task import SegmentationTask
+from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.training.task import SegmentationTask
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = pytest.param("cuda", marks=needs_gpu)

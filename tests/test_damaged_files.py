@@ -24,14 +24,14 @@ from scipy.sparse import csc_matrix
 from torch import nn
 
 from seg_torch.datasets import base, camvid, pet
-from seg_torch.datasets.clothing import CLOTHING_LABELS, read_clothing_mask
 from seg_torch.datasets.folder import folder, read_folder_mask
-from seg_torch.datasets.voc import VOC_LABELS, read_voc_or_sbd_mask
+from seg_torch.datasets.published.clothing import CLOTHING_LABELS, read_clothing_mask
+from seg_torch.datasets.published.voc import VOC_LABELS, read_voc_or_sbd_mask
 from seg_torch.errors import InputError
-from seg_torch.images import read_image
+from seg_torch.images.read import read_image
 from seg_torch.labels import Labels, palette_image
 from seg_torch.models.network import Network
-from seg_torch.segmenter import Segmenter
+from seg_torch.prediction.segmenter import Segmenter
 
 FILES = 1000
 SECONDS = 10  # for one file

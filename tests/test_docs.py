@@ -19,7 +19,7 @@ from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from seg_torch import cli
+from seg_torch.cli import main as cli
 
 NOT_IN_DOCS = ["CHANGELOG.md", "CONTRIBUTING.md"]
 PAGES = [ROOT / name for name in ("README.md", *NOT_IN_DOCS)]
@@ -256,7 +256,7 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
 def test_the_reference_documents_what_it_names(site):
     text = (site / "api/segmenter.html").read_text(encoding="utf-8")
     for name in ("Segmenter", "Segmenter.load", "Segmentation.overlay"):
-        assert f'id="seg_torch.segmenter.{name}"' in text
+        assert f'id="seg_torch.prediction.segmenter.{name}"' in text
     losses = (site / "api/losses.html").read_text(encoding="utf-8")
     assert 'id="seg_torch.losses.DiceLoss"' in losses
     assert "ignored" in losses

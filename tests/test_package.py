@@ -86,7 +86,7 @@ def test_d32_the_wheel_holds_every_configuration_and_works_without_the_sources(w
             text=True,
         ).stdout
 
-    where = run("-c", "from seg_torch.cli import CONFIG_FOLDER; print(CONFIG_FOLDER)")
+    where = run("-c", "from seg_torch.cli.main import CONFIG_FOLDER; print(CONFIG_FOLDER)")
     assert where.strip() == str(packed)
     assert "data.dataset.train=600" in run("-m", "seg_torch", "train", "--help")
     version = run("-m", "seg_torch", "--version").strip()

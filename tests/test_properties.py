@@ -16,15 +16,15 @@ from test_inference import Pointwise, assembled, plain
 from torch import Tensor
 from torchvision import tv_tensors
 
-from seg_torch.datasets import matlab
+from seg_torch.data.transforms import augment
 from seg_torch.datasets.folder import split_names
-from seg_torch.datasets.matlab import read_mat_mask
+from seg_torch.datasets.published import matlab
+from seg_torch.datasets.published.matlab import read_mat_mask
 from seg_torch.errors import InputError
-from seg_torch.inference import Inference
 from seg_torch.labels import decode_segmap, encode_segmap
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 from seg_torch.metrics import ConfusionMatrix
-from seg_torch.transforms import augment
+from seg_torch.prediction.inference import Inference
 
 settings.register_profile(
     "same", derandomize=True, deadline=None, database=None, max_examples=50, print_blob=False

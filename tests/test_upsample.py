@@ -25,7 +25,7 @@ SIZES = [
 
 @pytest.fixture
 def banded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands for all logits, of few rows."""
+    """ImageFormat for all logits, of few rows."""
     monkeypatch.setattr(module, "LOSS_BYTES", 1 << 60)
     monkeypatch.setattr(module, "CPU_BAND", 300)
 

@@ -29,9 +29,9 @@ from PIL import Image
 from seg_torch import hardware
 from seg_torch.commands.predict import load_segmenter, model_name
 from seg_torch.errors import InputError
-from seg_torch.images import pixel_limit
+from seg_torch.images.read import pixel_limit
 from seg_torch.labels import IGNORE_INDEX, decode_segmap
-from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
+from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ Entry = dict[str, Any]  # what the page shows of one image
 
 
 def app(cfg: DictConfig) -> None:
-    """Serves the page until it is interrupted.
+    """Serve the page until it is interrupted.
 
     Raises:
         InputError: The model cannot be loaded, it takes images that are several files, or the
@@ -94,7 +94,7 @@ def _page(segmenter: Segmenter, name: str) -> Any:
     lock = threading.Lock()  # the network is called by one thread at a time
 
     def show(paths: list[str] | None, done: dict[str, Entry]) -> Iterator[tuple[Any, Any]]:
-        """Yields the entries of the files, and again whenever there is another."""
+        """Yield the entries of the files, and again whenever there is another."""
         done = {path: done[path] for path in paths or [] if path in done}
         yield [*done.values()], done
         for path in paths or []:
@@ -131,7 +131,7 @@ def _page(segmenter: Segmenter, name: str) -> Any:
 
 
 def _entry(result: Segmentation, name: str) -> Entry:
-    """Writes the files of one image into a new folder; returns what the page shows of it."""
+    """Write the files of one image into a new folder; returns what the page shows of it."""
     folder = Path(mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]))
     stem = Path(name).stem
     result.save(folder, stem, DOWNLOADS)
@@ -157,7 +157,7 @@ def _entry(result: Segmentation, name: str) -> Entry:
 
 
 def _classes(result: Segmentation) -> list[Entry]:
-    """The classes that occur, the largest first, and the unknown pixels as one of them."""
+    """Return the classes that occur, the largest first, and the unknown pixels as one of them."""
     names = {**dict(enumerate(result.labels.names)), IGNORE_INDEX: "unknown"}
     counts = Image.fromarray(result.mask).histogram()
     classes = [

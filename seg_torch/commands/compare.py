@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.bootstrap import (
+from seg_torch.cli.main import CONFIG_FOLDER
+from seg_torch.errors import InputError, check_choice
+from seg_torch.evaluation.bootstrap import (
     METHOD,
     ImageCounts,
     class_iou,
@@ -26,10 +28,8 @@ from seg_torch.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.cli import CONFIG_FOLDER
-from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
-from seg_torch.run import COLUMNS, TIMES, read_table
+from seg_torch.training.run import COLUMNS, TIMES, read_table
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Titled(NamedTuple):
 
 
 def compare(cfg: DictConfig) -> None:
-    """Prints and writes the tables.
+    """Print and writes the tables.
 
     Raises:
         InputError: There are no such runs, or they were scored on different images or classes.
@@ -131,7 +131,7 @@ def compare(cfg: DictConfig) -> None:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """The folder of a run, or those of the runs of a sweep, by number."""
+    """Return the folder of a run, or those of the runs of a sweep, by number."""
     if (path / "config.yaml").is_file():
         return [path]
     jobs = [file.parent for file in path.glob("*/config.yaml")]
@@ -141,7 +141,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def read_run(folder: Path, split: str) -> Run | None:
-    """Reads a run's folder; `None`, with a warning, if the run has no scores of the split."""
+    """Read a run's folder; `None`, with a warning, if the run has no scores of the split."""
     path = folder / f"{split}_metrics.json"
     if not path.is_file():
         log.warning("%s is left out: it holds no %s", folder, path.name)
@@ -189,7 +189,7 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _named(settings: dict[str, str]) -> dict[str, str]:
-    """Calls choices by their name, such as loss=ce, and leaves out all that it sets."""
+    """Call choices by their name, such as loss=ce, and leaves out all that it sets."""
     for choice in CHOICES:
         function = settings.pop(f"{choice}._target_", None)
         if function is None:
@@ -235,7 +235,7 @@ def _check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose settings are the same but for the seed, in the order of their first ones."""
+    """Run whose settings are the same but for the seed, in the order of their first ones."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(sorted(run.settings.items())), []).append(run)
@@ -243,7 +243,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _differing(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The settings that are not the same in all groups, choices and functions first."""
+    """Return the settings that are not the same in all groups, choices and functions first."""
     settings = [group[0].settings for group in groups]
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [key for key in keys if len({each.get(key) for each in settings}) > 1]
@@ -251,7 +251,7 @@ def _differing(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What groups are called: the settings that tell them apart, or the folder of the first run."""
+    """Return names of groups: the settings that tell them apart, or the folder of the first run."""
     settings, chosen = [group[0].settings for group in groups], list[str]()
     names = [""] * len(groups)
     for key in _differing(groups):
@@ -277,7 +277,7 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
 
 
 def _rows(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> tuple[list[Row], Titled]:
-    """The rows of all groups, and the table of the classes that moved."""
+    """Return the rows of all groups, and the table of the classes that moved."""
     rows: list[Row] = []
     moved = []
     classes = list(groups[0][0].scores["per_class"])

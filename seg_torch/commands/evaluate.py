@@ -1,5 +1,4 @@
-"""evaluate.py: scores a checkpoint on the data that it was trained with, or on other data; or a
-published model."""
+"""evaluate.py: scores a checkpoint on its own or on other data; or a published model."""
 
 from __future__ import annotations
 
@@ -11,18 +10,24 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from seg_torch import checkpoint
-from seg_torch.bands import Bands
-from seg_torch.datamodule import SegmentationDataModule
+from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.exported import load_network
+from seg_torch.checkpoints.hub import HUB, Selection, class_order
+from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
-from seg_torch.exported import load_network
 from seg_torch.hardware import available_cpus
-from seg_torch.hub import HUB, Selection, class_order
-from seg_torch.inference import Inference, parse_tta
+from seg_torch.images.format import ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.task import SegmentationTask
-from seg_torch.trainer import build_trainer, on_first_process, on_other_machines, run_folder, score
+from seg_torch.prediction.inference import Inference, parse_tta
+from seg_torch.training.task import SegmentationTask
+from seg_torch.training.trainer import (
+    build_trainer,
+    on_first_process,
+    on_other_machines,
+    run_folder,
+    score,
+)
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -33,7 +38,7 @@ def evaluate(cfg: DictConfig) -> None:
 def prepare(
     cfg: DictConfig, label_quality: bool = False
 ) -> tuple[Trainer, SegmentationTask, SegmentationDataModule, Path]:
-    """Returns all that `seg_torch.trainer.score` needs but the split.
+    """Return all that `seg_torch.training.trainer.score` needs but the split.
 
     Args:
         cfg: Settings of the command.
@@ -83,9 +88,9 @@ def prepare(
 
 
 def data_module(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: Bands | None
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: ImageFormat | None
 ) -> SegmentationDataModule:
-    """Returns the data of a command: `cfg.data`, on top of the checkpoint's own settings.
+    """Return the data of a command: `cfg.data`, on top of the checkpoint's own settings.
 
     Raises:
         InputError: They cannot be used.
@@ -100,7 +105,7 @@ def data_module(
 def _with_classes_of(
     network: Network, labels: Labels, wanted: Labels, name: str
 ) -> tuple[Network, Labels]:
-    """Returns a published network with the classes of the data, in their order.
+    """Return a published network with the classes of the data, in their order.
 
     Raises:
         InputError: It does not know all of them.
@@ -121,9 +126,9 @@ def _data_settings(
     cfg: DictConfig,
     own: dict[str, Any],
     resize: Sequence[int] | None,
-    bands: Bands | None,
+    bands: ImageFormat | None,
 ) -> dict[str, Any]:
-    """Returns the settings of the data module: the checkpoint's own, and the user's on top."""
+    """Return the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in given.items() if value is not None}
     if "_target_" not in settings:  # no data=…: the checkpoint's own, with what was set on top
@@ -151,7 +156,7 @@ def _data_settings(
 
 
 def _own_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's settings without what is this machine's business."""
+    """Return a checkpoint's settings without what is this machine's business."""
     for node in checkpoint.nodes(data):
         if isinstance(node, dict):
             node.pop("download", None)

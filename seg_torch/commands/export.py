@@ -20,12 +20,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Subset
 
-from seg_torch import checkpoint
-from seg_torch.bands import Bands
-from seg_torch.commands.evaluate import data_module
-from seg_torch.datasets import shapes
-from seg_torch.errors import InputError, check_choice
-from seg_torch.exported import (
+from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.exported import (
     SUFFIXES,
     ExportedNetwork,
     Graph,
@@ -34,9 +30,13 @@ from seg_torch.exported import (
     open_exported,
     write,
 )
+from seg_torch.commands.evaluate import data_module
+from seg_torch.data.transforms import resize_image
+from seg_torch.datasets import shapes
+from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL
+from seg_torch.images.format import ImageFormat
 from seg_torch.metrics import ConfusionMatrix, scores
-from seg_torch.transforms import resize_image
 from seg_torch.upsample import upsample
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ CALIBRATION = 100  # images
 
 
 def export(cfg: DictConfig) -> None:
-    """Exports a checkpoint, and compares the file with the network.
+    """Export a checkpoint, and compares the file with the network.
 
     Raises:
         InputError: The checkpoint or a setting cannot be used, the model cannot be exported, or
@@ -92,20 +92,22 @@ def export(cfg: DictConfig) -> None:
     log.info("%s: %.1f MB; the checkpoint has %.1f MB", path, megabytes[1], megabytes[0])
 
 
-def _validation(cfg: DictConfig, description: dict[str, Any], bands: Bands | None) -> Subset[Any]:
-    """Returns validation images, evenly spaced, since neighbours are often alike."""
+def _validation(
+    cfg: DictConfig, description: dict[str, Any], bands: ImageFormat | None
+) -> Subset[Any]:
+    """Return validation images, evenly spaced, since neighbours are often alike."""
     resize = description["preprocessing"]["resize"]
     dataset = data_module(cfg, description["data"], resize, bands).dataset("val")
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION)))
 
 
 def _seen(image: Tensor, resize: Sequence[int] | None) -> np.ndarray:
-    """Returns an image uint8 [1, C, H, W], at the size at which the network sees it."""
+    """Return an image uint8 [1, C, H, W], at the size at which the network sees it."""
     return (image if resize is None else resize_image(image, resize)).numpy()[None]
 
 
 def _score(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
-    """Logs what int8 costs on validation images: the pixels that change, and the mean IoU."""
+    """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
     for i in range(len(samples)):
         image, mask = samples[i]
@@ -127,7 +129,7 @@ def _score(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> No
 
 
 def _compare(graph: Graph, run: Run) -> float:
-    """Prints how an exported graph compares; returns the smallest share of equal pixels."""
+    """Print how an exported graph compares; returns the smallest share of equal pixels."""
     table = Table(title="exported against the network")
     for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
         table.add_column(column, justify="right")
@@ -158,7 +160,7 @@ def _compare(graph: Graph, run: Run) -> float:
 
 
 def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
-    """Returns the result, and the median of three times after a first call."""
+    """Return the result, and the median of three times after a first call."""
     result, times = function(), []
     for _ in range(3):
         start = time.perf_counter()
@@ -168,12 +170,12 @@ def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
 
 
 def _files(path: Path) -> list[Path]:
-    """An exported network's files, in the order in which they are replaced."""
+    """Return an exported network's files, in the order in which they are replaced."""
     return [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]
 
 
 def _move(draft: Path, path: Path) -> None:
-    """Puts the files in their place. A process that is killed never leaves two that do not fit."""
+    """Put the files in their place. A process that is killed never leaves two that do not fit."""
     if len(_files(path)) > 1:
         path.unlink(missing_ok=True)
     for new, old in zip(_files(draft), _files(path), strict=True):

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.inspection import class_cells, inspect_dataset
+from seg_torch.data.inspection import class_cells, inspect_dataset
 
 log = logging.getLogger(__name__)
 
 
 def inspect(cfg: DictConfig) -> bool:
-    """Prints and writes a report on all splits; returns whether training would be refused."""
+    """Print and writes a report on all splits; returns whether training would be refused."""
     data = instantiate(cfg.data, _convert_="all")
     place: dict[str, Any] = {"download": True} if data.download else {}
     if data.dataset_name is not None:

@@ -40,23 +40,24 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import functional as tvf
 
-from seg_torch import checkpoint, hardware
-from seg_torch.bands import Bands, write_geotiff
-from seg_torch.coco import write_coco
-from seg_torch.commands import video
+from seg_torch import hardware
+from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.hub import HUB
 from seg_torch.datasets.base import list_files
 from seg_torch.datasets.folder import write_classes
-from seg_torch.datasets.voc import VOC_LABELS
+from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.drawing.coco import write_coco
+from seg_torch.drawing.visualize import legend, side_by_side
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL, write_atomically
-from seg_torch.hub import HUB
-from seg_torch.images import IMAGE_SUFFIXES, image_size, pixel_limit
-from seg_torch.inference import parse_tta
+from seg_torch.images.format import ImageFormat, write_geotiff
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size, pixel_limit
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
-from seg_torch.trainer import as_launched, check_launcher
-from seg_torch.visualize import legend, side_by_side
+from seg_torch.prediction import video
+from seg_torch.prediction.inference import parse_tta
+from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
+from seg_torch.training.trainer import as_launched, check_launcher
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def _save(
     output: Path,
     kinds: list[str],
     titles: tuple[str, str],
-    bands: Bands | None,
+    bands: ImageFormat | None,
     image: _Image,
     results: Results,
 ) -> None:
@@ -641,7 +642,7 @@ def _wait_for_all(group: Any) -> None:
 
 
 def load_segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
-    """Loads the model of a configuration: its checkpoint or, without one, a published model.
+    """Load the model of a configuration: its checkpoint or, without one, a published model.
 
     Raises:
         InputError: It cannot be loaded, or a setting is impossible.
@@ -661,7 +662,7 @@ def load_segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
 
 
 def model_name(cfg: DictConfig) -> str:
-    """Returns what the model of a configuration is called."""
+    """Return what the model of a configuration is called."""
     if cfg.checkpoint is not None:
         return str(cfg.checkpoint)
     return str(cfg.model.name if cfg.model._target_ == HUB else cfg.model._target_.split(".")[-1])

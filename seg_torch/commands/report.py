@@ -17,9 +17,12 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from seg_torch import __version__
-from seg_torch.bands import Bands
-from seg_torch.bootstrap import (
+from seg_torch.checkpoints.exported import load_network
+from seg_torch.commands.evaluate import prepare
+from seg_torch.datasets.base import checked_sample
+from seg_torch.drawing.page import SORT, figure, grid, key, page, plot, table
+from seg_torch.drawing.visualize import confusion_matrix, curves, errors, reliability
+from seg_torch.evaluation.bootstrap import (
     METHOD,
     ImageCounts,
     class_iou,
@@ -28,17 +31,14 @@ from seg_torch.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.commands.evaluate import prepare
-from seg_torch.datasets.base import checked_sample
-from seg_torch.exported import load_network
 from seg_torch.files import write_atomically
+from seg_torch.images.format import ImageFormat
 from seg_torch.labels import Labels, palette_image
-from seg_torch.page import SORT, figure, grid, key, page, plot, table
-from seg_torch.run import COLUMNS, read_table
-from seg_torch.segmenter import Segmenter
-from seg_torch.task import SegmentationTask
-from seg_torch.trainer import score
-from seg_torch.visualize import confusion_matrix, curves, errors, reliability
+from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.training.run import COLUMNS, read_table
+from seg_torch.training.task import SegmentationTask
+from seg_torch.training.trainer import score
+from seg_torch.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def report(cfg: DictConfig) -> None:
 
 
 def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator[str]:
-    """The scores that are one number, with intervals where they follow from counts of images."""
+    """Return the scores that are one number, with intervals where counts of images give them."""
     limits = {
         name: interval(values)
         for name, values in mean_scores(resampled_sums(counts.stacked)).items()
@@ -147,7 +147,7 @@ def _learning_curves(path: str) -> Iterator[str]:
 
 
 def _run_folder(path: str) -> Path | None:
-    """The run that a checkpoint is of, if it still lies there."""
+    """Return the run that a checkpoint is of, if it still lies there."""
     folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parents[1]
     return folder if (folder / "config.yaml").is_file() else None
 
@@ -161,9 +161,9 @@ def _shown(
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
-    bands: Bands | None,
+    bands: ImageFormat | None,
 ) -> Iterator[str]:
-    """The worst and best images, and those whose labels are most likely to be wrong.
+    """Return the worst and best images, and those whose labels are most likely to be wrong.
 
     One image at a time is predicted once more, as it was scored.
     """
@@ -218,7 +218,7 @@ def _mean_over_classes(iou: np.ndarray) -> np.ndarray:
 
 
 def _lowest(values: np.ndarray) -> list[int]:
-    """Indices from the lowest to the highest value, without nan."""
+    """Return the indices from the lowest to the highest value, without nan."""
     order = np.argsort(values, kind="stable")
     return [int(i) for i in order if np.isfinite(values[i])]
 

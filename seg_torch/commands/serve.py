@@ -29,11 +29,12 @@ from omegaconf import DictConfig
 from PIL import Image
 from starlette.datastructures import UploadFile
 
-from seg_torch import __version__, hardware
+from seg_torch import hardware
 from seg_torch.commands.predict import THREADS, load_segmenter, model_name
 from seg_torch.errors import InputError, check_choice
-from seg_torch.images import decode_image, image_size
-from seg_torch.segmenter import Segmentation, Segmenter
+from seg_torch.images.read import decode_image, image_size
+from seg_torch.prediction.segmenter import Segmentation, Segmenter
+from seg_torch.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Upload(NamedTuple):
 
 
 def serve(cfg: DictConfig) -> None:
-    """Serves `cfg.checkpoint` until it is interrupted.
+    """Serve `cfg.checkpoint` until it is interrupted.
 
     Raises:
         InputError: A setting or the model cannot be used, or the port is taken.
@@ -97,7 +98,7 @@ def serve(cfg: DictConfig) -> None:
 
 
 def _check_settings(cfg: DictConfig) -> str:
-    """Returns the kind of the device, after a look at the settings."""
+    """Return the kind of the device, after a look at the settings."""
     check_choice("host", cfg.host, HOSTS)
     for name in ("max_megabytes", "max_pixels", "timeout", "workers"):
         if cfg[name] < 1:
@@ -123,7 +124,7 @@ def _check_settings(cfg: DictConfig) -> str:
 
 
 async def _upload(request: Request, format: str | None = None) -> Upload:
-    """Takes the image from a form or, with an image's content type, from the whole body."""
+    """Take the image from a form or, with an image's content type, from the whole body."""
     if format is None:
         format = "json" if "application/json" in request.headers.get("accept", "") else "png"
     if format not in ("png", "json"):

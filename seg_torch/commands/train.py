@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from seg_torch import checkpoint, hardware
-from seg_torch.callbacks import Checkpoints, History, SampleSheet, StopOnSignal, WeightAverage
-from seg_torch.datamodule import SegmentationDataModule
+from seg_torch import hardware
+from seg_torch.checkpoints import checkpoint
+from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.inference import Inference
 from seg_torch.models.network import (
     Network,
     check_channels,
@@ -29,9 +28,17 @@ from seg_torch.models.network import (
     synchronise_batchnorm,
 )
 from seg_torch.models.weights import load_matching_weights, take_channels
-from seg_torch.run import claim, is_complete, last_checkpoint, next_step, requeued_config
-from seg_torch.task import SegmentationTask
-from seg_torch.trainer import (
+from seg_torch.prediction.inference import Inference
+from seg_torch.training.callbacks import (
+    Checkpoints,
+    History,
+    SampleSheet,
+    StopOnSignal,
+    WeightAverage,
+)
+from seg_torch.training.run import claim, is_complete, last_checkpoint, next_step, requeued_config
+from seg_torch.training.task import SegmentationTask
+from seg_torch.training.trainer import (
     FullySharded,
     build_trainer,
     on_first_process,
@@ -51,7 +58,7 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises:
         InputError: Something is wrong with the settings, the data, the disk or the numbers.
-        StoppedError: A signal came, see `seg_torch.callbacks.StopOnSignal`.
+        StoppedError: A signal came, see `seg_torch.training.callbacks.StopOnSignal`.
     """
     cfg = requeued_config(cfg)
     trainer = build_trainer(cfg.trainer)
@@ -116,7 +123,7 @@ def _task(
     folder: Path,
     resumed: dict[str, Any] | None,
 ) -> SegmentationTask:
-    """Builds the network and what trains it."""
+    """Build the network and what trains it."""
     labels = data.labels
     preprocessing = dict(cfg.preprocessing)
     model_config = _plain(cfg.model)

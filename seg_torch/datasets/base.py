@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.bands import Bands, as_tensor
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
-from seg_torch.images import opened, plain_png, read_image
+from seg_torch.images.format import ImageFormat, as_tensor
+from seg_torch.images.read import opened, plain_png, read_image
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
 log = logging.getLogger(__name__)
@@ -367,7 +367,7 @@ class SegmentationDataset(Dataset):
         pairs: Iterable[tuple[str, str | Path, str | Path]],
         labels: Labels,
         read_mask: Callable[[Path], np.ndarray] = read_index_mask,
-        bands: Bands | None = None,
+        bands: ImageFormat | None = None,
     ) -> None:
         self.pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         self.labels = labels

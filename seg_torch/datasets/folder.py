@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from seg_torch.bands import Bands
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images import IMAGE_SUFFIXES, opened
+from seg_torch.images.format import ImageFormat
+from seg_torch.images.read import IMAGE_SUFFIXES, opened
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
 
@@ -27,7 +27,7 @@ def folder(
     val_fraction: float = 0.2,
     seed: int = 0,
     extra: Sequence[str | Path] = (),
-    bands: Bands | None = None,
+    bands: ImageFormat | None = None,
 ) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
@@ -81,7 +81,7 @@ def folder(
     return base.SegmentationDataset(found, labels, read_mask, bands)
 
 
-def _extra_pairs(root: str | Path, labels: Labels, bands: Bands | None) -> list[base.Pair]:
+def _extra_pairs(root: str | Path, labels: Labels, bands: ImageFormat | None) -> list[base.Pair]:
     entries = ["images", "masks", "classes.txt"]
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
@@ -209,7 +209,7 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _pair(images: Path, masks: Path, bands: Bands | None) -> dict[str, tuple[str, str]]:
+def _pair(images: Path, masks: Path, bands: ImageFormat | None) -> dict[str, tuple[str, str]]:
     """Return the endings of image and mask by name, sorted; each has exactly one partner.
 
     The names and their files' paths would take five times the memory of names alone.

@@ -14,7 +14,7 @@ from seg_torch.upsample import upsample
 
 
 def semantic_logits(classes: Tensor, masks: Tensor) -> Tensor:
-    """Returns the logarithm of each class's score at each pixel.
+    """Return the logarithm of each class's score at each pixel.
 
     The score is the sum over the queries of the probability of the class times that of the pixel
     being in the query's mask: "semantic inference" of Cheng et al. (2021), section 3.4.
@@ -69,7 +69,7 @@ class MaskLoss(nn.Module):
         auxiliary_predictions: Sequence[dict[str, Tensor]] | None = None,
         **_: Any,
     ) -> dict[str, Tensor]:
-        """Computes the terms, by the names and with the arguments of the library's criterion.
+        """Compute the terms, by the names and with the arguments of the library's criterion.
 
         Args:
             masks_queries_logits: [N, Q, h, w].
@@ -108,7 +108,7 @@ class MaskLoss(nn.Module):
         present: list[Tensor],
         num_masks: Tensor,
     ) -> dict[str, Tensor]:
-        """Computes the terms of one layer; `present` holds the classes of each image."""
+        """Compute the terms of one layer; `present` holds the classes of each image."""
         none = 0 * (classes.sum() + masks.sum())  # so that there always is a gradient
         terms = {"loss_cross_entropy": none, "loss_mask": none, "loss_dice": none}
         expected = torch.full_like(classes[..., 0], -100, dtype=torch.long)  # -100: left out
@@ -136,7 +136,7 @@ class MaskLoss(nn.Module):
     def _match(
         self, classes: Tensor, masks: Tensor, target: Tensor, present: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the queries that classes are matched with, and the places of these in `present`.
+        """Return the queries that classes are matched with, and the places of these in `present`.
 
         Args:
             classes: [Q, K + 1].
@@ -164,8 +164,10 @@ class MaskLoss(nn.Module):
         )
 
     def _points(self, logits: Tensor, labelled: Tensor) -> Tensor:
-        """Returns the positions int64 [k, P] at which masks [k, H * W] are compared, as in
-        Kirillov et al. (2020), section 3.1, among those that are labelled."""
+        """Return the labelled positions int64 [k, P] at which masks [k, H * W] are compared.
+
+        Source: Kirillov et al. (2020), section 3.1.
+        """
         count = getattr(self.criterion, "num_points", None)
         if count is None:
             return labelled.expand(len(logits), -1)

@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.models.depthwise import FastDepthwiseGradients
+from seg_torch.models.cpu import FastDepthwiseGradients
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _apply(model: nn.Module, *inputs: Tensor) -> Any:
 
 @contextmanager
 def named_compile_errors() -> Iterator[None]:
-    """The context of training a network that is compiled.
+    """Return the context of training a network that is compiled.
 
     Raises:
         InputError: PyTorch cannot compile the model, or has no compiler.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def ceil_div(length: int, divisor: int) -> int:
-    """Returns the quotient, rounded up.
+    """Return the quotient, rounded up.
 
     Not by -(-length // divisor): ONNX rounds negative quotients towards zero.
     """

@@ -1,5 +1,7 @@
-"""Semantic segmentation models of Hugging Face's transformers, which is an extra: any that gives
-logits of classes, and those that classify masks."""
+"""Semantic segmentation models of Hugging Face's transformers, which is an extra.
+
+Any that gives logits of classes, and those that classify masks.
+"""
 
 import json
 import math
@@ -211,7 +213,7 @@ def transformers(
 
 
 def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation of images scaled to [0, 1], as `Network` wants them."""
+    """Return mean and standard deviation of images scaled to [0, 1], as `Network` wants them."""
     mean: Sequence[float] = [0.0] * 3
     std: Sequence[float] = [1.0] * 3
     # MobileViT alone takes images in BGR, and its are not normalised.
@@ -262,7 +264,7 @@ def _pretrained(
 
 
 def _image_settings(weights: str | Path) -> dict[str, Any]:
-    """What the weights were trained with, from the file beside them."""
+    """Return what the weights were trained with, from the file beside them."""
     name = "preprocessor_config.json"
     if Path(weights).is_dir():
         file = Path(weights) / name

@@ -92,7 +92,7 @@ class DecoderStage(nn.Module):
 
 
 def _convolve_doubled(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
-    """Returns the 3x3 convolution of `x`, doubled by nearest upsampling, and a skip connection.
+    """Return the 3x3 convolution of `x`, doubled by nearest upsampling, and a skip connection.
 
     Of the three rows under the kernel, two are the same row of `x`, and so it is with columns. With
     their weights added up beforehand, this is a transposed convolution of stride 2 that multiplies

@@ -345,8 +345,10 @@ def _plain_name(key: str) -> str:
 
 
 def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Channel means and standard deviations of the images, scaled to [0, 1], that the weights of a
-    timm model were trained with."""
+    """Return mean and standard deviation of the images that a timm model was trained with.
+
+    Of each channel, for images scaled to [0, 1].
+    """
     pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
     return tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"])
 

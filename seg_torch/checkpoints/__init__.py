@@ -1,0 +1,1 @@
+"""Networks in files: checkpoints, the Hugging Face Hub, exported graphs."""

@@ -1,0 +1,373 @@
+"""Exported networks: one graph from images to class ids, in a file that describes itself.
+
+The graph takes `images`, uint8 [N, C, H, W] of any N, H and W, and gives `classes`, uint8
+[N, H, W], `logits`, float32 [N, K, h, w] at the resolution of the head, which tiles and
+augmentation are made of, and, where they were asked for, `probabilities`, float32 [N, K, H, W].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from seg_torch.checkpoints import checkpoint
+from seg_torch.errors import InputError
+from seg_torch.labels import Labels
+from seg_torch.models.network import Network
+from seg_torch.upsample import upsample
+from seg_torch.version import __version__
+
+# What a file of each format is called, and the packages that write and read it.
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aotinductor": ".aot.pt2"}
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+# Of the operators of ONNX: the first with resizing that is anti-aliased.
+OPSET = 18
+OUTPUTS = ["classes", "logits", "probabilities"]  # of a graph, the last where it was asked for
+# Odd, so that every layer that pads or cuts does so while it is traced.
+EXAMPLE = (161, 225)
+
+# Images uint8 [N, C, H, W], names of outputs -> these outputs.
+Run = Callable[[Tensor, Sequence[str]], list[Tensor]]
+
+
+class Graph(nn.Module):
+    """All that happens between an image and its class ids.
+
+    Args:
+        network: Images to logits.
+        resize: (height, width) at which the network sees images; `None` for their own size.
+        probabilities: Return them, too.
+    """
+
+    def __init__(
+        self, network: Network, resize: Sequence[int] | None, probabilities: bool = False
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.resize = None if resize is None else list(resize)
+        self.outputs = OUTPUTS if probabilities else OUTPUTS[:2]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the `outputs` of images uint8 [N, C, H, W]."""
+        seen = images
+        if self.resize is not None:  # as `resize_image` does it, which no other runtime has
+            seen = F.interpolate(images.float(), self.resize, mode="bilinear", antialias=True)
+            seen = seen.round()
+        logits = self.network(seen)["out"].float()
+        at_size = upsample(logits, images.shape[-2:])
+        classes = at_size.argmax(1).to(torch.uint8)
+        if self.outputs == OUTPUTS:
+            return classes, logits, at_size.softmax(1)
+        return classes, logits
+
+
+def write(
+    graph: Graph,
+    path: Path,
+    format: str,
+    description: dict[str, Any],
+    calibration: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Export a graph.
+
+    Args:
+        graph: On the CPU, in evaluation mode.
+        path: Of the file; OpenVINO keeps its weights in a second one, with the suffix `.bin`.
+        format: One of `SUFFIXES`.
+        description: See `seg_torch.checkpoints.checkpoint.describe`.
+        calibration: Images uint8 [1, C, H, W] by which OpenVINO's graph becomes one of integers;
+            `None` leaves it in float32.
+
+    Raises:
+        InputError: A package is missing, or the model cannot be exported.
+    """
+    packages = (*PACKAGES.get(format, ()), *(["nncf"] if calibration is not None else []))
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"format={format} needs {', '.join(missing)}: pip install segwright[{format}]"
+        )
+    for name in ("onnxscript", "onnx_ir", "nncf"):  # which tell every step
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if hasattr(graph.network.model, "has_own_loss"):
+        raise InputError(
+            "models that classify masks cannot be exported: in transformers they take Python's "
+            "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
+        )
+    about = json.dumps(
+        {
+            **description,
+            "versions": {"seg_torch": __version__}
+            | {name: version(name) for name in ("torch", *packages)},
+            "exported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+    )
+    try:
+        if format == "aotinductor":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()  # says that there is none now, not after minutes
+        program = _trace(graph)
+        if format == "torch":
+            torch.export.save(program, path, extra_files={checkpoint.KEY: about})
+        elif format == "aotinductor":
+            settings = {"aot_inductor.metadata": {checkpoint.KEY: about}}
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=settings
+            )
+        elif format == "onnx":
+            _write_onnx(program, graph.outputs, about, path)
+        else:
+            _write_openvino(program, graph.outputs, about, path, calibration)
+    except InputError:
+        raise
+    except Exception as error:  # there is no end to what the exporters raise
+        raise InputError(f"the model cannot be exported to {format}: {_reason(error)}") from error
+
+
+def _trace(graph: Graph) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, len(graph.network.mean), *EXAMPLE, dtype=torch.uint8)
+    free = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        return torch.export.export(
+            graph, (images,), dynamic_shapes={"images": {0: free, 2: free, 3: free}}, strict=False
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return the innermost cause, in a line: exporters wrap it in pages of advice."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {' '.join(lines)[:300]}"
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, outputs: list[str], about: str, path: Path
+) -> None:
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=outputs,
+        verbose=False,
+    )
+    onnx_program = cast(Any, exported)
+    onnx_program.model.metadata_props[checkpoint.KEY] = about
+    onnx_program.save(str(path))
+
+
+def _write_openvino(
+    program: torch.export.ExportedProgram,
+    outputs: list[str],
+    about: str,
+    path: Path,
+    calibration: Sequence[np.ndarray] | None,
+) -> None:
+    import openvino
+
+    draft = path.with_suffix(".onnx")
+    _write_onnx(program, outputs, about, draft)
+    model = openvino.Core().read_model(draft)
+    _antialias(model)
+    if calibration is not None:
+        os.environ.setdefault("NNCF_CI", "1")  # it would send statistics of its use
+        import nncf
+
+        images = nncf.Dataset(calibration)
+        model = nncf.quantize(model, images, subset_size=len(calibration))
+    model.set_rt_info(about, [checkpoint.KEY])
+    openvino.save_model(model, path, compress_to_fp16=False)
+    del model  # it reads from the file
+    draft.unlink()
+
+
+def _antialias(model: Any) -> None:
+    """Resizes in an OpenVINO model as PyTorch does it with `antialias=True`.
+
+    Its reader of ONNX files makes of such a node one that weighs the neighbours in another way.
+    """
+    from openvino import opset11
+
+    for node in model.get_ops():
+        if node.get_type_name() != "Interpolate" or not node.get_attributes()["antialias"]:
+            continue
+        image, size = node.input_values()[:2]  # [N, C, h, w], and these four of the result
+        axes = np.array([2, 3])
+        mode = {"cubic": "bicubic_pillow"}.get(node.get_attributes()["mode"], "bilinear_pillow")
+        size = opset11.gather(size, axes, np.array(0))
+        new = opset11.interpolate(image, size, mode, "sizes", cube_coeff=-0.5, axes=axes)
+        node.output(0).replace(new.output(0))
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a file's name is that of an exported network."""
+    return str(path).endswith(tuple(SUFFIXES.values()))
+
+
+def open_exported(path: str | Path, trusted: bool = False) -> tuple[Run, dict[str, Any]]:
+    """Open an exported network, which runs on the CPU, in float32 but for what is quantised.
+
+    Args:
+        path: Of the file.
+        trusted: Also open what can hold code.
+
+    Returns:
+        The network and its description.
+
+    Raises:
+        InputError: It cannot be read, is none of seg_torch's, or may hold code.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"checkpoint={path}: no such file")
+    name = str(path)
+    if name.endswith(".pt2") and not trusted:
+        raise InputError(
+            f"checkpoint={path}: files of torch.export can hold code that is run on opening, so "
+            "seg_torch does not open them; give the checkpoint, or export it to onnx or openvino"
+        )
+    format = next(format for format, suffix in reversed(SUFFIXES.items()) if name.endswith(suffix))
+    missing = [n for n in PACKAGES.get(format, ())[-1:] if importlib.util.find_spec(n) is None]
+    if missing:
+        raise InputError(f"checkpoint={path} needs {missing[0]}: pip install {missing[0]}")
+    try:
+        run, about = OPEN[format](name)
+        description = json.loads(about)
+        checkpoint.check_description(description)
+    except Exception as error:  # as of checkpoints
+        reason = "it does not say what it is" if isinstance(error, KeyError) else _reason(error)
+        raise InputError(
+            f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
+        ) from None
+    return run, description
+
+
+def _open_onnx(path: str) -> tuple[Run, str]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+        return [torch.from_numpy(o) for o in session.run(outputs, {"images": images.numpy()})]
+
+    return run, session.get_modelmeta().custom_metadata_map[checkpoint.KEY]
+
+
+def _open_openvino(path: str) -> tuple[Run, str]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    about = model.get_rt_info([checkpoint.KEY]).astype(str)
+    # On some CPUs its own choice is bfloat16.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(model, "CPU", settings)
+
+    def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+        found = compiled(images.numpy())
+        return [torch.from_numpy(found[name].copy()) for name in outputs]
+
+    return run, about
+
+
+def _open_torch(path: str) -> tuple[Run, str]:
+    extra = {checkpoint.KEY: ""}
+    program = torch.export.load(path, extra_files=extra)
+    # The guards are about how it was traced; whether it holds for other sizes is compared.
+    old = TorchVersion(torch.__version__) < "2.9"  # which has none
+    unguarded = {} if old else {"check_guards": False}
+    return _run_torch(program.module(**unguarded)), extra[checkpoint.KEY]
+
+
+def _open_aotinductor(path: str) -> tuple[Run, str]:
+    package = torch._inductor.aoti_load_package(path)
+    return _run_torch(package), package.get_metadata()[checkpoint.KEY]
+
+
+def _run_torch(module: Callable[[Tensor], Sequence[Tensor]]) -> Run:
+    def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad():
+            found = module(images)
+        return [found[OUTPUTS.index(name)] for name in outputs]
+
+    return run
+
+
+OPEN = {
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "torch": _open_torch,
+    "aotinductor": _open_aotinductor,
+}
+
+
+class ExportedNetwork(Network):
+    """A network whose logits an exported graph computes, on the CPU, wherever the images are.
+
+    Args:
+        run: The graph.
+        preprocessing: `mean`, `std` and `resize` of the graph's description.
+    """
+
+    def __init__(self, run: Run, preprocessing: dict[str, Any]) -> None:
+        super().__init__(nn.Identity(), preprocessing["mean"], preprocessing["std"])
+        self.run = run
+        self.resize = preprocessing["resize"]
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute `out`, the logits float32 [N, K, h, w] of images uint8 [N, C, H, W].
+
+        Raises:
+            InputError: The images have another size than that to which the graph resizes them.
+        """
+        if self.resize is not None and list(images.shape[-2:]) != self.resize:
+            raise InputError(
+                f"the exported graph itself resizes every image to {self.resize}, so that scales "
+                "of tta would have no effect; leave them out, or give the checkpoint"
+            )
+        (logits,) = self.run(images.cpu().contiguous(), ["logits"])
+        return {"out": logits.to(images.device)}
+
+
+def load_network(
+    path: str | Path, trust: Sequence[str] = ()
+) -> tuple[Network, Labels, dict[str, Any]]:
+    """Load the network of a checkpoint, or one that was exported.
+
+    Args:
+        path: Of the file, or what else `seg_torch.checkpoints.checkpoint.locate` takes.
+        trust: Packages besides seg_torch's own from which the model of a checkpoint may come.
+
+    Returns:
+        The network, its classes, and its description, see `checkpoint.describe`.
+
+    Raises:
+        InputError: The file cannot be used, see `checkpoint.read` and `open_exported`.
+    """
+    if is_exported(path) and not str(path).startswith(checkpoint.HUB_SCHEME):
+        run, description = open_exported(path)
+        network: Network = ExportedNetwork(run, description["preprocessing"])
+        return network, Labels.from_dict(description["labels"]), description
+    content = checkpoint.read(path)
+    network, labels = checkpoint.build_network(content, trust)
+    return network, labels, content[checkpoint.KEY]

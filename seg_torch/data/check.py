@@ -1,0 +1,206 @@
+"""One pass over all samples of a dataset: what is wrong with them, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from seg_torch.datasets.base import (
+    SegmentationDataset,
+    check_sizes,
+    checked_sample,
+    in_threads,
+    sample_name,
+)
+from seg_torch.errors import InputError
+from seg_torch.files import write_atomically
+from seg_torch.images.format import as_array, shown
+
+log = logging.getLogger(__name__)
+
+MANY = 500  # samples from which on the check shows how far it is
+THUMBNAIL = 16  # height and width
+
+
+class Problem(NamedTuple):
+    """What makes a sample unusable: the file, a sentence that names it, and the wrong values."""
+
+    file: str
+    message: str
+    pixels: dict[str, int]
+
+
+@dataclass
+class Check:
+    """What the pass found; pixels are those of the usable samples.
+
+    Attributes:
+        pixels: Number of pixels of each mask value, int64 [256].
+        images: Number of masks that hold each value, int64 [256].
+        moments: Sums over the pixels of each channel and of its square, scaled to 0..1, float64
+            [2, C].
+        digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
+        thumbnails: Each image in grey, uint8 [N, 16, 16].
+        problems: All of them.
+    """
+
+    pixels: np.ndarray
+    images: np.ndarray
+    moments: np.ndarray
+    digests: np.ndarray
+    thumbnails: np.ndarray
+    problems: list[Problem] = field(default_factory=list)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each channel over all pixels, scaled to 0..1."""
+        mean, square = self.moments / self.pixels.sum()
+        variance = square - mean**2
+        variance[variance < 1e-12] = 0  # a rounding error of a channel of one value
+        return mean.tolist(), np.sqrt(variance).tolist()
+
+
+def check(dataset: Any, name: str = "the dataset") -> Check:
+    """Read every sample of a dataset once, image and mask, in threads.
+
+    The result for a `SegmentationDataset` without problems is remembered in
+    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the names, sizes and
+    times of all files, the classes and the function that reads masks stay the same.
+
+    Args:
+        dataset: Has `labels` and items (image, mask).
+        name: What messages call it.
+
+    Returns:
+        The result, with all problems.
+    """
+    remembered, count = _remembered(dataset), len(dataset)
+    if remembered is not None:
+        # There is none, or a power failure left it empty.
+        with suppress(Exception), np.load(remembered) as arrays:
+            return Check(**arrays)
+    bar = count >= MANY and sys.stdout.isatty()
+    if count >= MANY:
+        log.info("checking the %d samples of %s; with data.check=false train does not", count, name)
+    result = Check(
+        pixels=np.zeros(256, np.int64),
+        images=np.zeros(256, np.int64),
+        moments=np.zeros((2, 1)),
+        digests=np.zeros(count, "S64"),
+        thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
+    )
+    with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
+        progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
+        for index, found in enumerate(progress):
+            if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
+                log.info("checked %d of %d", index + 1, count)
+            if isinstance(found, list):
+                result.problems += found
+                continue
+            pixels, moments, result.digests[index], result.thumbnails[index] = found
+            result.pixels += pixels
+            result.images += pixels > 0
+            result.moments = result.moments + moments
+    if remembered is not None and not result.problems:
+        content = {key: value for key, value in vars(result).items() if key != "problems"}
+        with suppress(OSError):  # the home folder may be read-only
+            write_atomically(remembered, lambda path: np.savez(path, **content))
+    return result
+
+
+def rgb(image: Any, dataset: Any) -> np.ndarray:
+    """Return what is shown of the image of a dataset's sample, uint8 [H, W, 3]."""
+    return shown(as_array(image), getattr(dataset, "bands", None))
+
+
+def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
+    """Return the measures of one sample, or all that is wrong with it."""
+    problems: list[Problem] = []
+
+    def attempt(file: object, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (InputError, OSError) as error:  # OSError: from a dataset that somebody wrote
+            problems.append(Problem(str(file), str(error), getattr(error, "pixels", {})))
+
+    if isinstance(dataset, SegmentationDataset):
+        pair = dataset.pairs[index]
+        image = attempt(pair.image, lambda: dataset.image(index))
+        mask = attempt(pair.mask, lambda: dataset.mask(index))
+        if not problems:
+            attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
+    else:
+        sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
+        if sample is not None:
+            image, mask = as_array(sample[0]), sample[1].numpy()
+    return problems or _measure(image, mask, shown(image, getattr(dataset, "bands", None)))
+
+
+def _measure(
+    image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """Return pixels by mask value, the moments, the digest and the thumbnail of a sample."""
+    pixels = np.bincount(mask.ravel(), minlength=256)
+    rgb_image = Image.fromarray(rgb_shown)
+    values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
+    if image is rgb_shown:  # Pillow counts in a fraction of the time
+        counts = np.array(rgb_image.histogram()).reshape(3, 256)
+    else:
+        channels = image.reshape(-1, image.shape[2]).T
+        counts = np.stack([np.bincount(c, minlength=len(values)) for c in channels])
+    moments = np.stack([counts @ values, counts @ values**2])
+    digest = hashlib.sha256(str(image.shape).encode())
+    digest.update(image.tobytes())
+    small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return pixels, moments, digest.hexdigest(), np.asarray(small)
+
+
+def _remembered(dataset: Any) -> Path | None:
+    """Return where the result for exactly these files, read in this way, is remembered."""
+    files = fingerprint(dataset)
+    if files is None:
+        return None
+    digest = hashlib.sha256((files + inspect.getsource(_measure)).encode()).hexdigest()
+    return cache_folder() / "checked" / f"{digest}.npz"
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """Return what changes with the files of a dataset and with how they are read.
+
+    Args:
+        dataset: Any; only of a `SegmentationDataset` it can be told.
+
+    Returns:
+        SHA-256 of the names, sizes and times of all files, the classes, and the function that reads
+        masks; `None` where there are no files, or the function cannot be looked at.
+    """
+    try:
+        digest, here = hashlib.sha256(), os.getcwd()
+        for file in dataset.files():
+            path, stat = os.path.join(here, file), os.stat(file)
+            digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0"))
+        reader = dataset.read_mask
+        source = inspect.getsource(getattr(reader, "func", reader))
+        options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+    except Exception:
+        return None
+    digest.update(repr((dataset.labels.to_dict(), dataset.bands, source, options)).encode())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: `~/.cache/seg_torch`, or in `XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seg_torch"

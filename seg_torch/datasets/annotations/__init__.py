@@ -1,0 +1,1 @@
+"""Datasets as annotation tools write them, a function each."""

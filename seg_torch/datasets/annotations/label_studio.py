@@ -1,0 +1,217 @@
+"""Label Studio's JSON export: polygons, brushes, rectangles and ellipses."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations.base import (
+    Annotated,
+    AnnotatedDataset,
+    Annotations,
+    ImageFiles,
+    annotated,
+    checked_points,
+    collected,
+    draw_pixels,
+    draw_polygon,
+    encoded,
+    folder_of,
+    name_of,
+    parsing,
+    read_json,
+    read_once,
+    split_of,
+)
+from seg_torch.errors import InputError
+
+# The kinds of regions that have an area, and where their class is.
+KINDS = ("polygonlabels", "brushlabels", "rectanglelabels", "ellipselabels")
+WITHOUT_LABEL = ("polygon", "brush", "rectangle", "ellipse")
+
+
+def label_studio(
+    root: str | Path,
+    split: str,
+    background: str | None = "background",
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> AnnotatedDataset:
+    """Return images annotated with Label Studio.
+
+    `root` holds the file of the export "JSON" (not JSON-MIN) and the images, in any folder, with
+    or without the eight characters that Label Studio puts in front of uploaded names. Files named
+    train, val and test make the split; else it is made as in `folder`.
+
+    Polygons, brushes (run lengths), rectangles and ellipses are drawn in the order of the file:
+    where they overlap, the later one lies on top. Of several annotations of an image the ground
+    truth counts or, without one, the one that was changed last; cancelled ones and predictions do
+    not count, and images without annotation are left out. The classes are those found, sorted by
+    name.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+        background: Name of the class of pixels outside of all regions, the first one unless the
+            labels have it; `None`: these pixels are not labelled.
+        val_fraction: Fraction of the images in val, where nothing else makes the split.
+        seed: Seed of that random split.
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The split is unknown, there is no export, it is malformed, or an image is
+            missing.
+    """
+    base.check_split(split)
+    source = "export JSON from Label Studio, and put it and the images there"
+    home, files = folder_of(root, "A Label Studio export", (".json",), "project.json", source)
+    annotations = read_once(_read, home, files)
+    options = split, background, val_fraction, seed
+    return annotated(home, annotations, draw_label_studio, *options)
+
+
+def is_label_studio(content: Any) -> bool:
+    """Return whether the content of a JSON file is a list of Label Studio's tasks."""
+    tasks = content if isinstance(content, list) else []
+    parts = {"annotations", "data"}
+    return bool(tasks) and all(isinstance(task, dict) and parts <= task.keys() for task in tasks)
+
+
+def _read(home: Path, files: list[str]) -> Annotations:
+    """Read all tasks of the files that hold some."""
+    images = ImageFiles(home)
+    found: set[str] = set()
+    samples: list[Annotated] = []
+    problems: list[str] = []
+    for file in files:
+        content = read_json(home / file)
+        if not is_label_studio(content):
+            continue
+        for task in content:
+            with collected(problems), parsing(home / file, f"task {task.get('id')}: "):
+                results = _results(task["annotations"])
+                if results is None:
+                    continue
+                regions = [r for r in results if r["type"] in (*KINDS, *WITHOUT_LABEL)]
+                shapes = [_shape(region) for region in regions]
+                sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
+                path = _image(images, task["data"], file)
+                place = f"{home}/{path}", f"{home}/{file}"
+                size = sizes[0] if sizes else (0, 0)
+                samples.append(
+                    Annotated(name_of(path), *place, encoded(shapes), split_of(file), size)
+                )
+                found |= {name for name, _ in shapes}
+    base.refuse(problems, f"problems in the annotations of {home}")
+    if not samples:
+        raise InputError(f"{home}: {', '.join(files[:5])} hold no annotated tasks of Label Studio")
+    return Annotations(samples, sorted(found))
+
+
+def _results(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the regions of the annotation that counts, `None` where there is none."""
+    finished = [each for each in annotations if not each.get("was_cancelled")]
+    order = [(bool(each.get("ground_truth")), str(each.get("updated_at"))) for each in finished]
+    return finished[order.index(max(order))]["result"] if finished else None
+
+
+def _shape(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return class and shape of a region."""
+    kind, value = result["type"], result["value"]
+    if kind in WITHOUT_LABEL:
+        raise InputError(f"region {result.get('id')}: its label is a tag of its own; use {KINDS}")
+    if result.get("image_rotation"):
+        raise InputError(f"region {result.get('id')}: the image was turned in Label Studio")
+    if len(value[kind]) != 1:
+        raise InputError(f"region {result.get('id')}: {len(value[kind])} labels, it takes one")
+    return value[kind][0], {"kind": kind, **value}
+
+
+def _image(images: ImageFiles, data: Mapping[str, Any], file: str) -> str:
+    """Return the path of a task's image: its own name, or the one that it was uploaded with."""
+    # `image` is the name in Label Studio's templates.
+    address = data.get("image") or next(text for text in data.values() if isinstance(text, str))
+    name = posixpath.basename(unquote(address.split("?d=")[-1]).replace("\\", "/"))
+    uploaded = re.sub(r"^[0-9a-f]{8}-", "", name)
+    return images.find(name if name in images.by_name else uploaded, file)
+
+
+def draw_label_studio(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
+    """Draw a region; all of its lengths are percentages of the image's sides."""
+    kind, size, draw = shape["kind"], np.array(mask.size), ImageDraw.Draw(mask)
+    if kind == "polygonlabels":
+        draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
+    elif kind == "brushlabels":
+        draw_pixels(mask, value, decode_brush(shape["rle"], mask.height, mask.width) >= 128)
+    else:
+        # What is turned or round may go over the edge, but begins inside.
+        (start,) = checked_points(mask, [np.array([shape["x"], shape["y"]]) * size / 100], 1)
+        if kind == "ellipselabels":
+            radii = np.array([shape["radiusX"], shape["radiusY"]]) * size / 100
+            angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+            corners = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii
+        else:
+            width, height = np.array([shape["width"], shape["height"]]) * size / 100
+            corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
+        turn = np.deg2rad(shape.get("rotation", 0))  # clockwise, about (x, y)
+        matrix = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+        points = (corners @ matrix + start).ravel().tolist()
+        draw.polygon(points, fill=value, outline=value)
+
+
+def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
+    """Return the opacity of a brush region.
+
+    The bytes are a stream of bits in the format of thi.ng/rle-pack: 32 for the number of values
+    (four for each pixel, of which the last is the opacity), 5 for their width less one, four times
+    4 for the widths of run lengths less one. Then come runs: 1 bit whether it is one value
+    repeated, 2 bits which width its length has, the length less one, and one value or all of them.
+
+    Args:
+        content: The bytes.
+        height: Of the image.
+        width: Of the image.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        InputError: It is cut off, or of another size.
+    """
+    bits = np.unpackbits(np.array(content, np.uint8))
+    text = (bits + ord("0")).tobytes()
+    place = 0
+
+    def number(length: int) -> int:
+        nonlocal place
+        place += length
+        return int(text[place - length : place], 2)
+
+    count, bits_of_value = number(32), number(5) + 1
+    if count != 4 * height * width or bits_of_value != 8:
+        raise InputError(f"a brush of {count // 4} pixels on an image of {width} x {height}")
+    lengths = [number(4) + 1 for _ in range(4)]
+    values, start = np.zeros(count, np.uint8), 0
+    while start < count:
+        repeated = number(1)
+        end = start + number(lengths[number(2)]) + 1
+        if repeated:
+            values[start:end] = number(8)
+        else:
+            own = bits[place : place + 8 * (end - start)]
+            if len(own) < 8 * (end - start):
+                raise InputError("the run lengths of a brush are cut off")
+            values[start:end] = np.packbits(own)
+            place += len(own)
+        start = end
+    return values.reshape(height, width, 4)[..., 3]

@@ -1,0 +1,163 @@
+"""labelme: a JSON file for each image."""
+
+from __future__ import annotations
+
+import base64
+import math
+import posixpath
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations.base import (
+    BACKGROUND,
+    IGNORED,
+    Annotated,
+    AnnotatedDataset,
+    Annotations,
+    ImageFiles,
+    annotated,
+    checked_points,
+    collected,
+    draw_pixels,
+    draw_polygon,
+    encoded,
+    folder_of,
+    name_of,
+    parsing,
+    read_json,
+    read_once,
+    split_of,
+)
+from seg_torch.errors import InputError
+from seg_torch.images.read import decode_image, opened
+
+LINE_WIDTH, POINT_RADIUS = 10, 5  # labelme's own, in pixels
+KEPT = ("shape_type", "points", "mask")  # what is drawn of a shape
+# How many points a shape has, where it is not any number of them.
+POINTS = {"rectangle": 2, "circle": 2, "line": 2, "point": 1, "mask": 2}
+
+
+def labelme(
+    root: str | Path,
+    split: str,
+    background: str | None = "background",
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> AnnotatedDataset:
+    """Return images annotated with labelme.
+
+    `root` holds a JSON file for each image, with subfolders, and the images beside them, elsewhere
+    or inside the JSON files (`imageData`). Folders named train, val (or valid) and test make the
+    split; else `train.txt` and `val.txt` do, or a hash of each name.
+
+    Shapes are drawn as labelme draws them: lines 10 pixels wide, points as discs with a radius of
+    5. Where shapes overlap, the later one in the file lies on top. The label `_background_` means
+    the background, `__ignore__` pixels that are not labelled. The classes are the lines of
+    `labels.txt`, where `root` has it; else those found, sorted by name.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+        background: Name of the class of pixels outside of all shapes, the first one unless the
+            labels have it; `None`: these pixels are not labelled.
+        val_fraction: Fraction of the images in val, where nothing else makes the split.
+        seed: Seed of that random split.
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The split is unknown, there are no annotations, a file is malformed, an image
+            is missing, or a label is not in `labels.txt`.
+    """
+    base.check_split(split)
+    source = "annotate images with labelme and keep its JSON files beside them"
+    home, files = folder_of(root, "labelme annotations", (".json",), "IMAGE.json", source)
+    files += ["labels.txt"] * (home / "labels.txt").is_file()
+    annotations = read_once(_read, home, files)
+    options = split, background, val_fraction, seed
+    return annotated(home, annotations, draw_labelme, *options, LabelmeDataset)
+
+
+class LabelmeDataset(AnnotatedDataset):
+    """Images with labelme's annotations, some of which hold their image."""
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image alone, uint8 [H, W, 3]."""
+        pair = self.pairs[index]
+        if pair.image != pair.mask:
+            return super().image(index)
+        with parsing(pair.mask, "imageData: "):
+            return decode_image(base64.b64decode(read_json(pair.mask)["imageData"]), str(pair.mask))
+
+
+def is_labelme(content: Any) -> bool:
+    """Return whether the content of a JSON file has the parts of labelme's."""
+    return isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys()
+
+
+def _read(home: Path, files: list[str]) -> Annotations:
+    """Read all files; those that are not labelme's are left out."""
+    images = ImageFiles(home)
+    listed = None
+    if files[-1] == "labels.txt":
+        listed = base.read_list(home / files.pop())
+    found: set[str] = set()
+    samples: list[Annotated] = []
+    problems: list[str] = []
+    for file in files:
+        with collected(problems):
+            content = read_json(home / file)
+            if not is_labelme(content):
+                continue
+            with parsing(home / file):
+                shapes = [
+                    (str(shape["label"]), {key: shape.get(key) for key in KEPT})
+                    for shape in content["shapes"]
+                ]
+                names = {name for name, _ in shapes}
+                if listed and not names <= {*listed}:
+                    raise InputError(f"{sorted(names.difference(listed))} are not in labels.txt")
+                image = file  # holds it
+                with suppress(InputError) if content.get("imageData") else nullcontext():
+                    image = images.find(content["imagePath"], file)
+                place = f"{home}/{image}", f"{home}/{file}"
+                size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
+                of = split_of(posixpath.dirname(file))
+                samples.append(Annotated(name_of(file), *place, encoded(shapes), of, size))
+            found |= names
+    base.refuse(problems, f"problems in the annotations of {home}")
+    special = {BACKGROUND, IGNORED}
+    return Annotations(samples, listed or [*sorted(found & special), *sorted(found - special)])
+
+
+def draw_labelme(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
+    """Draw one of labelme's shapes, as its `shape_to_mask` does."""
+    kind, draw = shape["shape_type"] or "polygon", ImageDraw.Draw(mask)
+    if kind in ("polygon", "oriented_rectangle"):
+        return draw_polygon(mask, value, shape["points"])
+    points = checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
+    if len(points) != POINTS.get(kind, len(points)):
+        raise InputError(f"a {kind} of {len(points)} points, it has {POINTS[kind]}")
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    if kind == "rectangle":
+        box = [(min(x0, x1), min(y0, y1)), (max(x0, x1), max(y0, y1))]
+        draw.rectangle(box, fill=value, outline=value)
+    elif kind == "circle":
+        draw.circle((x0, y0), math.hypot(x1 - x0, y1 - y0), fill=value, outline=value)
+    elif kind in ("line", "linestrip"):
+        draw.line(points, fill=value, width=LINE_WIDTH)
+    elif kind in ("point", "points"):
+        for point in points:
+            draw.circle(point, POINT_RADIUS, fill=value, outline=value)
+    elif kind == "mask":
+        with opened("its mask", "a mask", base64.b64decode(shape["mask"])) as image:
+            draw_pixels(mask, value, np.array(image), int(x0), int(y0))
+    else:
+        raise InputError(f"shapes of the type {kind!r} are not known")
+    return None

@@ -1,0 +1,84 @@
+"""Roboflow's export for semantic segmentation: images, masks and a list of classes in a folder."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+from pathlib import Path
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations.base import (
+    Annotated,
+    choose_split,
+    folder_of,
+    name_of,
+    parsing,
+    split_of,
+)
+from seg_torch.errors import InputError
+from seg_torch.images.read import IMAGE_SUFFIXES
+from seg_torch.labels import IGNORE_INDEX, Labels
+
+MASK = "_mask.png"
+
+
+def roboflow(
+    root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
+) -> base.SegmentationDataset:
+    """Return a dataset that Roboflow exported as "Semantic Segmentation Masks".
+
+    `root` holds the folders `train`, `valid` and `test`, or some of them, each with images,
+    a mask `NAME_mask.png` of each and `_classes.csv`: the pixel value of each class, and its name.
+    The classes are in the order of these values; 255 is not labelled, unless it is a class.
+
+    Args:
+        root: The dataset's folder.
+        split: "train", "val" or "test".
+        val_fraction: Fraction of the images in val, where there is no `valid`.
+        seed: Seed of that random split.
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The split is unknown, there is no `_classes.csv`, two of them differ, or an
+            image is missing.
+    """
+    base.check_split(split)
+    source = "export Semantic Segmentation Masks from Roboflow and unpack it there"
+    home, files = folder_of(root, "A Roboflow export", ("_classes.csv",), "_classes.csv", source)
+    classes = read_csv(home / files[0])
+    for file in files[1:]:
+        if read_csv(home / file) != classes:
+            raise InputError(f"{home / file}: other classes than in {home / files[0]}")
+    masks = base.list_files(home, (MASK,))
+    images = {name_of(f): f for f in base.list_files(home, IMAGE_SUFFIXES) if f not in masks}
+    missing = [f"{home / file}" for file in masks if file.removesuffix(MASK) not in images]
+    base.refuse(missing, "masks have no image of their name beside them")
+    samples = [
+        Annotated(name, f"{home}/{images[name]}", f"{home}/{file}", b"", split_of(file))
+        for file in masks
+        for name in [file.removesuffix(MASK)]
+    ]
+    chosen = choose_split(home, samples, split, val_fraction, seed)
+    table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(classes)})
+    read_mask = partial(base.read_mapped_mask, table=table)
+    with parsing(home / files[0]):
+        labels = Labels(tuple(classes.values()))
+    return base.SegmentationDataset((sample[:3] for sample in chosen), labels, read_mask)
+
+
+def read_csv(path: Path) -> dict[int, str]:
+    """Return the class names in a `_classes.csv` by pixel value, in order.
+
+    Raises:
+        InputError: A line is not "value, name".
+    """
+    with parsing(path):
+        first, *rows = csv.reader(base.read_list(path))
+        if first[0].strip() != "Pixel Value":
+            raise InputError(f"its first line is {first}, not Pixel Value, Class")
+        classes = dict(sorted((int(value), name.strip()) for value, name in rows))
+        if not classes or min(classes) < 0 or max(classes) > 255:
+            raise InputError(f"pixel values {[*classes]}; masks hold 0 to 255")
+        return classes

@@ -1,0 +1,174 @@
+"""Datasets of the Hugging Face Hub, and folders that the library `datasets` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations.base import parsing, read_json, split_of
+from seg_torch.datasets.folder import split_names
+from seg_torch.errors import InputError
+from seg_torch.images.read import decode_image
+from seg_torch.labels import IGNORE_INDEX, Labels
+
+IMAGES, MASKS = ("image", "pixel_values"), ("label", "annotation", "mask", "segmentation_mask")
+
+
+def hf(
+    name: str,
+    split: str,
+    id2label: str | Path | None = None,
+    unlabelled: int | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> HubDataset:
+    """Return a dataset of the Hugging Face Hub with images and masks of class ids.
+
+    The column `image` holds the images, one of `label`, `annotation`, `mask` and
+    `segmentation_mask` the masks. `datasets` downloads it once and keeps it as files that all
+    processes map into memory. `id2label.json` of the dataset's repository or folder names the
+    classes, in the order of their ids. Splits named train, validation (or val, valid) and test
+    are taken; with one alone, a hash of each image's number makes the others.
+
+    Args:
+        name: `OWNER/NAME` on the Hub, or a folder: one that `save_to_disk` wrote, or with Parquet
+            files.
+        split: "train", "val" or "test".
+        id2label: JSON file of the class names by id; by default the dataset's own.
+        unlabelled: Id of pixels that are not labelled; it is no class, and the ids above it move
+            down by one. 255 always is not labelled unless it has a name.
+        val_fraction: Fraction of the images in val, where the dataset has none.
+        seed: Seed of that random split.
+
+    Returns:
+        The samples of the split.
+
+    Raises:
+        InputError: The split is unknown, the package `datasets` or the dataset is missing, or it
+            has no such columns or no class names.
+    """
+    base.check_split(split)
+    parts = _load(str(name))
+    names = _class_names(str(name), id2label)
+    if unlabelled is not None:
+        names.pop(unlabelled, None)
+    table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(names)})
+    if unlabelled is not None:
+        table[unlabelled] = IGNORE_INDEX
+    by_split = {split_of(part): content for part, content in parts.items()}
+    if split == "test" and "test" not in by_split:
+        split = base.val_for_test(split, str(name))
+    rows = by_split.get(split)
+    if rows is None or (split == "train" and "val" not in by_split):
+        rows = by_split.get("train", next(iter(parts.values())))
+        numbers = [str(i) for i in range(len(rows))]
+        chosen = split_names(Path(name), numbers, split, val_fraction, seed)
+        rows = rows.select(sorted(map(int, chosen)))
+    with parsing(name, "id2label: "):
+        labels = Labels(tuple(names.values()))
+    return HubDataset(rows, labels, table, f"{name} {split}")
+
+
+class HubDataset(Dataset):
+    """Images and masks in a table of the library `datasets`.
+
+    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
+
+    Args:
+        rows: The table; images and masks are not decoded by it.
+        labels: The classes.
+        table: Class id of each mask value, see `base.id_table`.
+        name: What messages call it.
+    """
+
+    def __init__(self, rows: Any, labels: Labels, table: np.ndarray, name: str) -> None:
+        self.labels, self.table, self.name = labels, table, name
+        self.columns = [
+            next((c for c in known if c in rows.column_names), None) for known in (IMAGES, MASKS)
+        ]
+        if None in self.columns:
+            raise InputError(
+                f"{name} has the columns {', '.join(rows.column_names)}; it takes one of "
+                f"{', '.join(IMAGES)} and one of {', '.join(MASKS)}"
+            )
+        from datasets import Image
+
+        for column in self.columns:
+            rows = rows.cast_column(column, Image(decode=False))
+        self.rows = rows.select_columns(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _file(self, index: int, column: int) -> tuple[str, bytes]:
+        """Return what a file is called, and its content."""
+        cell = self.rows.select_columns([self.columns[column]])[index][self.columns[column]]
+        place = f"{self.name}[{index}] {self.columns[column]}"
+        if cell is None:
+            raise InputError(f"{place}: nothing here")
+        return place, cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W].
+
+        Raises:
+            InputError: It is no image of class ids, or has a value without a name.
+        """
+        place, content = self._file(index, 1)
+        return base.read_mapped_mask(place, self.table, content)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        place, content = self._file(index, 0)
+        image, mask = decode_image(content, place), self.mask(index)
+        if image.shape[:2] != mask.shape:
+            raise InputError(
+                f"{place}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
+                f"{image.shape[1]} x {image.shape[0]}"
+            )
+        return base.as_sample(image, mask)
+
+
+def _load(name: str) -> Mapping[str, Any]:
+    """Return the tables of a dataset by the names of its splits."""
+    try:
+        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    except ImportError:
+        raise InputError("data=hf needs a package: pip install datasets") from None
+    folder = Path(name).expanduser()
+    saved = any((folder / f).exists() for f in ("dataset_dict.json", "dataset_info.json"))
+    try:
+        content = load_from_disk(folder) if saved else load_dataset(str(folder))
+    except Exception as error:  # of the Hub, the network, or any of its readers
+        raise InputError(f"data.name={name}: cannot be loaded by datasets: {error}") from None
+    if isinstance(content, Dataset):
+        content = DatasetDict({"train": content})
+    return content
+
+
+def _class_names(name: str, file: str | Path | None) -> dict[int, str]:
+    """Return the names of the classes by id, in order."""
+    path = Path(name).expanduser() / "id2label.json" if file is None else Path(file).expanduser()
+    if not path.exists() and file is None and not path.parent.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
+        except Exception:  # the Hub, the network, or no such file
+            path = Path(name, "id2label.json")
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file, so the classes have no names; write them to a file, such as "
+            f"{json.dumps({'0': 'background', '1': 'car'})}, and give data.dataset.id2label=FILE"
+        )
+    with parsing(path):
+        names = dict(sorted((int(i), str(label)) for i, label in read_json(path).items()))
+        if not names or min(names) < 0 or max(names) > 255:
+            raise InputError(f"{len(names)} ids; masks hold 0 to 255")
+        return names

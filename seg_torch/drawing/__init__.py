@@ -1,0 +1,1 @@
+"""What is shown: overlays, curves, pages, outlines."""

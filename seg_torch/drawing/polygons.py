@@ -1,0 +1,91 @@
+"""Masks as polygons with holes, in GeoJSON (RFC 7946).
+
+The outlines are those of marching squares (Lorensen and Cline, Marching Cubes, 1987, in two
+dimensions), found by contourpy. They run half-way between the centres of neighbouring pixels, one
+inside and one outside, so that a polygon holds the centres of its own pixels and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from contourpy import FillType, contour_generator
+from PIL import Image
+
+from seg_torch.labels import IGNORE_INDEX, Labels
+
+Ring = list[list[float]]  # x and y of its points; the first one again at the end
+
+
+def polygon_features(mask: np.ndarray, labels: Labels) -> Iterator[dict[str, Any]]:
+    """Yield a GeoJSON Feature, a polygon with holes, for each connected region of a class.
+
+    Pixels that only touch at a corner are not connected. Coordinates are in pixels, x to the right
+    and y down: (0, 0) is the corner of the image, (0.5, 0.5) the centre of its first pixel. Filling
+    the polygons by the centres of pixels gives the mask back.
+
+    Args:
+        mask: Class ids, uint8 [H, W]; pixels of 255 belong to no class.
+        labels: The classes.
+
+    Yields:
+        In the order of the classes, with the properties `class_id`, `name`, `colour` (#rrggbb) and
+        `area` (number of pixels).
+    """
+    for class_id, pixels in enumerate(Image.fromarray(mask).histogram()[:IGNORE_INDEX]):
+        if not pixels:
+            continue
+        name, colour = labels.names[class_id], f"#{bytes(labels.palette[class_id]).hex()}"
+        for rings, area in _polygons(mask == class_id):
+            properties = {"class_id": class_id, "name": name, "colour": colour, "area": area}
+            geometry = {"type": "Polygon", "coordinates": rings}
+            yield {"type": "Feature", "properties": properties, "geometry": geometry}
+
+
+def write_polygons(path: str, mask: np.ndarray, labels: Labels) -> None:
+    """Write the FeatureCollection of a mask, one polygon after the other."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"type":"FeatureCollection","features":[')
+        for number, feature in enumerate(polygon_features(mask, labels)):
+            file.write(",\n" if number else "\n")
+            file.write(json.dumps(feature, separators=(",", ":")))
+        file.write("]}\n")
+
+
+def _polygons(region: np.ndarray) -> Iterator[tuple[list[Ring], int]]:
+    """Yield the rings of each connected part, the outer one first, and its number of pixels."""
+    top, bottom = np.flatnonzero(region.any(1))[[0, -1]]
+    left, right = np.flatnonzero(region.any(0))[[0, -1]]
+    padded = np.pad(region[top : bottom + 1, left : right + 1], 1)
+    contours: Any = contour_generator(z=padded, fill_type=FillType.ChunkCombinedOffsetOffset)
+    [points], [starts], [parts] = contours.filled(0.5, 2)
+    # Counted from the corner of the image, no longer from the centre of the border's first pixel.
+    points += (left - 0.5, top - 0.5)
+
+    last = starts[1:] - 1  # of each ring: its first point again
+    following = np.roll(points, -1, axis=0)
+    previous = np.roll(points, 1, axis=0)
+    previous[starts[:-1]] = points[last - 1]
+    corners = _cross(points - previous, following - points) != 0
+    corners[last] = False
+
+    # The shoelace formula, negative for holes. A ring cuts a triangle of 1/8 pixel off wherever its
+    # pixels have a corner and fills one where they have a notch. There are four corners more.
+    doubled = _cross(points, following)
+    doubled[last] = 0
+    areas = np.add.reduceat(doubled, starts[:-1]) / 2
+    pixels = np.rint(areas + np.copysign(0.5, areas)).astype(int)
+
+    ends = np.cumsum(corners)[last].tolist()
+    kept = points[corners].tolist()
+    rings = [kept[a:b] + kept[a : a + 1] for a, b in pairwise([0, *ends])]
+    for a, b in pairwise(parts.tolist()):
+        yield rings[a:b], int(pixels[a:b].sum())
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]

@@ -1,0 +1,124 @@
+"""Depthwise convolutions whose gradients are fast on a CPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+class FastDepthwiseGradients(TorchFunctionMode):
+    """The context in which depthwise convolutions on a CPU get their gradients from here.
+
+    oneDNN (3.12 and before) has fast depthwise kernels for all of them but two, for which it takes
+    those of dense convolutions, ten to thirty times slower: gradients of weights wider than 3, and
+    in bfloat16 those of the input where the stride is above 1. Both can be put in terms of the fast
+    ones. The values are the same but for rounding.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    depthwise = 1 < groups == len(weight) == x.shape[1]
+    slow = weight.shape[-1] > 3 or (stride != (1, 1) and dtype == torch.bfloat16)
+    if not (depthwise and slow and dilation == (1, 1)) or isinstance(padding, str):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if bias is not None:
+        bias = bias.to(dtype)
+    return _DepthwiseConv2d.apply(x.to(dtype), weight.to(dtype), bias, stride, padding)
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            dtype = gradient.dtype
+            # With a stride, float32 is the fast one.
+            wide = torch.promote_types(dtype, torch.float32) if max(ctx.stride) > 1 else dtype
+            of_x, _ = _gradients(
+                gradient.to(wide),
+                torch.empty_like(x, dtype=wide),  # whose values do not matter
+                weight.to(wide),
+                ctx.stride,
+                ctx.padding,
+                (True, False),
+            )
+            of_x = of_x.to(dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = _weight_gradient(gradient, x, weight, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_x, of_weight, of_bias, None, None
+
+
+def _weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Return the gradient of the weights, [C, 1, rows, columns], three columns at a time.
+
+    A column of the kernel meets the columns of the image from its own place on, so the gradient of
+    some of the columns is that of a narrower kernel which starts there.
+    """
+    columns = weight.shape[-1]
+    if columns <= 3:
+        return _gradients(gradient, x, weight, stride, padding, (False, True))[1]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    parts = []
+    for first in range(0, columns, 3):
+        part = weight[..., first : first + 3]
+        last = first + stride[1] * (gradient.shape[-1] - 1) + part.shape[-1]
+        seen = x[..., first:last].contiguous(memory_format=torch.channels_last)
+        parts.append(_gradients(gradient, seen, part, stride, (0, 0), (False, True))[1])
+    return torch.cat(parts, dim=-1)
+
+
+def _gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Return PyTorch's own gradients, those that are wanted of the input's and the weights'."""
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        *(gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), len(weight)),
+        (*wanted, False),
+    )
+    return of_x, of_weight

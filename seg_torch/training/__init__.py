@@ -1,0 +1,1 @@
+"""Training: the task, the Trainer, callbacks, and the run's folder."""

@@ -1,0 +1,189 @@
+"""A run's folder: who may write to it, and how its configuration comes back on resuming."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from seg_torch.errors import InputError
+from seg_torch.files import PARTIAL, write_atomically
+
+log = logging.getLogger(__name__)
+
+# Of metrics.csv and times.csv.
+SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
+COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
+COLUMNS |= {f"val_{name}": float for name in SCORES}
+TIMES = {"epoch": int, "seconds": float, "memory_gb": float}
+# What a resumed run may set anew: where it runs and where the data lie, and how long it goes on.
+RESUMABLE = (
+    "resume",
+    "data.root",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.max_epochs",
+)
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """Return the checkpoint from which a run is resumed.
+
+    Raises:
+        InputError: The folder holds no run, or one that was stopped before its first checkpoint.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(
+            f"resume={folder}: expected a run's folder, such as runs/2026-11-24_20-15-00; to start "
+            f"a new run with the weights of a checkpoint, use init_from={folder}"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"resume={folder}: no run there (it would hold config.yaml)")
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise InputError(
+            f"resume={folder}: the run was stopped before its first checkpoint; delete the folder "
+            "and start it again"
+        )
+    return last
+
+
+def next_step(folder: Path) -> str:
+    """Return what to do after a run has ended early."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        return f"go on with resume={folder}"
+    return "start it again: nothing is saved yet"
+
+
+def check_resumable(folder: str, overrides: Sequence[str]) -> None:
+    """Refuses settings that would change the result of a resumed run.
+
+    Args:
+        folder: The run's folder.
+        overrides: The settings of the command line, each as `key=value`.
+
+    Raises:
+        InputError: A setting that may not be set anew.
+    """
+    keys = [key_of(override) for override in overrides]
+    refused = [key for key in keys if key not in RESUMABLE and not key.startswith("hydra.")]
+    if refused:
+        raise InputError(
+            f"resume={folder} goes on with that run's own settings; {', '.join(refused)} would "
+            f"change its result (allowed are {', '.join(RESUMABLE[1:])}). For a new run that "
+            f"starts from its weights, use init_from={folder}"
+        )
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration of the run that `cfg.resume` names.
+
+    Args:
+        cfg: The configuration that the command line asks for.
+        overrides: Its settings, each as `key=value`.
+
+    Returns:
+        The run's own configuration, with `resume` and the settings that may change.
+
+    Raises:
+        InputError: There is no such run, or a setting that could change its result.
+    """
+    last_checkpoint(cfg.resume)
+    check_resumable(cfg.resume, overrides)
+    run = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    assert isinstance(run, DictConfig)
+    for key in (key_of(override) for override in overrides):
+        section, _, name = key.rpartition(".")
+        if key in RESUMABLE[1:] and name not in (OmegaConf.select(run, section) or {}):
+            raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
+        if key in RESUMABLE[1:]:
+            OmegaConf.update(run, key, OmegaConf.select(cfg, key))
+    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+
+
+def requeued_config(cfg: DictConfig) -> DictConfig:
+    """Return the configuration with which a job that Slurm runs again goes on with its run.
+
+    The command is the same each time. It begins the run if there is nothing to go on from.
+    """
+    if cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
+        return cfg
+    if not Path(cfg.output_dir, "checkpoints", "last.ckpt").exists():
+        log.warning(
+            "Slurm runs this job again, but %s holds no checkpoint: training begins anew. To go "
+            "on, the job has to set output_dir to the same folder each time",
+            cfg.output_dir,
+        )
+        return cfg
+    log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
+    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+
+
+def key_of(override: str) -> str:
+    """Return the key of `key=value`, `+key=value` or `~key`."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def is_complete(content: dict[str, Any], trainer: DictConfig) -> bool:
+    """Whether a checkpoint has all the epochs or steps of `trainer.max_epochs` and `max_steps`."""
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= trainer.max_epochs >= 0 or content["global_step"] >= trainer.max_steps > 0
+
+
+def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> None:
+    """Refuses a folder that holds another run, and a run that is complete.
+
+    Also removes what a killed process has left half-written there.
+
+    Args:
+        folder: Where the run is to write.
+        trainer: Settings of the trainer, which say how long the run is.
+        resumed: The checkpoint that it goes on from, if any.
+
+    Raises:
+        InputError: There is a run already, or nothing left to do.
+    """
+    for leftover in (folder / "checkpoints").glob(f"{PARTIAL}*"):
+        leftover.unlink()
+    if resumed is None:
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            raise InputError(
+                f"output_dir={folder} holds a run already: choose another folder, or go on with it "
+                f"by resume={folder}"
+            )
+        # Of a run that was killed before it could be resumed.
+        (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
+        return
+    if is_complete(resumed, trainer) and (folder / "test_metrics.json").exists():
+        raise InputError(
+            f"resume={folder}: this run is complete ({resumed['global_step']} steps); to train "
+            "further set trainer.max_epochs, to score it use evaluate"
+        )
+
+
+def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
+    """Read the rows of `metrics.csv` or `times.csv`; cells without a value are left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]) -> None:
+    """Write such a table."""
+
+    def write(name: str) -> None:
+        with open(name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

@@ -1,0 +1,153 @@
+"""Images of masks and scores: overlays, legends, sheets, curves and the confusion matrix."""
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from PIL import Image
+
+from seg_torch.datasets.published.camvid32 import CAMVID32_LABELS
+from seg_torch.drawing.visualize import (
+    additive_overlay,
+    legend,
+    overlay,
+    sample_sheet,
+    save_confusion_matrix,
+    save_curves,
+    save_overlay,
+    side_by_side,
+)
+from seg_torch.errors import InputError
+from seg_torch.labels import Labels
+
+LABELS = Labels(("a", "b"), np.array([(100, 200, 0), (255, 255, 255)]))
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """`figure(function, ...)`: the matplotlib figure that the function saves."""
+    saved = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path: saved.append(self))
+    monkeypatch.setattr(
+        "seg_torch.drawing.visualize.write_atomically", lambda path, write: write(path)
+    )
+
+    def figure(function, *arguments):
+        function(*arguments, "figure.png")
+        return saved.pop()
+
+    return figure
+
+
+def test_the_overlay_is_a_weighted_mean_and_leaves_ignored_pixels():
+    image = np.full((300, 3, 3), 100, np.uint8)  # more rows than one band
+    mask = np.tile(np.array([0, 1, 255], np.uint8), (300, 1))
+    blended = np.asarray(overlay(image, mask, LABELS, alpha=0.2))
+    # 0.8 * 100 + 0.2 * (100, 200, 0) and 0.8 * 100 + 0.2 * 255 = 131
+    assert blended[0].tolist() == [[100, 120, 80], [131, 131, 131], [100, 100, 100]]
+    assert (blended == blended[0]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (256, 40), (257, 333), (2600, 30)])
+def test_a_saved_overlay_has_the_pixels_of_pillows_jpeg_of_the_whole(tmp_path, size):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (*size, 3), np.uint8)
+    mask = random.choice(np.array([0, 1, 255], np.uint8), size)
+    save_overlay(str(tmp_path / "strips.jpg"), image, mask, LABELS, quality=92)
+    overlay(image, mask, LABELS).save(tmp_path / "whole.jpg", quality=92)
+    with Image.open(tmp_path / "strips.jpg") as found, Image.open(tmp_path / "whole.jpg") as whole:
+        assert found.mode == "RGB"
+        assert np.array_equal(np.asarray(found), np.asarray(whole))
+
+
+def test_an_overlay_that_no_jpeg_can_hold_is_refused_and_nothing_is_written(tmp_path):
+    image, mask = np.zeros((65_501, 1, 3), np.uint8), np.zeros((65_501, 1), np.uint8)
+    with pytest.raises(InputError, match="65501 x 1 pixels, 65500 a side at most: leave overlay"):
+        save_overlay(str(tmp_path / "long.jpg"), image, mask, LABELS, quality=92)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_additive_overlay_is_image_plus_six_tenths_of_the_colours():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    mask = np.array([[0, 1, 255]], np.uint8)
+    # 100 + 0.6 * 100 = 160, 100 + 0.6 * 200 = 220, 100 + 0; 100 + 0.6 * 255 = 253; ignored: 100.
+    expected = [[[160, 220, 100], [253, 253, 253], [100, 100, 100]]]
+    assert np.asarray(additive_overlay(image, mask, LABELS)).tolist() == expected
+
+
+def test_the_additive_overlay_saturates():
+    image = np.full((1, 2, 3), 200, np.uint8)
+    added = additive_overlay(image, np.array([[0, 1]], np.uint8), LABELS)
+    assert np.asarray(added).tolist() == [[[255, 255, 200], [255, 255, 255]]]
+
+
+def test_the_legend_of_camvid_has_32_swatches_in_2_rows_of_16():
+    palette = CAMVID32_LABELS.palette.copy()
+    palette[21] = (1, 2, 3)  # the sky has the grey of the swatches' frames
+    drawn = np.asarray(legend(Labels(CAMVID32_LABELS.names, palette), columns=16))
+    swatches = [np.argwhere((drawn == colour).all(-1)) for colour in palette]
+    assert all(len(pixels) == 15 * 15 for pixels in swatches)
+    tops, lefts = np.array([pixels.min(axis=0) for pixels in swatches]).T.reshape(2, 2, 16)
+    assert (tops == tops[:, :1]).all()
+    assert tops[0, 0] < tops[1, 0]
+    assert (np.diff(lefts) > 15).all()
+    assert (lefts[0] == lefts[1]).all()
+
+
+def test_side_by_side_shows_the_image_and_an_overlay_with_legend_per_title():
+    image = np.full((300, 250, 3), 100, np.uint8)
+    masks = {"one": (np.zeros((300, 250), np.uint8), LABELS)}
+    masks["two"] = (np.ones((300, 250), np.uint8), LABELS)
+    sheet = np.asarray(side_by_side(image, masks))
+    assert sheet.shape[1] == 3 * 250 + 2 * 4
+    middle = [sheet[24 + 150, left + 125].tolist() for left in (0, 254, 508)]
+    assert middle == [[100, 100, 100], [100, 150, 50], [177, 177, 177]]
+    below = sheet[24 + 300 + 4 :]
+    has_colour = (below == (100, 200, 0)).all(-1).any(axis=0)
+    assert has_colour[254:504].any()
+    assert not has_colour[508:].any()  # the second mask holds the other class alone
+    assert (below[:, :250] == 255).all()
+
+
+def test_a_sample_sheet_has_a_row_per_sample_and_names_the_classes_in_it():
+    images = [np.full((40, 80, 3), 10, np.uint8), np.full((80, 40, 3), 20, np.uint8)]
+    masks = [np.full(image.shape[:2], 0, np.uint8) for image in images]
+    masks[1][:] = 255
+    sheet = np.asarray(sample_sheet(images, masks, masks, LABELS, tile=64))
+    assert sheet.shape[1] == 3 * 64 + 2 * 4
+    first, second = 24 + 16, 24 + 32 + 4 + 64  # rows of 32 and 128 pixels
+    assert sheet[first, [32, 100, 168]].tolist() == [[10] * 3, [100, 200, 0], [100, 200, 0]]
+    void = [224, 224, 192]
+    assert sheet[second, [32, 100, 168]].tolist() == [[20] * 3, void, void]
+    key = sheet[24 + 32 + 4 + 128 + 4 :]
+    assert (key == (100, 200, 0)).all(-1).any()
+    assert len(key) == 24 + 6  # one line: class b does not occur
+
+
+def test_curves_have_points_only_where_there_are_values(figure):
+    history = [{"epoch": i, "train_loss": 3.0 - i, "val_loss": None} for i in range(4)]
+    history[1] |= {"val_loss": 2.5, "val_mean_iou": 0.5}
+    history[3] |= {"val_loss": 1.5, "val_mean_iou": 0.75}
+    loss, score = figure(save_curves, history).axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert points["training"] == [[0, 3], [1, 2], [2, 1], [3, 0]]
+    assert points["validation"] == [[1, 2.5], [3, 1.5]]
+    assert [line.get_xydata().tolist() for line in score.lines] == [[[1, 0.5], [3, 0.75]]]
+
+
+def test_the_confusion_matrix_shows_the_share_of_each_label(figure):
+    axes = figure(save_confusion_matrix, np.array([[3, 1], [0, 0]]), LABELS).axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): ".75",
+        (1, 0): ".25",
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf"])
+def test_figures_are_files_of_the_format_that_the_suffix_names(tmp_path, suffix):
+    save_confusion_matrix(np.eye(2, dtype=int), LABELS, tmp_path / f"matrix{suffix}")
+    save_curves([{"epoch": 0, "train_loss": 1.0}], tmp_path / f"curves{suffix}")
+    starts = {path.read_bytes()[:4] for path in tmp_path.iterdir()}
+    assert starts == {b"\x89PNG" if suffix == ".png" else b"%PDF"}
+    assert len(list(tmp_path.iterdir())) == 2
