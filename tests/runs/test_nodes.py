@@ -34,7 +34,7 @@ IMAGES = 200
 PROGRAM = """
 import os
 from pathlib import Path
-from seg_torch.cli import main
+from seg_torch.cli.main import main
 rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
 Path(os.environ["PIDS"], rank).write_text(f"{os.getpid()} {os.getppid()}")
 main()

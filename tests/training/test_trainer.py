@@ -167,7 +167,7 @@ def test_an_error_of_the_only_process_is_raised_as_it_is(error):
 PROGRAM = """
 import json, os, signal
 from pathlib import Path
-from seg_torch.cli import main
+from seg_torch.cli.main import main
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.training.task import SegmentationTask
