@@ -1,5 +1,6 @@
 """The errors that are no bugs."""
 
+import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -53,3 +54,19 @@ def check_choice(setting: str, value: object, choices: Collection[object]) -> No
     """
     if value not in choices:
         raise InputError(f"{setting} is {value!r}; use one of {', '.join(map(str, choices))}")
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Refuse to do what needs packages that are not installed.
+
+    Args:
+        what: What needs them, such as `format=onnx` or the path of a file.
+        extra: Of this project, which brings them.
+        packages: Names under which they are imported.
+
+    Raises:
+        InputError: One of them is missing; the message says how to install it.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{what} needs {', '.join(missing)}: pip install 'segwright[{extra}]'")

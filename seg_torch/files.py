@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # The beginning of the names of files that are still being written; a killed process leaves some.
 # 32 hexadecimal digits and the suffix follow.
@@ -38,3 +40,14 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # none for a full disk, else the temporary one
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text as `write_atomically` does; file names in it may be any bytes."""
+    content = text.encode("utf-8", "surrogateescape")
+    write_atomically(path, lambda name: Path(name).write_bytes(content))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write plain data as JSON, as `write_atomically` does."""
+    write_text(path, json.dumps(content, indent=1))

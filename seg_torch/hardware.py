@@ -16,12 +16,29 @@ from seg_torch.errors import InputError
 # Lightning's names for precisions in which the weights themselves are kept.
 TRUE_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
+CACHE_VALUES = 1 << 19  # float32 values that stay in the cache of a CPU core
+
 
 def available_cpus() -> int:
     """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def row_chunks(rows: int, values: int, most: int = CACHE_VALUES) -> Iterator[slice]:
+    """Yield the rows of an image or a map, some at a time.
+
+    On a CPU, what stays in its cache takes a fraction of the time.
+
+    Args:
+        rows: Their number.
+        values: In each row, such as the logits of all classes.
+        most: Values in a chunk, which has at least one row.
+    """
+    length = max(1, most // max(1, values))
+    for top in range(0, rows, length):
+        yield slice(top, min(top + length, rows))
 
 
 def total_memory(device: torch.device) -> int:

@@ -1,0 +1,196 @@
+"""The processes of a command, one for each device, and what they do together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from lightning import Fabric
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from seg_torch import hardware
+from seg_torch.errors import InputError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes of a command.
+
+    Those that torchrun or Slurm have started are connected, so that they can agree. Those that
+    Lightning starts exist only once it has, which `start` does and a Trainer does when it fits:
+    until then each of them works as if it were alone, and what the first one has to do is left out
+    by those that come later.
+
+    Args:
+        trainer: Settings of the trainer: `accelerator`, `devices` and `num_nodes`.
+        most: Processes at most, where `devices` is auto and Lightning starts them.
+        start: Start those that Lightning has to start now.
+
+    Attributes:
+        rank: The number of this process.
+        count: How many there are.
+        local_rank: The number of this process on its machine.
+        on_machine: How many there are on each machine.
+        device: Of this process.
+        devices: For Lightning: the devices of this machine, or their number.
+        num_nodes: The number of machines.
+        accelerator: `cuda`, `mps` or `cpu`, or another of Lightning's names.
+
+    Raises:
+        InputError: A setting that Lightning does not take, a device that is not there, or another
+            number of processes than torchrun or Slurm started.
+    """
+
+    def __init__(self, trainer: DictConfig, most: int | None = None, start: bool = False) -> None:
+        settings: Any = OmegaConf.to_container(trainer, resolve=True)
+        settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
+        settings["accelerator"] = hardware.accelerator(settings["accelerator"])
+        settings = as_launched(settings)
+        try:
+            fabric = Fabric(**settings)
+            environment = getattr(fabric.strategy, "cluster_environment", None)
+            from_outside = not isinstance(environment, LightningEnvironment | None)
+            if most is not None and settings["devices"] == "auto" and not from_outside:
+                settings["devices"] = max(1, min(fabric.world_size, most))
+                fabric = Fabric(**settings)
+            self.on_machine = getattr(fabric.strategy, "num_processes", 1)
+            check_launcher(self.on_machine, settings["num_nodes"])
+        except (
+            *(ValueError, TypeError, ImportError, RuntimeError),
+            MisconfigurationException,
+        ) as error:
+            if isinstance(error, InputError):
+                raise
+            named = " ".join(f"{key}={value}" for key, value in settings.items())
+            raise InputError(f"trainer: {named}: {error}") from error
+        self.accelerator, self.devices = settings["accelerator"], settings["devices"]
+        self.num_nodes = settings["num_nodes"]
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+        self.local_rank, self.device = fabric.local_rank, fabric.device
+        self.from_outside = from_outside
+        self.group: Any = None
+        if self.count > 1 and (start or from_outside):
+            fabric.launch()
+            self.rank, self.local_rank = fabric.global_rank, fabric.local_rank
+            self.device = fabric.device
+            # Without the limit of half an hour in which all have to find each other: the first one
+            # may download for hours. Gloo also on GPUs: unlike NCCL, it notices at once that a
+            # process has died.
+            self.group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of all."""
+        return self.rank == 0
+
+    @property
+    def machine(self) -> int:
+        """The number of this process's machine."""
+        return self.rank // self.on_machine
+
+    def same(self, value: T) -> T:
+        """Return the first process's value in all of them: plain data, such as a name."""
+        return self._of_rank(0, value)
+
+    def first(self, function: Callable[[], T]) -> T | None:
+        """Call a function in the first process while the others wait.
+
+        Returns:
+            Its result, plain data, in all processes that are connected, else in the first one.
+
+        Raises:
+            InputError: In every process, where `function` raises it. After any other error, which
+                the first process raises as it is, in the others.
+            SystemExit: In processes that the first one started, instead of the same message again.
+        """
+        return self._on_ranks(function, [0])
+
+    def first_of_each_machine(self, function: Callable[[], object]) -> None:
+        """Call a function in one process of every machine but the first, while the others wait.
+
+        For what has to be on each machine's own disk, after `first` has seen to it: on a disk
+        that the machines share there is nothing left to do.
+
+        Raises:
+            InputError: As `first` does.
+        """
+        self._on_ranks(function, range(self.on_machine, self.count, self.on_machine))
+
+    def wait(self) -> None:
+        """Wait until all processes have come so far."""
+        if self.group is not None:
+            torch.distributed.barrier(self.group)
+
+    def _on_ranks(self, function: Callable[[], T], ranks: Iterable[int]) -> T | None:
+        ranks, result, failure = list(ranks), None, None
+        if self.rank in ranks:
+            try:
+                result = function()
+            except Exception as error:
+                failure = error
+        message = None if failure is None else str(failure) or type(failure).__name__
+        outcomes = [self._of_rank(rank, (message, result)) for rank in ranks]
+        if failure is not None:
+            raise failure
+        for text, _ in outcomes:
+            if text is not None:
+                raise InputError(text) if self.from_outside else SystemExit(2)
+        return outcomes[0][1] if outcomes else None
+
+    def _of_rank(self, rank: int, value: T) -> T:
+        if self.group is None:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, rank, self.group)
+        return values[0]
+
+
+def as_launched(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the numbers of devices and machines that torchrun knows."""
+    if not TorchElasticEnvironment.detect():
+        return settings
+    devices = settings["devices"]
+    if devices == "auto":
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {**settings, "devices": devices, "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """Refuse settings that do not fit the processes that torchrun or Slurm has started.
+
+    Lightning checks them late, and for one device not at all: each process would do all the work.
+
+    Args:
+        devices: Processes on each machine, as the settings have it.
+        num_nodes: Machines.
+
+    Raises:
+        ValueError: They make another number of processes, or no launcher has started them.
+    """
+    launchers: dict[str, Any] = {"torchrun": TorchElasticEnvironment, "Slurm": SLURMEnvironment}
+    for name, environment in launchers.items():
+        if environment.detect():
+            started = environment().world_size()
+            if started != devices * num_nodes:
+                raise InputError(
+                    f"{name} has started {started} processes, but the settings ask for {devices} "
+                    f"on each of {num_nodes} machines; set trainer.devices to the processes on a "
+                    "machine and trainer.num_nodes to the number of machines"
+                )
+            environment().validate_settings(devices, num_nodes)
+            return
+    if num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"several machines (trainer.num_nodes={num_nodes}) need torchrun or Slurm, which start "
+            "the processes on each; see docs/scaling.md"
+        )
