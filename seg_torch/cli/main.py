@@ -49,7 +49,7 @@ FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 # What a command's arguments without a key are.
 POSITIONAL = {"report": "checkpoint", "compare": "runs"}
 # The packages that a command needs besides those of every installation; its extra has its name.
-EXTRAS = {"app": "gradio", "serve": "litserve"}
+EXTRAS = {"app": "fastapi", "serve": "fastapi"}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 LOST = """\
