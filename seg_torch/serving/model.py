@@ -25,6 +25,7 @@ from PIL import Image
 
 from seg_torch import hardware
 from seg_torch.commands.predict import load_segmenter
+from seg_torch.drawing.visualize import JPEG_LIMIT
 from seg_torch.errors import InputError
 from seg_torch.images.read import FORMATS, IMAGE_SUFFIXES, image_size
 from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation
@@ -167,7 +168,9 @@ def _view(result: Segmentation) -> Response:
     shown = Image.fromarray(result.image).resize(size, Image.Resampling.LANCZOS)
     shown.save(image, "JPEG", quality=JPEG_QUALITY)
     files = {"image": image.getvalue(), "pixels": gzip.compress(b"".join(pixels), 1)}
-    outputs = ["mask", "overlay"]
+    outputs = ["mask"]
+    if max(height, width) <= JPEG_LIMIT:
+        outputs.append("overlay")
     if _outline(result.mask) <= MAX_OUTLINE:
         outputs.append("polygons")
     with TemporaryDirectory() as folder:
