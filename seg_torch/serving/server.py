@@ -55,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise InputError(f"host={host} port={port}: {reason}; use another one") from None
 
 
@@ -151,7 +151,7 @@ def create_app(batcher: Batcher, about: dict[str, Any], max_bytes: int) -> FastA
 
 def _limited(request: Request, max_bytes: int, timeout: float) -> Request:
     """Return the request with a body that ends: it raises an HTTPException where it does not."""
-    left = max_bytes
+    left, close = max_bytes, {"Connection": "close"}  # else what is still sent would be read
     if int(request.headers.get("content-length", 0)) > max_bytes:
         raise HTTPException(413, "Payload too large")
 
@@ -160,12 +160,13 @@ def _limited(request: Request, max_bytes: int, timeout: float) -> Request:
         try:
             message = await asyncio.wait_for(request.receive(), timeout)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"nothing has come for {timeout} seconds (timeout)") from None
+            reason = f"nothing has come for {timeout} seconds (timeout)"
+            raise HTTPException(408, reason, close) from None
         if message["type"] == "http.disconnect":
             raise HTTPException(400, "the client has hung up")
         left -= len(message.get("body", b""))
         if left < 0:
-            raise HTTPException(413, "Payload too large")
+            raise HTTPException(413, "Payload too large", close)
         return message
 
     return Request(request.scope, receive)
