@@ -12,13 +12,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
-from seg_torch.checkpoints.hub import HUB, Selection, class_order
+from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import ImageFormat
-from seg_torch.labels import Labels
-from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, parse_tta
 from seg_torch.training.task import SegmentationTask
 from seg_torch.training.trainer import (
@@ -67,11 +65,11 @@ def prepare(
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
     found = data.dataset(cfg.split).labels
     if cfg.checkpoint is None:
-        network, labels = _with_classes_of(network, labels, found, cfg.model.name)
+        network, labels = with_classes(network, labels, found, cfg.model.name), found
     if found != labels:
         raise InputError(
-            f"{cfg.checkpoint} knows the {len(labels)} classes {_shortened(labels)}, the data "
-            f"has the {len(found)} classes {_shortened(found)}"
+            f"{cfg.checkpoint} knows the {len(labels)} classes {first_names(labels)}, the data "
+            f"has the {len(found)} classes {first_names(found)}"
         )
     inference = Inference(
         network, len(labels), data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision)
@@ -100,26 +98,6 @@ def data_module(
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
     return data
-
-
-def _with_classes_of(
-    network: Network, labels: Labels, wanted: Labels, name: str
-) -> tuple[Network, Labels]:
-    """Return a published network with the classes of the data, in their order.
-
-    Raises:
-        InputError: It does not know all of them.
-    """
-    order = class_order(labels.names, wanted.names)
-    if order is None:
-        missing = [n for n in wanted.names if class_order(labels.names, [n]) is None]
-        raise InputError(
-            f"{name} knows the {len(labels)} classes {_shortened(labels)}; of the {len(wanted)} "
-            f"classes of the data it lacks {len(missing)}: {', '.join(missing[:5])}"
-        )
-    if order != list(range(len(labels))):
-        network.model = Selection(network.model, order)
-    return network, wanted
 
 
 def _data_settings(
@@ -164,8 +142,3 @@ def _own_data(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(workers, int):
         data["num_workers"] = min(workers, available_cpus())
     return data
-
-
-def _shortened(labels: Labels) -> str:
-    names = ", ".join(labels.names[:5])
-    return f"({names}, …)" if len(labels) > 5 else f"({names})"

@@ -17,6 +17,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.commands.evaluate import prepare
 from seg_torch.datasets.base import checked_sample
@@ -139,17 +140,11 @@ def _calibration(scores: dict[str, Any]) -> Iterator[str]:
 
 
 def _learning_curves(path: str) -> Iterator[str]:
-    run = _run_folder(path)
+    run = checkpoint.run_of(path)
     history = [] if run is None else read_table(run / "metrics.csv", COLUMNS)
     if history:
         yield "<h2>Training</h2>"
         yield plot(curves(history), "losses and validation scores by epoch")
-
-
-def _run_folder(path: str) -> Path | None:
-    """Return the run that a checkpoint is of, if it still lies there."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parents[1]
-    return folder if (folder / "config.yaml").is_file() else None
 
 
 # Images
@@ -239,7 +234,7 @@ def _views(segmenter: Segmenter, image: torch.Tensor, mask: torch.Tensor) -> lis
 
 
 def _origin(cfg: DictConfig, precision: str, trainer: Trainer) -> Iterator[str]:
-    run = _run_folder(cfg.checkpoint)
+    run = checkpoint.run_of(cfg.checkpoint)
     if run is not None:
         config = (run / "config.yaml").read_text(encoding="utf-8")
     else:
