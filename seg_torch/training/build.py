@@ -127,7 +127,6 @@ def build_task(
         loss,
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
-        resize=data.resize,
         aux_weight=cfg.aux_weight,
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,

@@ -36,7 +36,6 @@ class SegmentationTask(LightningModule):
     Args:
         network: What is trained.
         labels: Its classes.
-        resize: (height, width) at which the network sees every image; `None` for their own size.
         loss: (logits float [N, C, H, W], target uint8 [N, H, W]) -> scalar.
         optimizer: `optimizer(parameters)`, as a partial.
         scheduler: A partial, see `seg_torch.training.schedulers.scheduler_config`.
@@ -58,7 +57,6 @@ class SegmentationTask(LightningModule):
         loss: nn.Module,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
-        resize: Sequence[int] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
         warmup_steps: int = 0,
@@ -72,7 +70,6 @@ class SegmentationTask(LightningModule):
         self.loss = loss
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.resize = resize
         self.aux_weight = aux_weight
         self.description = description
         self.warmup_steps = warmup_steps
@@ -85,9 +82,10 @@ class SegmentationTask(LightningModule):
         self.validated = False  # in this epoch
 
     def setup(self, stage: str) -> None:
-        self.inference = Inference(
-            self.network, len(self.labels), self.resize, precision=str(self.trainer.precision)
-        )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        resize = None if data is None else data.resize
+        precision = str(self.trainer.precision)
+        self.inference = Inference(self.network, len(self.labels), resize, precision=precision)
 
     def configure_model(self) -> None:
         shard(self)

@@ -35,7 +35,7 @@ ON_CPU = "trainer.accelerator=cpu trainer.precision=32-true"
 @pytest.fixture(autouse=True)
 def no_confusion_matrix(monkeypatch) -> None:
     """Drawing one takes five seconds for 150 classes."""
-    monkeypatch.setattr("seg_torch.training.trainer.save_confusion_matrix", lambda *_: None)
+    monkeypatch.setattr("seg_torch.evaluation.results.save_confusion_matrix", lambda *_: None)
 
 
 def publish(
