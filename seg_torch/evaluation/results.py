@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seg_torch.datasets.base import sample_name
-from seg_torch.drawing.visualize import save_confusion_matrix
+from seg_torch.drawing.visualize import confusion_matrix
 from seg_torch.files import write_atomically, write_json
 from seg_torch.labels import Labels
 
@@ -56,13 +56,13 @@ class Results:
         Raises:
             OSError: A file cannot be written.
         """
-        write_json(folder / f"{split}_metrics.json", self.scores)
         arrays: dict[str, Any] = {"names": np.array(self.names), **self.images}
-        arrays_path = folder / f"{split}_images.npz"
-        write_atomically(arrays_path, lambda name: np.savez_compressed(name, **arrays))
-        write_atomically(folder / f"{split}_images.csv", self._write_images)
-        matrix = np.array(self.scores["confusion_matrix"])
-        save_confusion_matrix(matrix, self.labels, folder / f"{split}_confusion_matrix.png")
+        figure = confusion_matrix(np.array(self.scores["confusion_matrix"]), self.labels)
+        write_json(folder / f"{split}_metrics.json", self.scores)
+        images = folder / f"{split}_images.npz"
+        write_atomically(images, lambda name: np.savez_compressed(name, **arrays))
+        write_atomically(images.with_suffix(".csv"), self._write_images)
+        write_atomically(folder / f"{split}_confusion_matrix.png", figure.savefig)
 
     def _write_images(self, path: str) -> None:
         """Write a row of scores per image."""

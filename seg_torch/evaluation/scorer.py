@@ -141,7 +141,7 @@ def score(
     results = scorer.results
     assert results is not None
     if trainer.is_global_zero:
-        results.write(folder, split)
         results.print(split)
+        results.write(folder, split)
         log.info("scores (%s): %s", scorer.inference.precision, folder / f"{split}_metrics.json")
     return results

@@ -72,7 +72,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes = Processes(cfg.trainer)
     folder = Path(processes.same(str(cfg.output_dir)))
     model = open_model(cfg)
-    trainer = build_trainer(cfg.trainer, processes, folder)
+    trainer = build_trainer(cfg, processes, folder)
     data = open_data(cfg, model)
     processes.first(lambda: len(data.dataset(cfg.split)))  # which fetches it, if it can
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))

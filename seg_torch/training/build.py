@@ -9,7 +9,6 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -55,11 +54,6 @@ def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list
     ]
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """Build the loggers of each step's values."""
-    return [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-
-
 def _weight_average(cfg: DictConfig, processes: Processes) -> WeightAverage:
     if not 0 < cfg.ema < 1:
         raise InputError(f"ema is {cfg.ema}; it is a decay between 0 and 1, such as 0.999, or null")
@@ -90,18 +84,20 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
+    initial = None
+    if cfg.init_from is not None and state is None:
+        initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
     if data.bands is not None:
         take_channels(model, data.bands.channels)
         if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
+    if initial is not None:
+        of_model = {k.removeprefix("model."): v for k, v in initial.items() if k[:6] == "model."}
+        load_matching_weights(model, of_model, str(cfg.init_from))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     if data.bands is not None:
         check_channels(network, data.bands.channels)
-    if cfg.init_from is not None and state is None:
-        weights = checkpoint.network_state(checkpoint.read(cfg.init_from))
-        of_model = {k.removeprefix("model."): v for k, v in weights.items() if k[:6] == "model."}
-        load_matching_weights(model, of_model, str(cfg.init_from))
     freeze_unused_parameters(network)
     if processes.count > 1 and processes.device.type == "cuda":
         # Without it each GPU normalises its few images by their own statistics. Lightning's own
@@ -180,25 +176,6 @@ def best_score(trainer: Trainer) -> float | None:
     """Return the score of the best epoch's validation; `None` if there was no validation."""
     scores = [c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor is not None]  # type: ignore[attr-defined]
     return next((score.item() for score in scores if score is not None), None)
-
-
-def log_summary(
-    trainer: Trainer, network: Network, data: SegmentationDataModule, folder: Path
-) -> None:
-    """Log what is trained, on what, and where it is written."""
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    log.info(
-        "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
-        len(data.dataset("train")),
-        len(data.labels),
-        trained,
-        trainer.precision,
-        data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
-    )
-    if trainer.world_size > 1:
-        on_gpus = trainer.strategy.root_device.type == "cuda"
-        log.info("%d processes%s", trainer.world_size, ", synchronised BatchNorm" * on_gpus)
-    log.info("output_dir=%s", folder)
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

@@ -400,8 +400,8 @@ data = SegmentationDataModule(
     Large, batch_size=8, eval_batch_size=batch_size or None, num_workers=0
 )
 settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true"}
-cfg = OmegaConf.create(settings)
-trainer = build_trainer(cfg, Processes(cfg), folder)
+cfg = OmegaConf.create({"trainer": settings})
+trainer = build_trainer(cfg, Processes(cfg.trainer), folder)
 engine = Inference(network, 19, tile=tile, precision="32-true")
 before = peak()
 score(trainer, Scorer(engine, Large.labels), data, folder, "test")

@@ -22,7 +22,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
-from seg_torch.training import build
+from seg_torch.training import build, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +93,7 @@ def test_several_gpus_synchronise_batchnorm_and_say_so(small, device, tmp_path, 
     cfg = small("train", "trainer.accumulate_grad_batches=3")
     processes: Any = SimpleNamespace(count=2, device=torch.device(device))
     trainer: Any = SimpleNamespace(
+        is_global_zero=True,
         world_size=2,
         precision="32-true",
         accumulate_grad_batches=3,
@@ -100,7 +101,7 @@ def test_several_gpus_synchronise_batchnorm_and_say_so(small, device, tmp_path, 
     )
     data = instantiate(cfg.data, _convert_="all")
     network = build.build_network(cfg, data, None, processes)
-    build.log_summary(trainer, network, data, tmp_path)
+    run.begin(cfg, tmp_path, trainer, network, data)
     layers = several_processes.batchnorms(network)
     assert layers
     assert all(isinstance(layer, SyncBatchNorm) == (device == "cuda") for layer in layers)

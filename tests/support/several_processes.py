@@ -63,8 +63,8 @@ class ReadsNumbers(nn.Module):
 def scored(length: int, batch_size: int, devices: int | str = "auto") -> dict:
     """The scores of validation and test, as this process knows them."""
     settings = {"accelerator": "cpu", "devices": devices, "num_nodes": 1, "precision": "32-true"}
-    cfg = OmegaConf.create(settings)
-    trainer = build_trainer(cfg, Processes(cfg), Path("."))
+    cfg = OmegaConf.create({"trainer": settings})
+    trainer = build_trainer(cfg, Processes(cfg.trainer), Path("."))
     data = SegmentationDataModule(
         lambda split: Numbers(length), eval_batch_size=batch_size, num_workers=0
     )

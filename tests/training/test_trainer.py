@@ -40,7 +40,8 @@ def settings(**others) -> DictConfig:
 
 
 def trainer_of(folder: Path = Path("run"), **others: Any) -> Trainer:
-    return build_trainer(settings(**others), Processes(settings(**others)), folder)
+    cfg = OmegaConf.create({"trainer": settings(**others)})
+    return build_trainer(cfg, Processes(cfg.trainer), folder)
 
 
 # Devices
