@@ -18,6 +18,7 @@ from torch import Tensor
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import check_labels
+from seg_torch.metrics.counts import class_scores, counts_of_matrix, mean_scores
 
 SCORE_STEPS = 1024  # of average precision: scores are rounded to multiples of 1 / 1024
 CONFIDENCE_STEPS = 65536
@@ -450,14 +451,7 @@ def _count_without_waiting(bins: Tensor, num_bins: int) -> Tensor:
 
 
 def scores(matrix: Tensor) -> dict[str, Tensor]:
-    """Derive every score from a confusion matrix.
-
-    A score whose denominator is zero is nan and left out of the mean over classes:
-
-    - a class in neither labels nor predictions has no score at all;
-    - a class that is predicted but never labelled has no accuracy (recall), and IoU, Dice and
-      precision 0;
-    - a class that is labelled but never predicted has no precision, and IoU, Dice and accuracy 0.
+    """Derive every score from a confusion matrix, see `seg_torch.metrics.counts`.
 
     Args:
         matrix: Integer [C, C], rows label, columns prediction.
@@ -468,23 +462,9 @@ def scores(matrix: Tensor) -> dict[str, Tensor]:
         `mean_iou`, `pixel_accuracy`, `mean_accuracy`, `mean_dice`, `mean_precision` and
         `mean_recall`. All in [0, 1] or nan.
     """
-    matrix = matrix.cpu()
-    pixels = matrix.sum(dim=1)
-    correct = matrix.diagonal().double()
-    labelled = pixels.double()
-    predicted = matrix.sum(dim=0).double()
-    accuracy = correct / labelled
-    per_class = {
-        # Floating-point division makes 0 / 0 the nan that the docstring promises.
-        "iou": correct / (labelled + predicted - correct),
-        "accuracy": accuracy,
-        "precision": correct / predicted,
-        "recall": accuracy,
-        "dice": 2 * correct / (labelled + predicted),
-    }
-    means = {f"mean_{name}": values.nanmean() for name, values in per_class.items()}
-    pixel_accuracy = correct.sum() / labelled.sum()
-    return {**means, "pixel_accuracy": pixel_accuracy, **per_class, "pixels": pixels}
+    counts = counts_of_matrix(matrix.cpu().numpy())
+    found = {**mean_scores(counts), **class_scores(counts), "pixels": counts[1]}
+    return {name: torch.as_tensor(values) for name, values in found.items()}
 
 
 def report(

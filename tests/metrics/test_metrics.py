@@ -16,7 +16,7 @@ from sklearn.metrics import (
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
 
-from seg_torch import labels, metrics
+from seg_torch import labels
 from seg_torch.errors import InputError
 from seg_torch.metrics import (
     AveragePrecision,
@@ -29,6 +29,7 @@ from seg_torch.metrics import (
     report,
     scores,
 )
+from seg_torch.metrics import base as metrics
 
 NUM_CLASSES = 5
 
