@@ -14,7 +14,9 @@ nan, "absent", which the means over classes leave out:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -79,3 +81,9 @@ def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
     correct, labelled, _ = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
     with np.errstate(invalid="ignore"):
         return correct.sum(axis=-1) / labelled.sum(axis=-1)
+
+
+def number_or_none(value: Any) -> Any:
+    """Return the number that an array of one element holds; `None` for nan, as in JSON."""
+    number = value.item()
+    return None if math.isnan(number) else number

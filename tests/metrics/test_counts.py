@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scored import blocks_of, updated
 from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from seg_torch.evaluation.bootstrap import read_image_counts
@@ -70,7 +71,7 @@ def test_the_bootstraps_point_estimate_is_the_reported_score(tmp_path):
         prediction = target.where(torch.rand(target.shape, generator=generator) < 0.6, 3)
         target[:2, :5] = 255
         confusion.update(prediction, target)
-        images.update(index, prediction, target, torch.zeros_like(target, dtype=torch.int32))
+        updated(images, blocks_of(target, prediction, image=index))
     reported = report(confusion.compute(), [f"class {i}" for i in range(num_classes)])
     names = np.array([f"image {i}" for i in range(num_images)])
     np.savez(tmp_path / "test_images.npz", names=names, **images.compute())
