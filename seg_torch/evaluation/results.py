@@ -15,6 +15,7 @@ from seg_torch.datasets.base import sample_name
 from seg_torch.drawing.visualize import confusion_matrix
 from seg_torch.files import write_atomically, write_json
 from seg_torch.labels import Labels
+from seg_torch.metrics.counts import class_scores, pixel_accuracy, stack_counts
 
 # Columns of the two tables: one would be too wide for a terminal.
 TABLES = (
@@ -66,10 +67,8 @@ class Results:
 
     def _write_images(self, path: str) -> None:
         """Write a row of scores per image."""
-        correct, labelled = self.images["intersection"], self.images["label_pixels"]
-        with np.errstate(invalid="ignore"):  # 0 / 0 is nan: what has no score
-            iou = correct / (labelled + self.images["predicted_pixels"] - correct)
-            accuracy = correct.sum(1) / labelled.sum(1)
+        counts = stack_counts(self.images)
+        accuracy, iou = pixel_accuracy(counts), class_scores(counts)["iou"]
         scores = np.column_stack([accuracy, self.images["confidence"], iou])
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -22,7 +22,7 @@ from seg_torch.metrics import (
     ConfusionMatrix,
     ImageScores,
     LabelQuality,
-    confidence_steps,
+    ScoredBlock,
     report,
 )
 from seg_torch.prediction.inference import Inference, decide
@@ -79,23 +79,18 @@ class Scorer(LightningModule):
             self.label_quality = LabelQuality(num_images).to(self.device)
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
-        assert self.image_scores is not None
+        asked_for = (self.label_quality, self.average_precision, self.boundary)
+        always = (self.image_scores, self.calibration)
+        metrics: Any = [metric for metric in (*always, *asked_for) if metric is not None]
         for images, masks, numbers in groups:
             predictions = torch.empty_like(masks)
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
-                mask = masks[index, rows, columns]
-                prediction = predictions[index, rows, columns] = decide(logits)[0]
-                self.confusion.update(prediction, mask)
-                confidence = confidence_steps(logits)
-                self.image_scores.update(numbers[index], prediction, mask, confidence)
-                self.calibration.update(prediction, mask, confidence)
-                if self.label_quality is not None:
-                    self.label_quality.update(numbers[index], logits, mask)
-                if self.average_precision is not None:
-                    self.average_precision.update(logits[None].float().softmax(1), mask[None])
-            if self.boundary is not None:
-                for prediction, mask in zip(predictions, masks, strict=True):
-                    self.boundary.update(prediction, mask)
+                predictions[index, rows, columns] = decide(logits)[0]
+                maps = predictions[index], masks[index]
+                block = ScoredBlock(numbers[index], rows, columns, logits, *maps)
+                self.confusion.update(block.prediction, block.target)
+                for metric in metrics:
+                    metric.update(block)
 
     def on_test_epoch_end(self) -> None:
         assert self.image_scores is not None
