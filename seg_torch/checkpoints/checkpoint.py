@@ -142,6 +142,17 @@ def locate(path: str | Path) -> Path:
     return file
 
 
+def run_of(path: str | Path) -> Path | None:
+    """Return the folder of the run that a checkpoint belongs to, if it lies in one.
+
+    Args:
+        path: Of the run's folder, or of a file in its folder `checkpoints`.
+    """
+    path = Path(path).absolute()
+    folder = path if path.is_dir() else path.parent.parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
 def _published(path: str | Path) -> Path:
     setting = f"checkpoint={path}"
     found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))

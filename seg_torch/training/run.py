@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def last_checkpoint(folder: str | Path) -> Path:
     return last
 
 
-def next_step(folder: Path) -> str:
+def how_to_continue(folder: Path) -> str:
     """Return what to do after a run has ended early."""
     if (folder / "checkpoints" / "last.ckpt").exists():
         return f"go on with resume={folder}"
@@ -133,28 +135,35 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def is_complete(content: dict[str, Any], trainer: DictConfig) -> bool:
-    """Whether a checkpoint has all the epochs or steps of `trainer.max_epochs` and `max_steps`."""
-    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return epochs >= trainer.max_epochs >= 0 or content["global_step"] >= trainer.max_steps > 0
+def is_complete(state: dict[str, Any] | None, trainer: DictConfig) -> bool:
+    """Return whether a run has all the epochs or steps of `trainer.max_epochs` and `max_steps`.
+
+    Args:
+        state: The content of the checkpoint that it goes on from, if any.
+        trainer: Settings of the trainer.
+    """
+    if state is None:
+        return False
+    epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= trainer.max_epochs >= 0 or state["global_step"] >= trainer.max_steps > 0
 
 
-def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> None:
-    """Refuses a folder that holds another run, and a run that is complete.
+def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> None:
+    """Refuse a folder that holds another run, and a run that is complete.
 
     Also removes what a killed process has left half-written there.
 
     Args:
         folder: Where the run is to write.
         trainer: Settings of the trainer, which say how long the run is.
-        resumed: The checkpoint that it goes on from, if any.
+        state: The content of the checkpoint that it goes on from, if any.
 
     Raises:
         InputError: There is a run already, or nothing left to do.
     """
     for leftover in (folder / "checkpoints").glob(f"{PARTIAL}*"):
         leftover.unlink()
-    if resumed is None:
+    if state is None:
         if (folder / "checkpoints" / "last.ckpt").exists():
             raise InputError(
                 f"output_dir={folder} holds a run already: choose another folder, or go on with it "
@@ -163,11 +172,35 @@ def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> 
         # Of a run that was killed before it could be resumed.
         (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
         return
-    if is_complete(resumed, trainer) and (folder / "test_metrics.json").exists():
+    if is_complete(state, trainer) and (folder / "test_metrics.json").exists():
         raise InputError(
-            f"resume={folder}: this run is complete ({resumed['global_step']} steps); to train "
+            f"resume={folder}: this run is complete ({state['global_step']} steps); to train "
             "further set trainer.max_epochs, to score it use evaluate"
         )
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    """Write the `config.yaml` with which the run is resumed."""
+    config = OmegaConf.merge(cfg, {"resume": None})
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Enter a context in which an error of the disk says how the run goes on.
+
+    Raises:
+        InputError: Instead of an OSError about a file, or of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror}. What was saved before is complete; "
+            f"when this is mended, {how_to_continue(folder)}"
+        ) from error
 
 
 def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
