@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
 
@@ -100,8 +101,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     last_checkpoint(cfg.resume)
     check_resumable(cfg.resume, overrides)
-    run = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    assert isinstance(run, DictConfig)
+    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    run = OmegaConf.create(with_current_names(OmegaConf.to_container(stored)))
     for key in (key_of(override) for override in overrides):
         section, _, name = key.rpartition(".")
         if key in RESUMABLE[1:] and name not in (OmegaConf.select(run, section) or {}):
