@@ -156,26 +156,25 @@ def build_loss(
     return loss
 
 
-def load_best(network: Network, folder: Path, processes: Processes) -> None:
+def load_best(
+    network: Network, trainer: Trainer, folder: Path, processes: Processes
+) -> float | None:
     """Load the weights of the run's best epoch in all processes, if there is one.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
     tensor, of which FSDP takes each process's share.
+
+    Returns:
+        The score of that epoch's validation; `None` if there was no validation.
     """
-    path = folder / "checkpoints" / "best.ckpt"
-    if not processes.same(path.exists()):
-        return
-    first = processes.is_first or not processes.connected
-    state: Any = checkpoint.network_state(checkpoint.read(folder)) if first else {}
-    network.to(processes.device)  # where the processes can exchange tensors
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
-    set_model_state_dict(network, state, options=options)
-
-
-def best_score(trainer: Trainer) -> float | None:
-    """Return the score of the best epoch's validation; `None` if there was no validation."""
-    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor is not None]  # type: ignore[attr-defined]
-    return next((score.item() for score in scores if score is not None), None)
+    if processes.same((folder / "checkpoints" / "best.ckpt").exists()):
+        reads = processes.is_first or not processes.connected
+        state: Any = checkpoint.network_state(checkpoint.read(folder)) if reads else {}
+        network.to(processes.device)  # where the processes can exchange tensors
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
+        set_model_state_dict(network, state, options=options)
+    best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
+    return None if best.best_model_score is None else best.best_model_score.item()
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
