@@ -237,7 +237,8 @@ def test_d35_usual_settings_of_optimizers_are_listed_with_torchs_defaults(path, 
             assert value == torchs[key] or tuple(value) == torchs[key], key
 
 
-def test_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path):
+@pytest.mark.parametrize(("scheduler", "power"), [("poly", 0.9), ("none", 0)])
+def test_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path, scheduler, power):
     """In warm-up, too: the first four steps have a quarter, a half, ... of the scheduled rate."""
     used = []
 
@@ -245,15 +246,15 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path):
         def on_before_optimizer_step(self, trainer, task, optimizer):
             used.append(optimizer.param_groups[0]["lr"])
 
-    settings = ("logger=csv", "scheduler=poly", "warmup_steps=4", "trainer.log_every_n_steps=1")
-    cfg = small("train", *settings)
+    settings = ("logger=csv", "warmup_steps=4", "trainer.log_every_n_steps=1")
+    cfg = small("train", f"scheduler={scheduler}", *settings)
     with mock.patch("seg_torch.training.build.StopOnDivergence", return_value=Watch()):
         train(cfg)
     rows = list(csv.DictReader((tmp_path / "run/csv/metrics.csv").open()))
     (column,) = (name for name in rows[0] if name.startswith("lr-"))
     assert [float(row[column]) for row in rows if row[column]] == pytest.approx(used)
     rate = cfg.optimizer.lr
-    scheduled = [rate * (1 - step / 6) ** 0.9 * min(1, (step + 1) / 4) for step in range(6)]
+    scheduled = [rate * (1 - step / 6) ** power * min(1, (step + 1) / 4) for step in range(6)]
     assert used == pytest.approx(scheduled)
     # After the epoch's three steps that of the fourth, which is the last of the warm-up.
     first = next(csv.DictReader((tmp_path / "run/metrics.csv").open()))
