@@ -16,7 +16,7 @@ from seg_torch.checkpoints.hub import HUB, Selection, class_order
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, parse_tta
@@ -55,13 +55,13 @@ def prepare(
     if cfg.checkpoint is not None:
         network, labels, description = load_network(cfg.checkpoint, cfg.trust)
         resize, own_data = description["preprocessing"]["resize"], description["data"]
-        bands = checkpoint.bands(description)
+        format = checkpoint.image_format(description)
     else:
         network, labels, resize = instantiate(cfg.model)
-        own_data, bands = {}, None
+        own_data, format = {}, RGB
     trainer = build_trainer(cfg.trainer)
     folder = run_folder(trainer, cfg)
-    data = data_module(cfg, own_data, resize, bands)
+    data = data_module(cfg, own_data, resize, format)
     data.test_split = cfg.split
     on_first_process(trainer, lambda: data.dataset(cfg.split))
     on_other_machines(trainer, lambda: data.dataset(cfg.split))
@@ -88,14 +88,14 @@ def prepare(
 
 
 def data_module(
-    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, bands: ImageFormat | None
+    cfg: DictConfig, own: dict[str, Any], resize: Sequence[int] | None, format: ImageFormat
 ) -> SegmentationDataModule:
     """Return the data of a command: `cfg.data`, on top of the checkpoint's own settings.
 
     Raises:
         InputError: They cannot be used.
     """
-    settings = _data_settings(cfg, own, resize, bands)
+    settings = _data_settings(cfg, own, resize, format)
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
@@ -126,7 +126,7 @@ def _data_settings(
     cfg: DictConfig,
     own: dict[str, Any],
     resize: Sequence[int] | None,
-    bands: ImageFormat | None,
+    format: ImageFormat,
 ) -> dict[str, Any]:
     """Return the settings of the data module: the checkpoint's own, and the user's on top."""
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
@@ -147,11 +147,7 @@ def _data_settings(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "
             f"{resize or 'their own size'}; a checkpoint is not evaluated at another size"
         )
-    for key in ("channels", "bits", "band_files", "rgb"):  # which the network decides, too
-        settings.pop(key, None)
-    if bands is not None:
-        stored = bands.to_dict()
-        settings |= {"band_files": stored.pop("files"), **stored}
+    settings |= format.settings()  # which the network decides, too
     return {**settings, "resize": resize, "augment": None}  # which only training needs
 
 

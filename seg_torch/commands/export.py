@@ -31,11 +31,11 @@ from seg_torch.checkpoints.exported import (
     write,
 )
 from seg_torch.commands.evaluate import data_module
-from seg_torch.data.transforms import resize_image
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL
 from seg_torch.images.format import ImageFormat
+from seg_torch.images.resize import resize_image
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.upsample import upsample
 
@@ -59,8 +59,8 @@ def export(cfg: DictConfig) -> None:
     network, labels, description = load_network(cfg.checkpoint, cfg.trust)
     if isinstance(network, ExportedNetwork):
         raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
-    bands = checkpoint.bands(description)
-    if bands is not None and bands.bits != 8:
+    format = checkpoint.image_format(description)
+    if format.bits != 8:
         raise InputError("exported graphs take images of 8 bits, and this network those of 16")
     source = checkpoint.locate(cfg.checkpoint)
     if cfg.checkpoint.startswith(checkpoint.HUB_SCHEME) and not cfg.output:
@@ -70,7 +70,7 @@ def export(cfg: DictConfig) -> None:
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
     resize = description["preprocessing"]["resize"]
-    samples = _validation(cfg, description, bands) if cfg.int8 else None
+    samples = _validation(cfg, description, format) if cfg.int8 else None
     images = [_seen(samples[i][0], resize) for i in range(len(samples))] if samples else None
     graph = Graph(network.eval(), resize, cfg.probabilities)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +92,10 @@ def export(cfg: DictConfig) -> None:
     log.info("%s: %.1f MB; the checkpoint has %.1f MB", path, megabytes[1], megabytes[0])
 
 
-def _validation(
-    cfg: DictConfig, description: dict[str, Any], bands: ImageFormat | None
-) -> Subset[Any]:
+def _validation(cfg: DictConfig, description: dict[str, Any], format: ImageFormat) -> Subset[Any]:
     """Return validation images, evenly spaced, since neighbours are often alike."""
     resize = description["preprocessing"]["resize"]
-    dataset = data_module(cfg, description["data"], resize, bands).dataset("val")
+    dataset = data_module(cfg, description["data"], resize, format).dataset("val")
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION)))
 
 

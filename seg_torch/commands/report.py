@@ -62,7 +62,7 @@ def report(cfg: DictConfig) -> None:
         return
     scores = json.loads((folder / f"{cfg.split}_metrics.json").read_text(encoding="utf-8"))
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
-    shown = _shown(trainer, task, data.dataset(cfg.split), counts, data.resize, data.bands)
+    shown = _shown(trainer, task, data.dataset(cfg.split), counts, data.resize, data.format)
     parts = [
         *_scores(scores, counts, cfg.split),
         *_classes(scores, counts, task.labels),
@@ -161,7 +161,7 @@ def _shown(
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
-    bands: ImageFormat | None,
+    format: ImageFormat,
 ) -> Iterator[str]:
     """Return the worst and best images, and those whose labels are most likely to be wrong.
 
@@ -177,7 +177,7 @@ def _shown(
         inference.scales,
         inference.flip,
         inference.precision,
-        bands=bands,
+        format=format,
     )
     iou = _mean_over_classes(class_iou(counts.stacked))
     quality, confidence = task.test_images["label_quality"], task.test_images["confidence"]

@@ -20,6 +20,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
+from seg_torch.images.format import RGB
 from seg_torch.models.network import (
     Network,
     check_channels,
@@ -132,13 +133,13 @@ def _task(
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
     model = instantiate(model_config, num_classes=len(labels), _convert_="all")
-    if data.bands is not None:
-        take_channels(model, data.bands.channels)
-        if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
+    if data.format != RGB:
+        take_channels(model, data.format.channels)
+        if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     network = Network(model, preprocessing["mean"], preprocessing["std"])
-    if data.bands is not None:
-        check_channels(network, data.bands.channels)
+    if data.format != RGB:
+        check_channels(network, data.format.channels)
     if cfg.init_from is not None and resumed is None:
         state = checkpoint.network_state(checkpoint.read(cfg.init_from))
         model_state = {k.removeprefix("model."): v for k, v in state.items() if k[:6] == "model."}
@@ -159,7 +160,7 @@ def _task(
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
-            network, labels, _plain(cfg.model), _plain(cfg.data), data.resize, data.bands
+            network, labels, _plain(cfg.model), _plain(cfg.data), data.resize, data.format
         ),
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),

@@ -22,6 +22,7 @@ from seg_torch.checkpoints.hub import HUB
 from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import _data_settings, evaluate
 from seg_torch.errors import InputError
+from seg_torch.images.format import RGB
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -373,7 +374,7 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     with pytest.raises(InputError, match="shapes of size 1000000000"):
         evaluate(compose("evaluate", *options))
     own = torch.load(path)[checkpoint.KEY]["data"]
-    settings = _data_settings(compose("evaluate", *options), own, None, None)
+    settings = _data_settings(compose("evaluate", *options), own, None, RGB)
     assert settings["num_workers"] <= os.cpu_count()
 
 
