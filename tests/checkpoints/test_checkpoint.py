@@ -20,9 +20,9 @@ from seg_torch import Segmenter, models
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.hub import HUB
 from seg_torch.cli.main import CONFIG_FOLDER
-from seg_torch.commands.evaluate import _data_settings, evaluate
+from seg_torch.commands.evaluate import evaluate
 from seg_torch.errors import InputError
-from seg_torch.images.format import RGB
+from seg_torch.evaluation.setup import stored_settings
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -73,6 +73,19 @@ def test_a_checkpoint_alone_gives_the_same_logits(tmp_path):
         assert torch.equal(segmenter.network(images)["out"], network(images)["out"])
     assert segmenter.labels == LABELS
     assert (segmenter.labels.palette == LABELS.palette).all()
+
+
+def test_a_checkpoint_knows_the_run_in_whose_folder_it_lies(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    (tmp_path / "copied.ckpt").touch()
+    assert checkpoint.run_of(run) == run
+    assert checkpoint.run_of(run / "checkpoints" / "last.ckpt") == run
+    assert checkpoint.run_of(tmp_path / "copied.ckpt") is None
+    assert checkpoint.run_of("hf://owner/name") is None
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint.run_of("best.ckpt") == run
 
 
 def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path):
@@ -374,7 +387,7 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     with pytest.raises(InputError, match="shapes of size 1000000000"):
         evaluate(compose("evaluate", *options))
     own = torch.load(path)[checkpoint.KEY]["data"]
-    settings = _data_settings(compose("evaluate", *options), own, None, RGB)
+    settings = stored_settings(own, {})
     assert settings["num_workers"] <= os.cpu_count()
 
 
