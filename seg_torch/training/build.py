@@ -17,6 +17,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
+from seg_torch.images.format import RGB
 from seg_torch.losses import CrossEntropyLoss, OwnLoss
 from seg_torch.models.network import (
     Network,
@@ -88,16 +89,16 @@ def build_network(
     if cfg.init_from is not None and state is None:
         initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
-    if data.bands is not None:
-        take_channels(model, data.bands.channels)
-        if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
+    if data.format != RGB:
+        take_channels(model, data.format.channels)
+        if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     if initial is not None:
         of_model = {k.removeprefix("model."): v for k, v in initial.items() if k[:6] == "model."}
         load_matching_weights(model, of_model, str(cfg.init_from))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
-    if data.bands is not None:
-        check_channels(network, data.bands.channels)
+    if data.format != RGB:
+        check_channels(network, data.format.channels)
     freeze_unused_parameters(network)
     if processes.count > 1 and processes.device.type == "cuda":
         # Without it each GPU normalises its few images by their own statistics. Lightning's own
@@ -127,7 +128,7 @@ def build_task(
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
-            network, data.labels, plain(cfg.model), plain(cfg.data), data.resize, data.bands
+            network, data.labels, plain(cfg.model), plain(cfg.data), data.resize, data.format
         ),
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),
