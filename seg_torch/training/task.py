@@ -22,7 +22,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data.module import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
-from seg_torch.losses import CrossEntropyLoss, OwnLoss
+from seg_torch.losses import CrossEntropyLoss, ModelLoss, upsampled_loss
 from seg_torch.metrics import (
     AveragePrecision,
     BoundaryScores,
@@ -40,7 +40,6 @@ from seg_torch.training.divergence import save_batch
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.run import next_step
 from seg_torch.training.schedulers import scheduler_config
-from seg_torch.upsample import upsampled_loss
 
 # Batches between two looks at the training losses, each of which makes the CPU wait for a GPU.
 LOOK_EVERY = 50
@@ -123,9 +122,9 @@ class SegmentationTask(LightningModule):
             )
         if stage != "fit" or self.loss is None:
             return
-        if isinstance(self.loss, OwnLoss) and not hasattr(self.network.model, "has_own_loss"):
+        if isinstance(self.loss, ModelLoss) and not hasattr(self.network.model, "has_own_loss"):
             raise InputError(
-                "loss=own: this model brings no loss of its own, as model=mask2former does; use "
+                "loss=model: this model brings no loss of its own, as model=mask2former does; use "
                 "another loss"
             )
         for loss in self.loss.modules():
@@ -151,7 +150,7 @@ class SegmentationTask(LightningModule):
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         assert self.loss is not None
         images, masks = batch
-        own = isinstance(self.loss, OwnLoss)
+        own = isinstance(self.loss, ModelLoss)
         outputs = self.network(images, masks) if own else self.network(images)
         loss = outputs["loss"] if own else upsampled_loss(self.loss, outputs["out"], masks)
         if "aux" in outputs:
