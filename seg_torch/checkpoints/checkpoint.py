@@ -34,6 +34,7 @@ from torch.nn.modules.module import (
 )
 
 from seg_torch.checkpoints.hub import hub_file, read_config
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.images.format import MOST_CHANNELS, ImageFormat
 from seg_torch.labels import Labels
@@ -192,6 +193,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ours = isinstance(content, dict) and KEY in content and "state_dict" in content
         if ours:
             _check(content, os.path.getsize(file))
+            content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
