@@ -18,7 +18,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
-from seg_torch.losses import CrossEntropyLoss, OwnLoss
+from seg_torch.losses import CrossEntropyLoss, ModelLoss
 from seg_torch.models.network import (
     Network,
     check_channels,
@@ -144,9 +144,9 @@ def build_loss(
         InputError: It cannot be made, needs files that cannot be used, or does not fit the model.
     """
     loss: nn.Module = instantiate(cfg.loss, _convert_="all")
-    if isinstance(loss, OwnLoss) and not hasattr(network.model, "has_own_loss"):
+    if isinstance(loss, ModelLoss) and not hasattr(network.model, "has_own_loss"):
         raise InputError(
-            "loss=own: this model brings no loss of its own, as model=mask2former does; use "
+            "loss=model: this model brings no loss of its own, as model=mask2former does; use "
             "another loss"
         )
     for part in loss.modules():
