@@ -34,6 +34,7 @@ from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets import write_folder
+from seg_torch.distributed import Processes
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3, unet
 from seg_torch.models.network import Network
@@ -118,11 +119,11 @@ def validation(root: Path) -> None:
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         settings = ["data=camvid", f"data.root={root}", "trainer.accelerator=cpu"]
         cfg = hydra.compose("train", settings)
-    trainer, data, clock = build_trainer(cfg.trainer), instantiate(cfg.data), Clock()
-    trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    data, clock, processes = instantiate(cfg.data), Clock(), Processes(cfg.trainer)
+    trainer = build_trainer(cfg, processes, Path(tempfile.gettempdir()), [clock])
     network = Network(unet(len(data.labels), "resnet18", None)).eval()
     inference = Inference(network, len(data.labels), precision=str(trainer.precision))
-    task = SegmentationTask(network, data.labels, inference, CrossEntropyLoss())
+    task = SegmentationTask(network, data.labels, CrossEntropyLoss(), torch.optim.SGD)
     bare = []
     data.trainer = trainer
     loader = data.val_dataloader()  # one for all, as in training

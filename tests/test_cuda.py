@@ -68,8 +68,9 @@ def small_task(loss: nn.Module, device: str) -> SegmentationTask:
     )
     network = Network(model)
     precision = "bf16-mixed" if device == "cuda" else "32-true"
-    inference = Inference(network, NUM_CLASSES, precision=precision)
-    return SegmentationTask(network, LABELS, inference, loss).to(device)
+    task = SegmentationTask(network, LABELS, loss, torch.optim.SGD)
+    task.inference = Inference(network, NUM_CLASSES, precision=precision)
+    return task.to(device)
 
 
 def small_batch(device: str) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ def test_nothing_in_a_run_waits_for_the_device_in_a_step(small, device, monkeypa
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     callback = NoWaitingInSteps(device, monkeypatch)
     monkeypatch.setattr(
-        "seg_torch.commands.train.SampleSheet", lambda folder: callback
+        "seg_torch.training.build.SampleSheet", lambda folder: callback
     )  # in the place of one that does nothing in training
     settings = ("data.dataset.train=20", "trainer.max_epochs=1", "logger=none", "loss=ce_dice")
     gpu = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=auto")

@@ -34,6 +34,7 @@ from torch.nn.modules.module import (
 )
 
 from seg_torch.checkpoints.hub import hub_file, read_config
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.images.format import MOST_CHANNELS, ImageFormat
 from seg_torch.labels import Labels
@@ -141,6 +142,17 @@ def locate(path: str | Path) -> Path:
     return file
 
 
+def run_of(path: str | Path) -> Path | None:
+    """Return the folder of the run that a checkpoint belongs to, if it lies in one.
+
+    Args:
+        path: Of the run's folder, or of a file in its folder `checkpoints`.
+    """
+    path = Path(path).absolute()
+    folder = path if path.is_dir() else path.parent.parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
 def _published(path: str | Path) -> Path:
     setting = f"checkpoint={path}"
     found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
@@ -181,6 +193,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ours = isinstance(content, dict) and KEY in content and "state_dict" in content
         if ours:
             _check(content, os.path.getsize(file))
+            content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"it has no {reason}" if isinstance(error, KeyError) else reason

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -257,7 +258,7 @@ def open_exported(path: str | Path, trusted: bool = False) -> tuple[Run, dict[st
         raise InputError(
             f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
         ) from None
-    return run, description
+    return run, with_current_names(description)
 
 
 def _open_onnx(path: str) -> tuple[Run, str]:

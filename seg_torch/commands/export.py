@@ -30,12 +30,11 @@ from seg_torch.checkpoints.exported import (
     open_exported,
     write,
 )
-from seg_torch.commands.evaluate import data_module
 from seg_torch.data.transforms import resize_image
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError, check_choice
+from seg_torch.evaluation.setup import Model, open_data
 from seg_torch.files import PARTIAL
-from seg_torch.images.format import ImageFormat
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.upsample import upsample
 
@@ -70,7 +69,8 @@ def export(cfg: DictConfig) -> None:
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
     resize = description["preprocessing"]["resize"]
-    samples = _validation(cfg, description, bands) if cfg.int8 else None
+    model = Model(cfg.checkpoint, network, labels, resize, bands, description)
+    samples = _validation(cfg, model) if cfg.int8 else None
     images = [_seen(samples[i][0], resize) for i in range(len(samples))] if samples else None
     graph = Graph(network.eval(), resize, cfg.probabilities)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +92,9 @@ def export(cfg: DictConfig) -> None:
     log.info("%s: %.1f MB; the checkpoint has %.1f MB", path, megabytes[1], megabytes[0])
 
 
-def _validation(
-    cfg: DictConfig, description: dict[str, Any], bands: ImageFormat | None
-) -> Subset[Any]:
+def _validation(cfg: DictConfig, model: Model) -> Subset[Any]:
     """Return validation images, evenly spaced, since neighbours are often alike."""
-    resize = description["preprocessing"]["resize"]
-    dataset = data_module(cfg, description["data"], resize, bands).dataset("val")
+    dataset = open_data(cfg, model).dataset("val")
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION)))
 
 

@@ -46,6 +46,7 @@ from seg_torch.checkpoints.hub import HUB
 from seg_torch.datasets.base import list_files
 from seg_torch.datasets.folder import write_classes
 from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.distributed import as_launched, check_launcher
 from seg_torch.drawing.coco import write_coco
 from seg_torch.drawing.visualize import legend, side_by_side
 from seg_torch.errors import InputError, check_choice
@@ -57,7 +58,6 @@ from seg_torch.models.network import Network
 from seg_torch.prediction import video
 from seg_torch.prediction.inference import parse_tta
 from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
-from seg_torch.training.trainer import as_launched, check_launcher
 
 log = logging.getLogger(__name__)
 

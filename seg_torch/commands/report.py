@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,27 +16,26 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from seg_torch.checkpoints.exported import load_network
-from seg_torch.commands.evaluate import prepare
+from seg_torch.checkpoints import checkpoint
 from seg_torch.datasets.base import checked_sample
 from seg_torch.drawing.page import SORT, figure, grid, key, page, plot, table
 from seg_torch.drawing.visualize import confusion_matrix, curves, errors, reliability
 from seg_torch.evaluation.bootstrap import (
     METHOD,
     ImageCounts,
-    class_iou,
     interval,
-    mean_scores,
     read_image_counts,
     resampled_sums,
 )
+from seg_torch.evaluation.results import Results
+from seg_torch.evaluation.scorer import Scorer, score
+from seg_torch.evaluation.setup import Model, open_for_scoring
 from seg_torch.files import write_atomically
 from seg_torch.images.format import ImageFormat
 from seg_torch.labels import Labels, palette_image
+from seg_torch.metrics.counts import class_scores, mean_over_classes, mean_scores
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.run import COLUMNS, read_table
-from seg_torch.training.task import SegmentationTask
-from seg_torch.training.trainer import score
 from seg_torch.version import __version__
 
 log = logging.getLogger(__name__)
@@ -56,23 +54,24 @@ CLASS_SCORES = (
 
 def report(cfg: DictConfig) -> None:
     """Scores a checkpoint and writes `report.html` beside the scores."""
-    trainer, task, data, folder = prepare(cfg, label_quality=True)
-    score(trainer, task, data, folder, cfg.split)
+    trainer, scorer, data, folder, model = open_for_scoring(cfg, label_quality=True)
+    results = score(trainer, scorer, data, folder, cfg.split)
     if not trainer.is_global_zero:
         return
-    scores = json.loads((folder / f"{cfg.split}_metrics.json").read_text(encoding="utf-8"))
+    scores = results.scores
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
-    shown = _shown(trainer, task, data.dataset(cfg.split), counts, data.resize, data.bands)
+    dataset = data.dataset(cfg.split)
+    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.bands)
     parts = [
         *_scores(scores, counts, cfg.split),
-        *_classes(scores, counts, task.labels),
+        *_classes(scores, counts, scorer.labels),
         "<h2>Confusion matrix</h2>",
         "<p>Shares of the pixels of each label.</p>",
-        plot(confusion_matrix(np.array(scores["confusion_matrix"]), task.labels), "confusion"),
+        plot(confusion_matrix(np.array(scores["confusion_matrix"]), scorer.labels), "confusion"),
         *_calibration(scores),
         *_learning_curves(cfg.checkpoint),
         *shown,
-        *_origin(cfg, scores["precision"], trainer),
+        *_origin(cfg, model, scores["precision"], trainer),
         SORT,
     ]
     content = page(f"Report on {cfg.checkpoint}", parts)
@@ -88,7 +87,7 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
     """Return the scores that are one number, with intervals where counts of images give them."""
     limits = {
         name: interval(values)
-        for name, values in mean_scores(resampled_sums(counts.stacked)).items()
+        for name, values in mean_scores(resampled_sums(counts.counts)).items()
     }
     rows = []
     for name, value in scores.items():
@@ -108,7 +107,7 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
 
 
 def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Iterator[str]:
-    limits = interval(class_iou(resampled_sums(counts.stacked)))
+    limits = interval(class_scores(resampled_sums(counts.counts))["iou"])
     per_class = list(scores["per_class"].values())
     more = [name for name in CLASS_SCORES if name in per_class[0]]
     rows = []
@@ -139,17 +138,11 @@ def _calibration(scores: dict[str, Any]) -> Iterator[str]:
 
 
 def _learning_curves(path: str) -> Iterator[str]:
-    run = _run_folder(path)
+    run = checkpoint.run_of(path)
     history = [] if run is None else read_table(run / "metrics.csv", COLUMNS)
     if history:
         yield "<h2>Training</h2>"
         yield plot(curves(history), "losses and validation scores by epoch")
-
-
-def _run_folder(path: str) -> Path | None:
-    """Return the run that a checkpoint is of, if it still lies there."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parents[1]
-    return folder if (folder / "config.yaml").is_file() else None
 
 
 # Images
@@ -157,7 +150,8 @@ def _run_folder(path: str) -> Path | None:
 
 def _shown(
     trainer: Trainer,
-    task: SegmentationTask,
+    scorer: Scorer,
+    results: Results,
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
@@ -167,10 +161,10 @@ def _shown(
 
     One image at a time is predicted once more, as it was scored.
     """
-    inference = task.inference
+    inference = scorer.inference
     segmenter = Segmenter(
-        task.network,
-        task.labels,
+        scorer.network,
+        scorer.labels,
         resize,
         trainer.strategy.root_device,
         inference.tile,
@@ -179,8 +173,8 @@ def _shown(
         inference.precision,
         bands=bands,
     )
-    iou = _mean_over_classes(class_iou(counts.stacked))
-    quality, confidence = task.test_images["label_quality"], task.test_images["confidence"]
+    iou = mean_over_classes(class_scores(counts.counts)["iou"])
+    quality, confidence = results.images["label_quality"], results.images["confidence"]
 
     def figures(indices: Iterable[int]) -> str:
         return grid(
@@ -199,7 +193,7 @@ def _shown(
         "<p>By mean IoU over the classes in label or prediction. Image and label, prediction and "
         "errors (red).</p>"
     )
-    yield " ".join(key(task.labels, i) for i in range(len(task.labels)))
+    yield " ".join(key(scorer.labels, i) for i in range(len(scorer.labels)))
     yield figures(worst)
     if best:
         yield "<h2>Best images</h2>"
@@ -210,11 +204,6 @@ def _shown(
         "gives the label of a pixel, in which improbable ones count most.</p>"
     )
     yield figures(_lowest(quality)[:DOUBTFUL])
-
-
-def _mean_over_classes(iou: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # nothing is labelled: nan
-        return np.nansum(iou, axis=1) / np.isfinite(iou).sum(axis=1)
 
 
 def _lowest(values: np.ndarray) -> list[int]:
@@ -238,13 +227,12 @@ def _views(segmenter: Segmenter, image: torch.Tensor, mask: torch.Tensor) -> lis
 # Where it comes from
 
 
-def _origin(cfg: DictConfig, precision: str, trainer: Trainer) -> Iterator[str]:
-    run = _run_folder(cfg.checkpoint)
+def _origin(cfg: DictConfig, model: Model, precision: str, trainer: Trainer) -> Iterator[str]:
+    run = checkpoint.run_of(cfg.checkpoint)
     if run is not None:
         config = (run / "config.yaml").read_text(encoding="utf-8")
     else:
-        _, _, description = load_network(cfg.checkpoint, cfg.trust)
-        config = OmegaConf.to_yaml({k: description[k] for k in ("model", "data", "preprocessing")})
+        config = OmegaConf.to_yaml(model.config)
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = [

@@ -74,6 +74,19 @@ def test_a_checkpoint_alone_gives_the_same_logits(tmp_path):
     assert (segmenter.labels.palette == LABELS.palette).all()
 
 
+def test_a_checkpoint_knows_the_run_in_whose_folder_it_lies(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    (tmp_path / "copied.ckpt").touch()
+    assert checkpoint.run_of(run) == run
+    assert checkpoint.run_of(run / "checkpoints" / "last.ckpt") == run
+    assert checkpoint.run_of(tmp_path / "copied.ckpt") is None
+    assert checkpoint.run_of("hf://owner/name") is None
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint.run_of("best.ckpt") == run
+
+
 def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path):
     for name in ("best", "last"):
         network = Network(Own(3))

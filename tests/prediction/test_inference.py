@@ -373,8 +373,9 @@ from seg_torch.prediction.inference import Inference
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
-from seg_torch.training.task import SegmentationTask
-from seg_torch.training.trainer import build_trainer, score
+from seg_torch.distributed import Processes
+from seg_torch.evaluation.scorer import Scorer, score
+from seg_torch.training.trainer import build_trainer
 
 class Large:
     labels = Labels(tuple(f"class {i}" for i in range(19)))
@@ -398,11 +399,12 @@ network = Network(unet(19, "resnet18", weights=None))
 data = SegmentationDataModule(
     Large, batch_size=8, eval_batch_size=batch_size or None, num_workers=0
 )
-settings = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
-trainer = build_trainer(OmegaConf.create(settings))
+settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true"}
+cfg = OmegaConf.create({"trainer": settings})
+trainer = build_trainer(cfg, Processes(cfg.trainer), folder)
 engine = Inference(network, 19, tile=tile, precision="32-true")
 before = peak()
-score(trainer, SegmentationTask(network, Large.labels, engine), data, folder, "test")
+score(trainer, Scorer(engine, Large.labels), data, folder, "test")
 print("took", peak() - before)
 """
 
