@@ -214,7 +214,7 @@ class SegmentationDataModule(LightningDataModule):
             in_files = isinstance(dataset, base.SegmentationDataset)
             if self.check and in_files and not (split == "test" and self.test_is_val):
                 problems += self.checked(split).problems
-        base.refuse([p.message for p in problems], "problems in the files of the dataset")
+        base.raise_problems([p.message for p in problems], "problems in the files of the dataset")
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -227,7 +227,9 @@ class SegmentationDataModule(LightningDataModule):
         dataset = self.dataset("train")
         if isinstance(dataset, base.SegmentationDataset):
             found = self.checked("train")
-            base.refuse([p.message for p in found.problems], "problems in the training files")
+            base.raise_problems(
+                [p.message for p in found.problems], "problems in the training files"
+            )
             counts = found.pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
@@ -241,7 +243,7 @@ class SegmentationDataModule(LightningDataModule):
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
         found = self.checked("train")
-        base.refuse([p.message for p in found.problems], "problems in the training files")
+        base.raise_problems([p.message for p in found.problems], "problems in the training files")
         mean, std = found.mean_and_std()
         if 0 in std:
             raise InputError(

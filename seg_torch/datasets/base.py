@@ -133,7 +133,7 @@ def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) ->
     )
 
 
-def refuse(problems: Sequence[str], what: str) -> None:
+def raise_problems(problems: Sequence[str], what: str) -> None:
     """Raise InputError with the number of problems and the first five, if there are any."""
     if problems:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
@@ -254,7 +254,7 @@ def pair_files(
         raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
-    refuse(missing, "files are missing, the download or its unpacking is incomplete")
+    raise_problems(missing, "files are missing, the download or its unpacking is incomplete")
     return Pairs(
         (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
     )

@@ -204,7 +204,7 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
         lines = base.read_list(path)
         listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
         unknown = [name for name in listed if name not in known]
-        base.refuse(unknown, f"names in {path} have no image and mask")
+        base.raise_problems(unknown, f"names in {path} have no image and mask")
         lists[path.stem] = listed
     return lists
 
@@ -244,7 +244,7 @@ def _pair(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str
         if image and endings:
             absent = [e for e in endings if not (images / f"{name}{e}").exists()]
             problems += [f"{images / name}{ending}: no such file" for ending in absent]
-    base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
+    base.raise_problems(sorted(problems), "files cannot be paired; a mask is named like its image")
     return {name: pairs[name] for name in sorted(pairs)}
 
 
