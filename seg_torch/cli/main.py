@@ -34,7 +34,8 @@ NOTES = (
     "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
     "|exists and is not empty"
 )
-# What Lightning says of itself, what timm says of weights, and each request to the Hub (httpx).
+# Lightning advertises, timm tells of weights what seg_torch tells in one line, and httpx of every
+# request of huggingface_hub.
 QUIET = {"lightning.pytorch": logging.WARNING, "lightning.fabric": logging.WARNING}
 QUIET |= {"timm": logging.ERROR, "httpx": logging.WARNING, "httpx2": logging.WARNING}
 

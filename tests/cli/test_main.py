@@ -1,17 +1,19 @@
 """Exit codes, sweeps, and what the other processes of a command are told."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from omegaconf import OmegaConf
 
 from seg_torch.cli import main as cli
 from seg_torch.cli.main import attempt
+from seg_torch.commands import COMMANDS
 from seg_torch.errors import StoppedError
 from seg_torch.files import CONFIG_FOLDER
 
@@ -240,3 +242,42 @@ def test_how_to_go_on_is_printed_once_per_machine(monkeypatch, capsys):
             attempt(stop)
         assert end.value.code == 128 + signal.SIGTERM
         assert capsys.readouterr().err == printed
+
+
+# The table of commands
+
+
+def test_every_command_has_its_configuration_its_module_and_its_line_in_the_table():
+    pages = {path.stem for path in CONFIG_FOLDER.glob("*.yaml")}
+    assert set(COMMANDS) == pages - {"hydra_defaults"}
+    folder = ROOT / "seg_torch/commands"
+    assert set(COMMANDS) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def test_the_table_of_commands_is_read_without_importing_one():
+    script = "import sys, seg_torch.commands; assert not {'torch', 'hydra'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+# What is logged
+
+
+def test_importing_models_leaves_the_loggers_of_the_libraries_as_they_were():
+    script = (
+        "import logging, seg_torch.models\n"
+        "for name in ('timm', 'httpx', 'httpx2'):\n"
+        "    assert logging.getLogger(name).level == logging.NOTSET, name\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_command_prints_little_of_what_the_libraries_log(stub, tmp_path, capsys):
+    def train(cfg):
+        logging.getLogger("seg_torch").info("ours")
+        logging.getLogger("httpx").info("HTTP Request: HEAD https://...")
+        logging.getLogger("timm").warning("keys of the weights that do not fit")
+        logging.getLogger("lightning.pytorch").info("Using bfloat16")
+
+    stub(train)
+    assert run_command("train", tmp_path) == 0
+    assert capsys.readouterr().out == "ours\n"
