@@ -120,7 +120,7 @@ def validation(root: Path) -> None:
         settings = ["data=camvid", f"data.root={root}", "trainer.accelerator=cpu"]
         cfg = hydra.compose("train", settings)
     data, clock, processes = instantiate(cfg.data), Clock(), Processes(cfg.trainer)
-    trainer = build_trainer(cfg.trainer, processes, Path(tempfile.gettempdir()), [clock])
+    trainer = build_trainer(cfg, processes, Path(tempfile.gettempdir()), [clock])
     network = Network(unet(len(data.labels), "resnet18", None)).eval()
     inference = Inference(network, len(data.labels), precision=str(trainer.precision))
     task = SegmentationTask(network, data.labels, CrossEntropyLoss(), torch.optim.SGD)

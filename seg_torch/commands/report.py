@@ -23,9 +23,7 @@ from seg_torch.drawing.visualize import confusion_matrix, curves, errors, reliab
 from seg_torch.evaluation.bootstrap import (
     METHOD,
     ImageCounts,
-    class_iou,
     interval,
-    mean_scores,
     read_image_counts,
     resampled_sums,
 )
@@ -35,6 +33,7 @@ from seg_torch.evaluation.setup import Model, open_for_scoring
 from seg_torch.files import write_atomically
 from seg_torch.images.format import ImageFormat
 from seg_torch.labels import Labels, palette_image
+from seg_torch.metrics.counts import class_scores, mean_over_classes, mean_scores
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.run import COLUMNS, read_table
 from seg_torch.version import __version__
@@ -62,7 +61,7 @@ def report(cfg: DictConfig) -> None:
     scores = results.scores
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
     dataset = data.dataset(cfg.split)
-    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.bands)
+    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.format)
     parts = [
         *_scores(scores, counts, cfg.split),
         *_classes(scores, counts, scorer.labels),
@@ -88,7 +87,7 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
     """Return the scores that are one number, with intervals where counts of images give them."""
     limits = {
         name: interval(values)
-        for name, values in mean_scores(resampled_sums(counts.stacked)).items()
+        for name, values in mean_scores(resampled_sums(counts.counts)).items()
     }
     rows = []
     for name, value in scores.items():
@@ -108,7 +107,7 @@ def _scores(scores: dict[str, Any], counts: ImageCounts, split: str) -> Iterator
 
 
 def _classes(scores: dict[str, Any], counts: ImageCounts, labels: Labels) -> Iterator[str]:
-    limits = interval(class_iou(resampled_sums(counts.stacked)))
+    limits = interval(class_scores(resampled_sums(counts.counts))["iou"])
     per_class = list(scores["per_class"].values())
     more = [name for name in CLASS_SCORES if name in per_class[0]]
     rows = []
@@ -156,7 +155,7 @@ def _shown(
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
-    bands: ImageFormat | None,
+    format: ImageFormat,
 ) -> Iterator[str]:
     """Return the worst and best images, and those whose labels are most likely to be wrong.
 
@@ -172,9 +171,9 @@ def _shown(
         inference.scales,
         inference.flip,
         inference.precision,
-        bands=bands,
+        format=format,
     )
-    iou = _mean_over_classes(class_iou(counts.stacked))
+    iou = mean_over_classes(class_scores(counts.counts)["iou"])
     quality, confidence = results.images["label_quality"], results.images["confidence"]
 
     def figures(indices: Iterable[int]) -> str:
@@ -205,11 +204,6 @@ def _shown(
         "gives the label of a pixel, in which improbable ones count most.</p>"
     )
     yield figures(_lowest(quality)[:DOUBTFUL])
-
-
-def _mean_over_classes(iou: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # nothing is labelled: nan
-        return np.nansum(iou, axis=1) / np.isfinite(iou).sum(axis=1)
 
 
 def _lowest(values: np.ndarray) -> list[int]:

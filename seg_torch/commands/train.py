@@ -38,23 +38,20 @@ def train(cfg: DictConfig) -> float | None:
         state = checkpoint.read(run.last_checkpoint(cfg.resume)) if cfg.resume else None
         processes.first(lambda: run.claim(folder, cfg.trainer, state))
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
-        loggers = build.build_loggers(cfg)
-        trainer = build_trainer(cfg.trainer, processes, folder, callbacks, loggers)
+        trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
         processes.first(data.check_files)  # and downloads them
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network, processes)
-        if processes.is_first:
-            run.save_config(cfg, folder)
-            build.log_summary(trainer, network, data, folder)
+        run.begin(cfg, folder, trainer, network, data)
         if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
-            last = None if state is None else run.last_checkpoint(folder)
+            last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        build.load_best(network, folder, processes)
-        # As evaluate.py will score it: in float32.
+        best = build.load_best(network, trainer, folder, processes)
         inference = Inference(network, len(data.labels), data.resize, precision="32-true")
-        score(trainer, Scorer(inference, data.labels), data, folder, "test")
-    return build.best_score(trainer)
+        scorer = Scorer(inference, data.labels)  # as evaluate.py has it
+        score(trainer, scorer, data, folder, "test")
+    return best

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from seg_torch.datasets.base import sample_name
-from seg_torch.drawing.visualize import save_confusion_matrix
+from seg_torch.drawing.visualize import confusion_matrix
 from seg_torch.files import write_atomically, write_json
 from seg_torch.labels import Labels
+from seg_torch.metrics.counts import class_scores, pixel_accuracy, stack_counts
 
 # Columns of the two tables: one would be too wide for a terminal.
 TABLES = (
@@ -56,20 +57,18 @@ class Results:
         Raises:
             OSError: A file cannot be written.
         """
-        write_json(folder / f"{split}_metrics.json", self.scores)
         arrays: dict[str, Any] = {"names": np.array(self.names), **self.images}
-        arrays_path = folder / f"{split}_images.npz"
-        write_atomically(arrays_path, lambda name: np.savez_compressed(name, **arrays))
-        write_atomically(folder / f"{split}_images.csv", self._write_images)
-        matrix = np.array(self.scores["confusion_matrix"])
-        save_confusion_matrix(matrix, self.labels, folder / f"{split}_confusion_matrix.png")
+        figure = confusion_matrix(np.array(self.scores["confusion_matrix"]), self.labels)
+        write_json(folder / f"{split}_metrics.json", self.scores)
+        images = folder / f"{split}_images.npz"
+        write_atomically(images, lambda name: np.savez_compressed(name, **arrays))
+        write_atomically(images.with_suffix(".csv"), self._write_images)
+        write_atomically(folder / f"{split}_confusion_matrix.png", figure.savefig)
 
     def _write_images(self, path: str) -> None:
         """Write a row of scores per image."""
-        correct, labelled = self.images["intersection"], self.images["label_pixels"]
-        with np.errstate(invalid="ignore"):  # 0 / 0 is nan: what has no score
-            iou = correct / (labelled + self.images["predicted_pixels"] - correct)
-            accuracy = correct.sum(1) / labelled.sum(1)
+        counts = stack_counts(self.images)
+        accuracy, iou = pixel_accuracy(counts), class_scores(counts)["iou"]
         scores = np.column_stack([accuracy, self.images["confidence"], iou])
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

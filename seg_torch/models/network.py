@@ -11,7 +11,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError
 from seg_torch.models.cpu import FastDepthwiseGradients
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,6 @@ class Network(nn.Module):
             InputError: No such mode, or PyTorch cannot compile here. (Whether it can compile this
                 model shows in the first step, see `named_compile_errors`.)
         """
-        check_choice("trainer.compile", mode, COMPILE_MODES)
         try:
             # Not a module around the model: parameters keep their names.
             self.compiled = torch.compile(_apply, mode=COMPILE_MODES[mode], dynamic=False)

@@ -179,10 +179,28 @@ def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> No
         )
 
 
-def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the `config.yaml` with which the run is resumed."""
+def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) -> None:
+    """Write the `config.yaml` with which the run is resumed, and log what is trained.
+
+    The first process does it. Its arguments are what `train` has built.
+    """
+    if not trainer.is_global_zero:
+        return
     config = OmegaConf.merge(cfg, {"resume": None})
     write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+    log.info(
+        "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
+        len(data.dataset("train")),
+        len(data.labels),
+        trained,
+        trainer.precision,
+        data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+    )
+    if trainer.world_size > 1:
+        on_gpus = trainer.strategy.root_device.type == "cuda"
+        log.info("%d processes%s", trainer.world_size, ", synchronised BatchNorm" * on_gpus)
+    log.info("output_dir=%s", folder)
 
 
 @contextmanager

@@ -20,14 +20,13 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data.module import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
-from seg_torch.losses import OwnLoss
+from seg_torch.losses import ModelLoss, upsampled_loss
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
-from seg_torch.upsample import upsampled_loss
 
 
 class SegmentationTask(LightningModule):
@@ -36,7 +35,6 @@ class SegmentationTask(LightningModule):
     Args:
         network: What is trained.
         labels: Its classes.
-        resize: (height, width) at which the network sees every image; `None` for their own size.
         loss: (logits float [N, C, H, W], target uint8 [N, H, W]) -> scalar.
         optimizer: `optimizer(parameters)`, as a partial.
         scheduler: A partial, see `seg_torch.training.schedulers.scheduler_config`.
@@ -58,7 +56,6 @@ class SegmentationTask(LightningModule):
         loss: nn.Module,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
-        resize: Sequence[int] | None = None,
         aux_weight: float = 0.5,
         description: dict[str, Any] | None = None,
         warmup_steps: int = 0,
@@ -72,7 +69,6 @@ class SegmentationTask(LightningModule):
         self.loss = loss
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.resize = resize
         self.aux_weight = aux_weight
         self.description = description
         self.warmup_steps = warmup_steps
@@ -85,9 +81,10 @@ class SegmentationTask(LightningModule):
         self.validated = False  # in this epoch
 
     def setup(self, stage: str) -> None:
-        self.inference = Inference(
-            self.network, len(self.labels), self.resize, precision=str(self.trainer.precision)
-        )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        resize = None if data is None else data.resize
+        precision = str(self.trainer.precision)
+        self.inference = Inference(self.network, len(self.labels), resize, precision=precision)
 
     def configure_model(self) -> None:
         shard(self)
@@ -106,7 +103,7 @@ class SegmentationTask(LightningModule):
 
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         images, masks = batch
-        own = isinstance(self.loss, OwnLoss)
+        own = isinstance(self.loss, ModelLoss)
         outputs = self.network(images, masks) if own else self.network(images)
         loss = outputs["loss"] if own else upsampled_loss(self.loss, outputs["out"], masks)
         if "aux" in outputs:

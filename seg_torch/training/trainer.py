@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -101,26 +101,22 @@ def shard(module: LightningModule) -> None:
 
 
 def build_trainer(
-    settings: DictConfig,
-    processes: Processes,
-    folder: Path,
-    callbacks: Sequence[Callback] = (),
-    loggers: Sequence[Logger] = (),
+    cfg: DictConfig, processes: Processes, folder: Path, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
     """Build Lightning's Trainer with the settings that suit the hardware.
 
     Args:
-        settings: Those of `conf/trainer`.
-        processes: What they resolve to, and connects.
+        cfg: `trainer`, the settings of `conf/trainer`, and for training `logger`, those of
+            `conf/logger`.
+        processes: Those of these settings.
         folder: Of the run. In a job of Slurm, Lightning goes on with an `hpc_ckpt` that it finds
             there.
         callbacks: All that the run has.
-        loggers: Where the values of each step go.
 
     Raises:
         InputError: A setting that Lightning does not take, or two that contradict each other.
     """
-    options: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
     check_repeatable(options)
     # The task sets the one, for training alone, and the network does the other.
@@ -138,13 +134,14 @@ def build_trainer(
     torch.set_float32_matmul_precision("high")
     if processes.accelerator == "cpu":
         hardware.reuse_memory()
+    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     bar = Console().is_terminal
     try:
         return Trainer(
             **options,
             default_root_dir=folder,
             callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if bar else [])],
-            logger=list(loggers),
+            logger=loggers,
             enable_progress_bar=bar,
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # the data module shards without padding

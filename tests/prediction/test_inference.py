@@ -17,8 +17,8 @@ from torchvision.models.segmentation._utils import _SimpleSegmentationModel
 
 from seg_torch import hardware
 from seg_torch import upsample as upsampling
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction import inference
@@ -180,7 +180,7 @@ def test_of_a_large_image_rows_are_decided_as_those_of_the_whole(landscape, monk
     images = torch.stack([landscape, landscape.flip(1)])
     whole = assembled(Inference(plain(Strided()), 5), images, (403, 501))
     monkeypatch.setattr(upsampling, "WHOLE_IMAGE", 5 * 403 * 501 - 1)
-    monkeypatch.setattr(upsampling, "CPU_BAND", 5 * 501 * 7)
+    monkeypatch.setattr(upsampling, "CPU_CHUNK", 5 * 501 * 7)
     engine = Inference(plain(Strided()), 5)
     assert len(list(engine.blocks(images, (403, 501)))) == 2 * 58  # 7 of 403 rows in each
     rows = assembled(engine, images, (403, 501))
@@ -373,8 +373,9 @@ from seg_torch.prediction.inference import Inference
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
-from seg_torch.training.task import SegmentationTask
-from seg_torch.training.trainer import build_trainer, score
+from seg_torch.distributed import Processes
+from seg_torch.evaluation.scorer import Scorer, score
+from seg_torch.training.trainer import build_trainer
 
 class Large:
     labels = Labels(tuple(f"class {i}" for i in range(19)))
@@ -398,11 +399,12 @@ network = Network(unet(19, "resnet18", weights=None))
 data = SegmentationDataModule(
     Large, batch_size=8, eval_batch_size=batch_size or None, num_workers=0
 )
-settings = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
-trainer = build_trainer(OmegaConf.create(settings))
+settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true"}
+cfg = OmegaConf.create({"trainer": settings})
+trainer = build_trainer(cfg, Processes(cfg.trainer), folder)
 engine = Inference(network, 19, tile=tile, precision="32-true")
 before = peak()
-score(trainer, SegmentationTask(network, Large.labels, engine), data, folder, "test")
+score(trainer, Scorer(engine, Large.labels), data, folder, "test")
 print("took", peak() - before)
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_DATA
+from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
 from ports import free_port
@@ -24,8 +25,8 @@ from seg_torch.commands import predict as prediction
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets.shapes import SHAPES_LABELS
+from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
-from seg_torch.training.trainer import build_trainer
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 200
@@ -34,6 +35,8 @@ IMAGES = 200
 PROGRAM = """
 import os
 from pathlib import Path
+from lightning import Fabric
+from seg_torch.distributed import Processes
 from seg_torch.cli.main import main
 rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
 Path(os.environ["PIDS"], rank).write_text(f"{os.getpid()} {os.getppid()}")
@@ -229,15 +232,12 @@ def test_settings_that_differ_from_what_the_launcher_started_are_refused(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     asked_for = {"accelerator": "cpu", "devices": devices, "num_nodes": num_nodes}
-    trainer = compose("predict").trainer
-    trainer.update(asked_for)
+    monkeypatch.setattr(Fabric, "launch", lambda self: None)
     if message is None:
-        assert prediction._fabric(trainer, 1).world_size == 4
+        assert Processes(OmegaConf.create(asked_for)).count == 4
         return
     with pytest.raises(InputError, match=message):
-        prediction._fabric(trainer, 1)
-    with pytest.raises(InputError, match=message):
-        build_trainer(OmegaConf.create({**asked_for, "precision": "32-true"}))
+        Processes(OmegaConf.create(asked_for))
 
 
 def test_the_search_for_other_processes_has_an_end(compose, monkeypatch):

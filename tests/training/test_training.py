@@ -35,7 +35,7 @@ from seg_torch.datasets import shapes, write_folder
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.prediction.inference import upsample
 from seg_torch.prediction.segmenter import Segmenter
-from seg_torch.training.callbacks import History
+from seg_torch.training.callbacks import EpochLine, History
 from seg_torch.training.run import resumed_config
 from seg_torch.training.task import SegmentationTask
 
@@ -505,7 +505,7 @@ def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, se
 
 def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
     pytest.importorskip("transformers")
-    options = [*SMALL_MASK2FORMER, "loss=own", "scheduler=none", "data.dataset.train=8"]
+    options = [*SMALL_MASK2FORMER, "loss=model", "scheduler=none", "data.dataset.train=8"]
     options += ["data.dataset.val=1", "data.dataset.test=1"]
     train(small("train", *options, f"output_dir={tmp_path / 'whole'}"))
     folder = tmp_path / "run"
@@ -518,8 +518,8 @@ def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
 
 
 def test_a_loss_of_its_own_is_asked_of_a_model_that_has_one(small):
-    with pytest.raises(InputError, match="loss=own: this model brings no loss"):
-        train(small("train", "loss=own"))
+    with pytest.raises(InputError, match="loss=model: this model brings no loss"):
+        train(small("train", "loss=model"))
 
 
 def test_d25_resuming_fetches_no_weights(small, tmp_path, monkeypatch):
@@ -893,8 +893,9 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
         datamodule=SimpleNamespace(cache=cache),
     )
-    task = SimpleNamespace(training_loss=lambda: 0.5, validated=False)
-    line = History(tmp_path)
+    task = SimpleNamespace(training_loss=lambda: 0.5, device=torch.device("cpu"))
+    history = History(tmp_path)
+    line = EpochLine(history, tmp_path)
     line.on_train_epoch_start(trainer, task)
     for step in range(10):
         clock[0] += wait
@@ -904,6 +905,7 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
         if step in (3, 9):
             clock[0] += 20
             line.on_validation_end(trainer, task)
+    history.on_train_epoch_end(trainer, task)
     line.on_train_epoch_end(trainer, task)
     assert line.line.startswith(f"epoch 1 of 3: loss 0.5000, {shown}{hint}")
     assert hint or line.line.endswith(shown)
