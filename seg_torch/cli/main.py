@@ -262,9 +262,9 @@ def _run(call: Namespace, cfg: DictConfig) -> Any:
     the job alone, with its folder, and Hydra's own state is hidden from Lightning.
     """
     # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold
-    # the same scores (sync_dist).
+    # the same scores (sync_dist). The loader is resumable, by the data module's state.
     notes = "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
-    notes += "|exists and is not empty"
+    notes += "|exists and is not empty|dataloader is not resumable"
     warnings.filterwarnings("ignore", f".*({notes})")
     state = HydraConfig.get()
     argv, environment = sys.argv, set(os.environ)
