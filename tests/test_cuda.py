@@ -13,14 +13,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning import Callback
+from losses_for_tests import LOSSES, NUM_CLASSES
 from omegaconf import OmegaConf
-from test_losses import LOSSES, NUM_CLASSES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seg_torch import losses
 from seg_torch.commands.train import train
 from seg_torch.labels import Labels
+from seg_torch.losses import base
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference
 from seg_torch.prediction.segmenter import Segmenter
@@ -51,7 +51,7 @@ def no_waiting(device: str) -> Iterator[None]:
     """Refuses what makes the CPU wait for a GPU; on "cpu" what would, see NoWaiting."""
     if device == "cpu":
         with pytest.MonkeyPatch.context() as patch, NoWaiting():
-            patch.setattr(losses, "check_labels", lambda *_: None)  # which a GPU is spared
+            patch.setattr(base, "check_labels", lambda *_: None)  # which a GPU is spared
             yield
         return
     torch.cuda.synchronize()
@@ -89,16 +89,16 @@ def loss(request: pytest.FixtureRequest) -> nn.Module:
     ("device", "where"),
     [
         ("meta", "at once"),  # where there are no values to wait for
-        ("meta", "by bands"),
+        ("meta", "by chunks"),
         pytest.param("cuda", "at once", marks=needs_gpu),
-        pytest.param("cuda", "by bands", marks=needs_gpu),
+        pytest.param("cuda", "by chunks", marks=needs_gpu),
     ],
 )
 def test_no_loss_lets_a_training_step_wait_for_the_device(loss, device, where, monkeypatch):
     if device == "meta":
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    memory = 1 if where == "by bands" else 1 << 40
-    monkeypatch.setattr("seg_torch.upsample.total_memory", lambda _: memory)
+    memory = 1 if where == "by chunks" else 1 << 40
+    monkeypatch.setattr("seg_torch.losses.upsampled.total_memory", lambda _: memory)
     task = small_task(loss, device).train()
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1, foreach=device == "cuda")
     batch = small_batch(device)

@@ -27,7 +27,7 @@ from seg_torch.data.sampling import (
 from seg_torch.data.workers import number_of_workers, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
 
 
@@ -62,7 +62,7 @@ class SegmentationDataModule(LightningDataModule):
         download: Ask the dataset to fetch itself, for those that can.
         name: What the dataset is called, for those that are looked up by name.
         channels: Of images that are not read as RGB, see `ImageFormat`, like the three
-            that follow. The dataset is given them as `bands`.
+            that follow. The dataset is given them as `format`.
         bits: Of each of their values.
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
@@ -110,9 +110,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
-        self.bands: ImageFormat | None = None
+        self.format = RGB
         if channels is not None:
-            self.bands = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
+            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
         self.start = Position()
@@ -129,10 +129,10 @@ class SegmentationDataModule(LightningDataModule):
                 place["download"] = True
             if self.dataset_name is not None:
                 place["name"] = self.dataset_name
-            if self.bands is not None:
-                if "bands" not in inspect.signature(self.make_dataset).parameters:
+            if self.format != RGB:
+                if "format" not in inspect.signature(self.make_dataset).parameters:
                     raise InputError("data.channels: this dataset is RGB; use data=folder")
-                place["bands"] = self.bands
+                place["format"] = self.format
             dataset = self.make_dataset(split=split, **place)
             if len(dataset) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")

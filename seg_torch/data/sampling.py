@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
-from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image, resize_mask
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 # Images [n, C, H, W] of one size, masks [n, h, w], and their numbers in the dataset.

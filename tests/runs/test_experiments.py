@@ -127,7 +127,7 @@ RUNS = {
     "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
     "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
     "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
-    "own": ("camvid", ["data=camvid", "loss=own", *SMALL_MASK2FORMER]),
+    "own": ("camvid", ["data=camvid", "loss=model", *SMALL_MASK2FORMER]),
     "auto": ("auto", ["data=auto", "model=unet_random"]),
 }
 # Formats that differ from the others in how masks are read alone: test_annotations.py loads
