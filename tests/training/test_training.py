@@ -188,6 +188,7 @@ def finish(process: Forked, code: int = 0) -> str:
     found, output = process.finish()
     assert found == code, output
     assert "Traceback" not in output
+    assert "not resumable" not in output  # as Lightning says of any loader that it does not know
     return output
 
 
