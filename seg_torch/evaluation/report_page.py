@@ -92,7 +92,7 @@ def _figures(
         inference.scales,
         inference.flip,
         inference.precision,
-        bands=setup.data.bands,
+        format=setup.data.format,
     )
     quality, confidence = results.images["label_quality"], results.images["confidence"]
     dataset = setup.data.dataset(setup.data.test_split)

@@ -10,7 +10,7 @@ import torchmetrics
 from torch import Tensor
 
 from seg_torch.errors import InputError
-from seg_torch.losses import check_labels
+from seg_torch.labels import check_labels
 from seg_torch.metrics.counts import class_scores, counts_of_matrix, mean_scores, number_or_none
 from seg_torch.metrics.histogram import count
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg_torch import hardware
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.network import Network
-from seg_torch.upsample import upsample, upsampled_bands
+from seg_torch.upsample import upsample, upsampled_chunks
 
 DEFAULT_TILE = 768
 
@@ -130,7 +130,7 @@ class Inference:
         together = self.batch_size(height, width)
         for start in range(0, len(images), together):
             logits = self._logits(images[start : start + together])
-            for index, rows, values in upsampled_bands(logits, size):
+            for index, rows, values in upsampled_chunks(logits, size):
                 yield Block(start + index, rows, slice(0, size[1]), values)
 
     def _tiled(self, index: int, image: Tensor, tile: int) -> Iterator[Block]:

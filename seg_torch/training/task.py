@@ -20,14 +20,13 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data.module import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
-from seg_torch.losses import OwnLoss
+from seg_torch.losses import ModelLoss, upsampled_loss
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
-from seg_torch.upsample import upsampled_loss
 
 
 class SegmentationTask(LightningModule):
@@ -104,7 +103,7 @@ class SegmentationTask(LightningModule):
 
     def training_step(self, batch: Sample, batch_index: int) -> Tensor:
         images, masks = batch
-        own = isinstance(self.loss, OwnLoss)
+        own = isinstance(self.loss, ModelLoss)
         outputs = self.network(images, masks) if own else self.network(images)
         loss = outputs["loss"] if own else upsampled_loss(self.loss, outputs["out"], masks)
         if "aux" in outputs:

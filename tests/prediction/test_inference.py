@@ -17,8 +17,8 @@ from torchvision.models.segmentation._utils import _SimpleSegmentationModel
 
 from seg_torch import hardware
 from seg_torch import upsample as upsampling
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction import inference
@@ -180,7 +180,7 @@ def test_of_a_large_image_rows_are_decided_as_those_of_the_whole(landscape, monk
     images = torch.stack([landscape, landscape.flip(1)])
     whole = assembled(Inference(plain(Strided()), 5), images, (403, 501))
     monkeypatch.setattr(upsampling, "WHOLE_IMAGE", 5 * 403 * 501 - 1)
-    monkeypatch.setattr(upsampling, "CPU_BAND", 5 * 501 * 7)
+    monkeypatch.setattr(upsampling, "CPU_CHUNK", 5 * 501 * 7)
     engine = Inference(plain(Strided()), 5)
     assert len(list(engine.blocks(images, (403, 501)))) == 2 * 58  # 7 of 403 rows in each
     rows = assembled(engine, images, (403, 501))

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter, datasets
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
 from seg_torch.data.module import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3
@@ -127,7 +127,7 @@ RUNS = {
     "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
     "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
     "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
-    "own": ("camvid", ["data=camvid", "loss=own", *SMALL_MASK2FORMER]),
+    "own": ("camvid", ["data=camvid", "loss=model", *SMALL_MASK2FORMER]),
     "auto": ("auto", ["data=auto", "model=unet_random"]),
 }
 # Formats that differ from the others in how masks are read alone: test_annotations.py loads

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.cli.main import complete_overrides
+from seg_torch.cli.overrides import complete_overrides
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.commands.train import train
@@ -505,7 +505,7 @@ def test_d07_d18_what_would_change_a_resumed_run_is_refused_by_name(tmp_path, se
 
 def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
     pytest.importorskip("transformers")
-    options = [*SMALL_MASK2FORMER, "loss=own", "scheduler=none", "data.dataset.train=8"]
+    options = [*SMALL_MASK2FORMER, "loss=model", "scheduler=none", "data.dataset.train=8"]
     options += ["data.dataset.val=1", "data.dataset.test=1"]
     train(small("train", *options, f"output_dir={tmp_path / 'whole'}"))
     folder = tmp_path / "run"
@@ -518,8 +518,8 @@ def test_a_run_with_the_loss_of_its_model_resumes_without_loss(small, tmp_path):
 
 
 def test_a_loss_of_its_own_is_asked_of_a_model_that_has_one(small):
-    with pytest.raises(InputError, match="loss=own: this model brings no loss"):
-        train(small("train", "loss=own"))
+    with pytest.raises(InputError, match="loss=model: this model brings no loss"):
+        train(small("train", "loss=model"))
 
 
 def test_d25_resuming_fetches_no_weights(small, tmp_path, monkeypatch):
