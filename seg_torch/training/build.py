@@ -24,7 +24,7 @@ from seg_torch.models.network import (
     freeze_unused_parameters,
     synchronise_batchnorm,
 )
-from seg_torch.models.weights import load_matching_weights, take_channels
+from seg_torch.models.weights import adapt_first_conv, load_matching_weights
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
 from seg_torch.training.divergence import StopOnDivergence
@@ -89,7 +89,7 @@ def build_network(
         initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
     if data.bands is not None:
-        take_channels(model, data.bands.channels)
+        adapt_first_conv(model, data.bands.channels)
         if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     if initial is not None:
