@@ -36,7 +36,7 @@ from torch.nn.modules.module import (
 from seg_torch.checkpoints.hub import hub_file, read_config
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
-from seg_torch.images.format import MOST_CHANNELS, ImageFormat
+from seg_torch.images.format import MOST_CHANNELS, RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models import weights
 from seg_torch.models.network import Network
@@ -82,7 +82,7 @@ def describe(
     model: dict[str, Any],
     data: dict[str, Any],
     resize: Sequence[int] | None,
-    bands: ImageFormat | None = None,
+    format: ImageFormat = RGB,
 ) -> dict[str, Any]:
     """Return what a checkpoint says of itself, as plain data.
 
@@ -92,7 +92,7 @@ def describe(
         model: Configuration of the model, plain data with `_target_`.
         data: Configuration of the data module, plain data with `_target_`.
         resize: (height, width) at which the network sees images, or `None`.
-        bands: How images are stored that are not read as RGB.
+        format: How files become images.
     """
     return {
         "version": 1,
@@ -103,15 +103,14 @@ def describe(
             "mean": network.mean.flatten().tolist(),
             "std": network.std.flatten().tolist(),
             "resize": None if resize is None else [int(side) for side in resize],
-            "bands": None if bands is None else bands.to_dict(),
+            "bands": format.to_dict(),  # so called in all checkpoints
         },
     }
 
 
-def bands(description: dict[str, Any]) -> ImageFormat | None:
-    """Return how the images are stored that a network is for; `None`: they are read as RGB."""
-    stored = description["preprocessing"].get("bands")
-    return None if stored is None else ImageFormat(**stored)
+def image_format(description: dict[str, Any]) -> ImageFormat:
+    """Return how files become the images that a network is for."""
+    return ImageFormat.from_dict(description["preprocessing"].get("bands"))
 
 
 def locate(path: str | Path) -> Path:
@@ -245,7 +244,8 @@ def check_description(description: dict[str, Any]) -> None:
         isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
     ):
         raise InputError("its mean and std are not two lists of numbers of one length")
-    if len(mean) != getattr(bands(description), "channels", len(mean)) or len(mean) > MOST_CHANNELS:
+    format = image_format(description)
+    if (format != RGB and len(mean) != format.channels) or len(mean) > MOST_CHANNELS:
         raise InputError("its mean and std are not those of its channels")
     sides = (1, 1) if resize is None else resize
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
@@ -282,7 +282,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     if not isinstance(model, nn.Module):
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
     preprocessing = description["preprocessing"]
-    if bands(description) is not None:
+    if image_format(description) != RGB:
         weights.adapt_first_conv(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:

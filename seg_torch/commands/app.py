@@ -53,7 +53,7 @@ def app(cfg: DictConfig) -> None:
     except (OSError, OverflowError, TypeError) as error:
         raise InputError(f"host={cfg.host} port={cfg.port}: {error}; use another one") from error
     segmenter = load_segmenter(cfg, torch.device(hardware.accelerator(cfg.trainer.accelerator)))
-    if segmenter.bands is not None and segmenter.bands.files:
+    if segmenter.format.files:
         raise InputError("app: this model takes several files an image; use seg-torch predict")
     # `kill` as Ctrl-C: the users' images are not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

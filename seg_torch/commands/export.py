@@ -30,11 +30,11 @@ from seg_torch.checkpoints.exported import (
     open_exported,
     write,
 )
-from seg_torch.data.transforms import resize_image
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.setup import Model, open_data
 from seg_torch.files import PARTIAL
+from seg_torch.images.resize import resize_image
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.upsample import upsample
 
@@ -58,8 +58,8 @@ def export(cfg: DictConfig) -> None:
     network, labels, description = load_network(cfg.checkpoint, cfg.trust)
     if isinstance(network, ExportedNetwork):
         raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
-    bands = checkpoint.bands(description)
-    if bands is not None and bands.bits != 8:
+    format = checkpoint.image_format(description)
+    if format.bits != 8:
         raise InputError("exported graphs take images of 8 bits, and this network those of 16")
     source = checkpoint.locate(cfg.checkpoint)
     if cfg.checkpoint.startswith(checkpoint.HUB_SCHEME) and not cfg.output:
@@ -69,7 +69,7 @@ def export(cfg: DictConfig) -> None:
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
     resize = description["preprocessing"]["resize"]
-    model = Model(cfg.checkpoint, network, labels, resize, bands, description)
+    model = Model(cfg.checkpoint, network, labels, resize, format, description)
     samples = _validation(cfg, model) if cfg.int8 else None
     images = [_seen(samples[i][0], resize) for i in range(len(samples))] if samples else None
     graph = Graph(network.eval(), resize, cfg.probabilities)

@@ -25,7 +25,7 @@ def inspect(cfg: DictConfig) -> bool:
     if data.dataset_name is not None:
         place["name"] = data.dataset_name
     make_dataset = partial(data.make_dataset, **place)
-    report = inspect_dataset(make_dataset, data.root, cfg.output_dir, data.bands)
+    report = inspect_dataset(make_dataset, data.root, cfg.output_dir, data.format)
     if report["splits"]:
         Console().print(_class_table(report))
     if report["mean"]:

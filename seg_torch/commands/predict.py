@@ -51,8 +51,9 @@ from seg_torch.drawing.coco import write_coco
 from seg_torch.drawing.visualize import legend, side_by_side
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import PARTIAL, write_atomically
-from seg_torch.images.format import ImageFormat, write_geotiff
-from seg_torch.images.read import IMAGE_SUFFIXES, image_size, pixel_limit
+from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.geotiff import write_geotiff
+from seg_torch.images.read import IMAGE_SUFFIXES, pixel_limit
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction import video
@@ -90,9 +91,9 @@ def predict(cfg: DictConfig) -> int:
     segmenters = _segmenters(cfg, fabric.device)
     if is_video:
         return _predict_video(cfg, segmenters[0]) if fabric.is_global_zero else 0
-    bands = segmenters[0].bands
-    if bands is not None and bands.files:
-        files = find_images(source, output, bands.files)
+    format = segmenters[0].format
+    if format.files:
+        files = find_images(source, output, format.files)
 
     group = _connect(fabric)  # not before all settings are known to be right, or the others wait
     lock = FileLock(output / JOURNAL / "lock")
@@ -113,7 +114,7 @@ def predict(cfg: DictConfig) -> int:
                 segment=partial(
                     _segment, segmenters, "probabilities" in kinds, "confidence" in kinds
                 ),
-                save=partial(_save, output, kinds, (model_name(cfg), str(cfg.beside)), bands),
+                save=partial(_save, output, kinds, (model_name(cfg), str(cfg.beside)), format),
                 note=partial(_note, journal, run),
                 progress=fabric.is_global_zero,
             )
@@ -233,8 +234,7 @@ def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Ba
     shrink = partial(_resized, resize=cfg.resize, crop=cfg.crop)
 
     def size(path: Path) -> tuple[int, ...] | None:
-        bands = segmenters[0].bands
-        stored = image_size(path) if bands is None else bands.size(path)
+        stored = segmenters[0].format.size(path)
         # Tensors of device "meta" have a size, but no memory.
         return stored and shrink(torch.empty(3, *stored, device="meta")).shape[1:]
 
@@ -261,7 +261,7 @@ def _plan(cfg: DictConfig, files: Files, segmenters: list[Segmenter]) -> list[Ba
 class _Image(NamedTuple):
     name: str
     path: Path
-    pixels: np.ndarray  # RGB, uint8 [H, W, 3], or what the model's `bands` say
+    pixels: np.ndarray  # [H, W, C], as the model's format says
     seconds: float  # that reading it took
 
 
@@ -381,7 +381,7 @@ def _save(
     output: Path,
     kinds: list[str],
     titles: tuple[str, str],
-    bands: ImageFormat | None,
+    format: ImageFormat,
     image: _Image,
     results: Results,
 ) -> None:
@@ -389,9 +389,8 @@ def _save(
     ours = {"dataset", "geotiff"} | ({"side_by_side"} if len(results) > 1 else set())
     results[0].save(output, image.name, [kind for kind in kinds if kind not in ours])
     if "dataset" in kinds:
-        sources = [image.path] if bands is None else bands.paths(image.path)
-        endings = (bands and bands.files) or [image.path.suffix]
-        for source, ending in zip(sources, endings, strict=True):
+        endings = format.files or [image.path.suffix]
+        for source, ending in zip(format.paths(image.path), endings, strict=True):
             copy = output / "dataset" / "images" / f"{image.name}{ending}"
             write_atomically(copy, partial(shutil.copyfile, source))
         write_atomically(_output_path(output, "dataset", image.name), results[0].save_mask)
@@ -683,7 +682,7 @@ def _model_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
 def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
     """Return the model and, where one is asked for, the second model."""
     first = load_segmenter(cfg, device)
-    if first.bands is not None and (cfg.resize or cfg.crop):
+    if first.format != RGB and (cfg.resize or cfg.crop):
         raise InputError("resize and crop are for models of RGB images")
     if cfg.beside is None:
         return [first]
@@ -692,6 +691,6 @@ def _segmenters(cfg: DictConfig, device: torch.device) -> list[Segmenter]:
         second = Segmenter.pretrained(cfg.beside, **settings)
     else:
         second = Segmenter.load(cfg.beside, trust=cfg.trust, **settings)
-    if first.bands != second.bands:
+    if first.format != second.format:
         raise InputError(f"beside={cfg.beside}: this model takes images of other channels")
     return [first, second]

@@ -61,7 +61,7 @@ def report(cfg: DictConfig) -> None:
     scores = results.scores
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
     dataset = data.dataset(cfg.split)
-    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.bands)
+    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.format)
     parts = [
         *_scores(scores, counts, cfg.split),
         *_classes(scores, counts, scorer.labels),
@@ -155,7 +155,7 @@ def _shown(
     dataset: Any,
     counts: ImageCounts,
     resize: Sequence[int] | None,
-    bands: ImageFormat | None,
+    format: ImageFormat,
 ) -> Iterator[str]:
     """Return the worst and best images, and those whose labels are most likely to be wrong.
 
@@ -171,7 +171,7 @@ def _shown(
         inference.scales,
         inference.flip,
         inference.precision,
-        bands=bands,
+        format=format,
     )
     iou = mean_over_classes(class_scores(counts.counts)["iou"])
     quality, confidence = results.images["label_quality"], results.images["confidence"]

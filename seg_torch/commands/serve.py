@@ -32,6 +32,7 @@ from starlette.datastructures import UploadFile
 from seg_torch import hardware
 from seg_torch.commands.predict import THREADS, load_segmenter, model_name
 from seg_torch.errors import InputError, check_choice
+from seg_torch.images.format import RGB
 from seg_torch.images.read import decode_image, image_size
 from seg_torch.prediction.segmenter import Segmentation, Segmenter
 from seg_torch.version import __version__
@@ -58,7 +59,7 @@ def serve(cfg: DictConfig) -> None:
     """
     accelerator = _check_settings(cfg)
     segmenter = load_segmenter(cfg, torch.device("cpu"))  # the worker's mistakes are tracebacks
-    if segmenter.bands is not None:
+    if segmenter.format != RGB:
         raise InputError("serve: this model takes images that are not RGB; use seg-torch predict")
     about = {
         "model": model_name(cfg),

@@ -47,11 +47,10 @@ def train(cfg: DictConfig) -> float | None:
         task = build.build_task(cfg, data, network, processes)
         run.begin(cfg, folder, trainer, network, data)
         if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
-            last = None if state is None else run.last_checkpoint(folder)
+            last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        build.load_best(network, folder, processes)
-        best = build.best_score(trainer)
+        best = build.load_best(network, trainer, folder, processes)
         inference = Inference(network, len(data.labels), data.resize, precision="32-true")
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
         score(trainer, scorer, data, folder, "test")

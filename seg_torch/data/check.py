@@ -23,12 +23,13 @@ from seg_torch.datasets.base import (
     SegmentationDataset,
     check_sizes,
     checked_sample,
+    image_format,
     in_threads,
     sample_name,
 )
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images.format import as_array, shown
+from seg_torch.images.format import as_array
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
 
 def rgb(image: Any, dataset: Any) -> np.ndarray:
     """Return what is shown of the image of a dataset's sample, uint8 [H, W, 3]."""
-    return shown(as_array(image), getattr(dataset, "bands", None))
+    return image_format(dataset).shown(as_array(image))
 
 
 def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
@@ -146,7 +147,7 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
         sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
         if sample is not None:
             image, mask = as_array(sample[0]), sample[1].numpy()
-    return problems or _measure(image, mask, shown(image, getattr(dataset, "bands", None)))
+    return problems or _measure(image, mask, image_format(dataset).shown(image))
 
 
 def _measure(
@@ -197,7 +198,7 @@ def fingerprint(dataset: Any) -> str | None:
         options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
     except Exception:
         return None
-    digest.update(repr((dataset.labels.to_dict(), dataset.bands, source, options)).encode())
+    digest.update(repr((dataset.labels.to_dict(), dataset.format, source, options)).encode())
     return digest.hexdigest()
 
 

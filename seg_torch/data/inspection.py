@@ -20,7 +20,7 @@ from seg_torch.drawing.page import figure, grid, key, page, table
 from seg_torch.drawing.visualize import overlay
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import IGNORE_INDEX, Labels
 from seg_torch.losses import class_weights
 
@@ -34,7 +34,7 @@ def inspect_dataset(
     dataset: Callable[..., Any],
     root: str | Path | None = None,
     output_dir: str | Path | None = None,
-    bands: ImageFormat | None = None,
+    format: ImageFormat = RGB,
 ) -> dict[str, Any]:
     """Read every sample of a dataset's splits and report what is in them.
 
@@ -42,7 +42,7 @@ def inspect_dataset(
         dataset: `dataset(split=...)` or, with `root`, `dataset(root=..., split=...)` gives the
             samples of `train`, `val` and `test`; see `seg_torch.datasets`.
         root: The dataset's folder.
-        bands: How images are stored that are not read as RGB.
+        format: How files become images.
         output_dir: Where `inspect.json` and `inspect.html` go; by default they are not written.
 
     Returns:
@@ -60,8 +60,8 @@ def inspect_dataset(
         - `duplicates`: images that are in two splits: the two `splits`, `indices` and `names`,
           whether the pixels are `exact`ly the same, and the correlation (`similarity`).
     """
-    data = SegmentationDataModule(dataset, None if root is None else str(root))
-    data.bands = bands
+    place = None if root is None else str(root)
+    data = SegmentationDataModule(dataset, place, **format.settings())
     checks: dict[str, Check] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []

@@ -38,11 +38,11 @@ from seg_torch.data.cache import (
     write_samples,
 )
 from seg_torch.data.check import Check, Problem, cache_folder, check, fingerprint
-from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.hardware import available_cpus, reuse_memory, total_memory
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.resize import resize_image, resize_mask
 from seg_torch.labels import Labels
 from seg_torch.version import __version__
 
@@ -77,7 +77,7 @@ class SegmentationDataModule(LightningDataModule):
         download: Ask the dataset to fetch itself, for those that can.
         name: What the dataset is called, for those that are looked up by name.
         channels: Of images that are not read as RGB, see `ImageFormat`, like the three
-            that follow. The dataset is given them as `bands`.
+            that follow. The dataset is given them as `format`.
         bits: Of each of their values.
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
@@ -125,9 +125,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache, ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
-        self.bands: ImageFormat | None = None
+        self.format = RGB
         if channels is not None:
-            self.bands = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
+            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
         self.test_split = "test"
         self._datasets: dict[str, Any] = {}
         self._position = (0, 0)  # the epoch and the batch that training begins with
@@ -144,10 +144,10 @@ class SegmentationDataModule(LightningDataModule):
                 place["download"] = True
             if self.dataset_name is not None:
                 place["name"] = self.dataset_name
-            if self.bands is not None:
-                if "bands" not in inspect.signature(self.make_dataset).parameters:
+            if self.format != RGB:
+                if "format" not in inspect.signature(self.make_dataset).parameters:
                     raise InputError("data.channels: this dataset is RGB; use data=folder")
-                place["bands"] = self.bands
+                place["format"] = self.format
             dataset = self.make_dataset(split=split, **place)
             if len(dataset) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
@@ -214,7 +214,7 @@ class SegmentationDataModule(LightningDataModule):
             in_files = isinstance(dataset, base.SegmentationDataset)
             if self.check and in_files and not (split == "test" and self.test_is_val):
                 problems += self.checked(split).problems
-        base.refuse([p.message for p in problems], "problems in the files of the dataset")
+        base.raise_problems([p.message for p in problems], "problems in the files of the dataset")
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -227,7 +227,9 @@ class SegmentationDataModule(LightningDataModule):
         dataset = self.dataset("train")
         if isinstance(dataset, base.SegmentationDataset):
             found = self.checked("train")
-            base.refuse([p.message for p in found.problems], "problems in the training files")
+            base.raise_problems(
+                [p.message for p in found.problems], "problems in the training files"
+            )
             counts = found.pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
@@ -241,7 +243,7 @@ class SegmentationDataModule(LightningDataModule):
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
         found = self.checked("train")
-        base.refuse([p.message for p in found.problems], "problems in the training files")
+        base.raise_problems([p.message for p in found.problems], "problems in the training files")
         mean, std = found.mean_and_std()
         if 0 in std:
             raise InputError(

@@ -20,8 +20,8 @@ from torchvision import tv_tensors
 
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
-from seg_torch.images.format import ImageFormat, as_tensor
-from seg_torch.images.read import opened, plain_png, read_image
+from seg_torch.images.format import RGB, ImageFormat, as_tensor
+from seg_torch.images.read import opened, plain_png
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) ->
     )
 
 
-def refuse(problems: Sequence[str], what: str) -> None:
+def raise_problems(problems: Sequence[str], what: str) -> None:
     """Raise InputError with the number of problems and the first five, if there are any."""
     if problems:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
@@ -254,7 +254,7 @@ def pair_files(
         raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
-    refuse(missing, "files are missing, the download or its unpacking is incomplete")
+    raise_problems(missing, "files are missing, the download or its unpacking is incomplete")
     return Pairs(
         (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
     )
@@ -350,8 +350,8 @@ def read_mapped_mask(
 class SegmentationDataset(Dataset):
     """Images with masks, in files.
 
-    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`; with `bands`
-    images have their channels, and those of 16 bits are float32 of 0 to 255.
+    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`; those of
+    another `format` than RGB have its channels, and those of 16 bits are float32 of 0 to 255.
 
     Args:
         pairs: The files, best as `Pairs`: of each sample the name, the image and the mask.
@@ -359,7 +359,7 @@ class SegmentationDataset(Dataset):
         read_mask: Mask path -> uint8 [H, W] of class ids and 255; by default the pixel values of a
             grey or palette image. A module-level function or a partial of one, so that worker
             processes can be started with it.
-        bands: How images are stored that are not read as RGB.
+        format: How files become images.
     """
 
     def __init__(
@@ -367,23 +367,23 @@ class SegmentationDataset(Dataset):
         pairs: Iterable[tuple[str, str | Path, str | Path]],
         labels: Labels,
         read_mask: Callable[[Path], np.ndarray] = read_index_mask,
-        bands: ImageFormat | None = None,
+        format: ImageFormat = RGB,
     ) -> None:
         self.pairs = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         self.labels = labels
         self.read_mask = read_mask
-        self.bands = bands
+        self.format = format
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def files(self) -> Iterator[str]:
         """Yield the paths of all files."""
-        if self.bands is None:
+        if not self.format.files:
             yield from self.pairs.files()
             return
         for pair in self.pairs:
-            yield from map(str, [*self.bands.paths(pair.image), pair.mask])
+            yield from map(str, [*self.format.paths(pair.image), pair.mask])
 
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
@@ -391,8 +391,7 @@ class SegmentationDataset(Dataset):
         Raises:
             InputError: The file cannot be read.
         """
-        path = self.pairs[index].image
-        return read_image(path) if self.bands is None else self.bands.read(path)
+        return self.format.read(self.pairs[index].image)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W], with every value checked.
@@ -442,6 +441,12 @@ def sample_name(dataset: Any, index: int, kind: str = "mask") -> str:
     return str(name)
 
 
+def image_format(dataset: Any) -> ImageFormat:
+    """Return how the files of any dataset become images: as RGB, where it does not say it."""
+    format = getattr(dataset, "format", RGB)
+    return format if isinstance(format, ImageFormat) else RGB
+
+
 def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Return a sample of any dataset with its types, sizes and mask values checked.
 
@@ -450,7 +455,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
         index: Which sample.
 
     Returns:
-        (image uint8 [C, H, W], or float32 of 0 to 255 where the dataset's `bands` have 16 bits;
+        (image uint8 [C, H, W], or float32 of 0 to 255 where the dataset's format has 16 bits;
         mask uint8 [H, W] of class ids and 255).
 
     Raises:
@@ -458,8 +463,7 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     """
     name = sample_name(dataset, index)
     sample = dataset[index]
-    bands = getattr(dataset, "bands", None)
-    dtype = torch.float32 if bands is not None and bands.bits == 16 else torch.uint8
+    dtype = torch.float32 if image_format(dataset).bits == 16 else torch.uint8
     image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
     if not (
         isinstance(image, tv_tensors.Image)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 
-from seg_torch.data.transforms import resize_image, resize_mask
+from seg_torch.images.resize import resize_image, resize_mask
 
 
 def central_crop(pixels: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import parsing, read_json, split_of
+from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.datasets.folder import split_names
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image

@@ -57,14 +57,12 @@ class Scorer(LightningModule):
         self.network = inference.network  # which the Trainer moves to its device
         self.inference = inference
         self.labels = labels
-        self.confusion = ConfusionMatrix(len(labels))
-        self.average_precision = AveragePrecision(len(labels)) if average_precision else None
-        width = None if boundary is True else boundary
-        self.boundary = BoundaryScores(len(labels), width) if boundary else None
-        self.calibration = Calibration()
-        self.image_scores: ImageScores | None = None
-        self.label_quality: LabelQuality | None = None
-        self.scores_labels = label_quality
+        self.asked_for = {
+            "average_precision": average_precision,
+            "boundary": boundary,
+            "label_quality": label_quality,
+        }
+        self.metrics: dict[str, Any] = {}
         self.results: Results | None = None
 
     def configure_model(self) -> None:
@@ -72,16 +70,23 @@ class Scorer(LightningModule):
 
     def on_test_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        num_images = len(data.dataset(data.test_split))
-        self.image_scores = ImageScores(len(self.labels), num_images).to(self.device)
-        if self.scores_labels:
-            self.label_quality = LabelQuality(num_images).to(self.device)
+        classes, images = len(self.labels), len(self._dataset())
+        width = self.asked_for["boundary"]
+        metrics: dict[str, Any] = {
+            "images": ImageScores(classes, images),
+            "calibration": Calibration(),
+            "average_precision": AveragePrecision(classes),
+            "boundary": BoundaryScores(classes, None if width is True else width or None),
+            "label_quality": LabelQuality(images),
+        }
+        self.confusion = ConfusionMatrix(classes).to(self.device)
+        self.metrics = {
+            name: metric.to(self.device)
+            for name, metric in metrics.items()
+            if self.asked_for.get(name, True)
+        }
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
-        asked_for = (self.label_quality, self.average_precision, self.boundary)
-        always = (self.image_scores, self.calibration)
-        metrics: Any = [metric for metric in (*always, *asked_for) if metric is not None]
         for images, masks, numbers in groups:
             predictions = torch.empty_like(masks)
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
@@ -89,28 +94,24 @@ class Scorer(LightningModule):
                 maps = predictions[index], masks[index]
                 block = ScoredBlock(numbers[index], rows, columns, logits, *maps)
                 self.confusion.update(block.prediction, block.target)
-                for metric in metrics:
+                for metric in self.metrics.values():
                     metric.update(block)
 
     def on_test_epoch_end(self) -> None:
-        assert self.image_scores is not None
-        others = {}
-        if self.average_precision is not None:
-            others["average_precision"] = self.average_precision.compute()
-        if self.boundary is not None:
-            others |= self.boundary.compute()
-        scores = report(self.confusion.compute(), self.labels.names, others)
-        scores |= self.calibration.compute()
-        scores["precision"] = self.inference.precision
-        images = self.image_scores.compute()
-        if self.label_quality is not None:
-            images["label_quality"] = self.label_quality.compute()
+        values = {name: metric.compute() for name, metric in self.metrics.items()}
+        per_class = values.get("boundary", {})
+        if "average_precision" in values:
+            per_class = {"average_precision": values["average_precision"], **per_class}
+        scores = report(self.confusion.compute(), self.labels.names, per_class)
+        scores |= {**values["calibration"], "precision": self.inference.precision}
+        images = values["images"]
+        if "label_quality" in values:
+            images["label_quality"] = values["label_quality"]
+        self.results = Results.of(scores, images, self.labels, self._dataset())
+
+    def _dataset(self) -> Any:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        dataset = data.dataset(data.test_split)
-        self.results = Results.of(scores, images, self.labels, dataset)
-        for metric in (self.confusion, self.average_precision, self.boundary, self.calibration):
-            if metric is not None:
-                metric.reset()
+        return data.dataset(data.test_split)
 
 
 def score(

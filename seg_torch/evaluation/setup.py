@@ -18,14 +18,11 @@ from seg_torch.distributed import Processes
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.hardware import available_cpus
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, parse_tta
 from seg_torch.training.trainer import build_trainer
-
-# Settings of the data that say how images are stored.
-FORMAT = ("channels", "bits", "band_files", "rgb")
 
 
 class Setup(NamedTuple):
@@ -46,7 +43,7 @@ class Model(NamedTuple):
         network: Images to logits.
         labels: Its classes.
         resize: (height, width) at which it sees every image; `None` for their own size.
-        bands: How its images are stored.
+        format: How files become its images.
         config: Configurations of `model`, `data` and `preprocessing`, where there are any.
     """
 
@@ -54,7 +51,7 @@ class Model(NamedTuple):
     network: Network
     labels: Labels
     resize: Sequence[int] | None
-    bands: ImageFormat | None
+    format: ImageFormat
     config: dict[str, Any]
 
 
@@ -94,11 +91,11 @@ def open_model(cfg: DictConfig) -> Model:
         raise InputError("evaluate needs checkpoint=FILE, or model=hub model.name=OWNER/NAME")
     if published:
         network, labels, resize = instantiate(cfg.model)
-        return Model(cfg.model.name, network, labels, resize, None, {})
+        return Model(cfg.model.name, network, labels, resize, RGB, {})
     network, labels, description = load_network(cfg.checkpoint, cfg.trust)
     config = {key: description[key] for key in ("model", "data", "preprocessing")}
-    resize, bands = description["preprocessing"]["resize"], checkpoint.bands(description)
-    return Model(str(cfg.checkpoint), network, labels, resize, bands, config)
+    resize, format = config["preprocessing"]["resize"], checkpoint.image_format(description)
+    return Model(str(cfg.checkpoint), network, labels, resize, format, config)
 
 
 def with_labels(model: Model, labels: Labels) -> Model:
@@ -133,11 +130,8 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
         )
     # Without data=…: the checkpoint's own, with what was set on top.
     stored = {} if "_target_" in given else stored_settings(model.config.get("data", {}), given)
-    settings = {key: v for key, v in {**stored, **given}.items() if key not in FORMAT}
-    if model.bands is not None:
-        of_format = model.bands.to_dict()
-        settings |= {"band_files": of_format.pop("files"), **of_format}
-    settings |= {"resize": model.resize, "augment": None}  # which only training needs
+    settings = {**stored, **given, **model.format.settings(), "resize": model.resize}
+    settings["augment"] = None  # which only training needs
     data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")

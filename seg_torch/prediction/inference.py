@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg_torch import hardware
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.network import Network
 from seg_torch.upsample import upsample, upsampled_chunks

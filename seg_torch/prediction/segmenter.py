@@ -22,15 +22,14 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import ExportedNetwork, load_network
 from seg_torch.checkpoints.hub import hub
 from seg_torch.checkpoints.publish import SCORES, upload, write_model
-from seg_torch.data.transforms import resize_image
 from seg_torch.datasets.published.voc import VOC_LABELS
 from seg_torch.drawing.coco import coco_annotations, write_coco
 from seg_torch.drawing.polygons import polygon_features, write_polygons
 from seg_torch.drawing.visualize import legend, overlay, save_overlay, side_by_side
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images.format import ImageFormat, as_array, as_tensor, shown
-from seg_torch.images.read import read_image, upright_rgb
+from seg_torch.images.format import RGB, ImageFormat, as_tensor
+from seg_torch.images.resize import resize_image
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
@@ -193,7 +192,7 @@ class Segmenter:
         flip: See there.
         precision: See there.
         unknown: Pixels whose class has a lower probability than that are 255 in the mask.
-        bands: How images are stored that are not read as RGB.
+        format: How files become images.
 
     Raises:
         InputError: An impossible tile, scale or precision, or `unknown` is no probability.
@@ -210,12 +209,12 @@ class Segmenter:
         flip: bool = False,
         precision: str = "auto",
         unknown: float = 0.0,
-        bands: ImageFormat | None = None,
+        format: ImageFormat = RGB,
     ) -> None:
         if not 0 <= unknown <= 1:
             raise InputError(f"unknown={unknown}: expected a probability, such as 0.9")
         self.unknown = unknown
-        self.bands = bands
+        self.format = format
         self.device = hardware.best_device() if device is None else torch.device(device)
         self.network = network.to(self.device).eval()
         self.labels = labels
@@ -247,8 +246,9 @@ class Segmenter:
             InputError: No checkpoint of seg_torch, or a model from a package that is not trusted.
         """
         network, labels, description = load_network(path, trust)
-        resize, bands = description["preprocessing"]["resize"], checkpoint.bands(description)
-        segmenter = cls(network, labels, resize, device, bands=bands, **settings)
+        format = checkpoint.image_format(description)
+        resize = description["preprocessing"]["resize"]
+        segmenter = cls(network, labels, resize, device, format=format, **settings)
         if not isinstance(network, ExportedNetwork):
             segmenter.description = description
         folder = Path(path).absolute()
@@ -389,7 +389,7 @@ class Segmenter:
 
     def read(self, path: str | Path) -> np.ndarray:
         """Read an image as the network takes it, uint8 or uint16 [H, W, C]."""
-        return read_image(path) if self.bands is None else self.bands.read(path)
+        return self.format.read(path)
 
     def predict(
         self,
@@ -401,8 +401,8 @@ class Segmenter:
 
         Args:
             image: A path, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
-                With `bands` a path, an array uint8 or uint16 [H, W, C], or the tensor [C, H, W] of
-                a dataset.
+                Of another format than RGB a path, an array uint8 or uint16 [H, W, C], or the tensor
+                [C, H, W] of a dataset.
             probabilities: Keep those of all classes, two bytes for each class and pixel.
             confidence_map: Keep that of the chosen class, a byte for each pixel.
 
@@ -433,7 +433,10 @@ class Segmenter:
         """
         if not images:
             return []
-        arrays = [self._as_array(image) for image in images]
+        arrays = [
+            self.read(image) if isinstance(image, str | Path) else self.format.checked(image)
+            for image in images
+        ]
         sizes = sorted({array.shape[:2] for array in arrays})
         if len(sizes) > 1:
             raise InputError(f"images of several sizes in one batch: {sizes}")
@@ -462,28 +465,10 @@ class Segmenter:
             Segmentation(
                 masks[i].numpy(),
                 self.labels,
-                shown(array, self.bands),
+                self.format.shown(array),
                 confidences[i],
                 None if (scores := kept[i]) is None else scores.numpy(),
                 None if maps is None else maps[i].numpy(),
             )
             for i, array in enumerate(arrays)
         ]
-
-    def _as_array(self, image: Any) -> np.ndarray:
-        if isinstance(image, (str, Path)):
-            return self.read(image)
-        if isinstance(image, Image.Image) and self.bands is None:
-            return np.array(upright_rgb(image))
-        if isinstance(image, Tensor):
-            image = image.permute(1, 2, 0).cpu().numpy() if self.bands is None else as_array(image)
-        # PyTorch warns of arrays that are read-only.
-        array = np.require(image, requirements=["C", "W"])
-        bands = self.bands
-        dtype, channels = ("uint8", 3) if bands is None else (f"uint{bands.bits}", bands.channels)
-        if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
-            raise InputError(
-                f"the image is {array.dtype} {array.shape}: expected {dtype} [H, W, {channels}] as "
-                f"an array, [{channels}, H, W] as a tensor"
-            )
-        return array

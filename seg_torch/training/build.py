@@ -17,6 +17,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
+from seg_torch.images.format import RGB
 from seg_torch.losses import CrossEntropyLoss, ModelLoss
 from seg_torch.models.network import (
     Network,
@@ -88,16 +89,16 @@ def build_network(
     if cfg.init_from is not None and state is None:
         initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
-    if data.bands is not None:
-        adapt_first_conv(model, data.bands.channels)
-        if data.bands.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
+    if data.format != RGB:
+        adapt_first_conv(model, data.format.channels)
+        if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     if initial is not None:
         of_model = {k.removeprefix("model."): v for k, v in initial.items() if k[:6] == "model."}
         load_matching_weights(model, of_model, str(cfg.init_from))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
-    if data.bands is not None:
-        check_channels(network, data.bands.channels)
+    if data.format != RGB:
+        check_channels(network, data.format.channels)
     freeze_unused_parameters(network)
     if processes.count > 1 and processes.device.type == "cuda":
         # Without it each GPU normalises its few images by their own statistics. Lightning's own
@@ -127,7 +128,7 @@ def build_task(
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
         description=checkpoint.describe(
-            network, data.labels, plain(cfg.model), plain(cfg.data), data.resize, data.bands
+            network, data.labels, plain(cfg.model), plain(cfg.data), data.resize, data.format
         ),
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),
@@ -156,26 +157,25 @@ def build_loss(
     return loss
 
 
-def load_best(network: Network, folder: Path, processes: Processes) -> None:
+def load_best(
+    network: Network, trainer: Trainer, folder: Path, processes: Processes
+) -> float | None:
     """Load the weights of the run's best epoch in all processes, if there is one.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
     tensor, of which FSDP takes each process's share.
+
+    Returns:
+        The score of that epoch's validation; `None` if there was no validation.
     """
-    path = folder / "checkpoints" / "best.ckpt"
-    if not processes.same(path.exists()):
-        return
-    first = processes.is_first or not processes.connected
-    state: Any = checkpoint.network_state(checkpoint.read(folder)) if first else {}
-    network.to(processes.device)  # where the processes can exchange tensors
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
-    set_model_state_dict(network, state, options=options)
-
-
-def best_score(trainer: Trainer) -> float | None:
-    """Return the score of the best epoch's validation; `None` if there was no validation."""
-    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor is not None]  # type: ignore[attr-defined]
-    return next((score.item() for score in scores if score is not None), None)
+    if processes.same((folder / "checkpoints" / "best.ckpt").exists()):
+        reads = processes.is_first or not processes.connected
+        state: Any = checkpoint.network_state(checkpoint.read(folder)) if reads else {}
+        network.to(processes.device)  # where the processes can exchange tensors
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
+        set_model_state_dict(network, state, options=options)
+    best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
+    return None if best.best_model_score is None else best.best_model_score.item()
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

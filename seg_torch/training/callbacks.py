@@ -189,7 +189,7 @@ class SampleSheet(Callback):
             trainer.datamodule.resize,
             pl_module.device,
             precision=pl_module.inference.precision,
-            bands=trainer.datamodule.bands,
+            format=trainer.datamodule.format,
         )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

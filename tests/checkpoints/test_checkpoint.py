@@ -19,9 +19,10 @@ from torch import nn
 from seg_torch import Segmenter, models
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.hub import HUB
-from seg_torch.cli.main import CONFIG_FOLDER
-from seg_torch.commands.evaluate import _data_settings, evaluate
+from seg_torch.commands.evaluate import evaluate
 from seg_torch.errors import InputError
+from seg_torch.evaluation.setup import stored_settings
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -386,7 +387,7 @@ def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp
     with pytest.raises(InputError, match="shapes of size 1000000000"):
         evaluate(compose("evaluate", *options))
     own = torch.load(path)[checkpoint.KEY]["data"]
-    settings = _data_settings(compose("evaluate", *options), own, None, None)
+    settings = stored_settings(own, {})
     assert settings["num_workers"] <= os.cpu_count()
 
 

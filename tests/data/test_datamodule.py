@@ -26,9 +26,10 @@ from seg_torch.data.module import (
     group_by_size,
 )
 from seg_torch.data.transforms import augment
-from seg_torch.datasets import base, folder, shapes, write_folder
+from seg_torch.datasets import folder, shapes, write_folder
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
+from seg_torch.images import format
 from seg_torch.labels import Labels
 
 
@@ -447,7 +448,7 @@ def test_samples_on_disk_are_decoded_once_and_anew_when_a_file_changes(own_folde
         module = SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
         with monkeypatch.context() as patch:
             if not read:
-                patch.setattr("seg_torch.datasets.base.read_image", None)
+                patch.setattr("seg_torch.images.format.read_image", None)
             return epoch(module, 0)
 
     plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
@@ -516,8 +517,8 @@ def test_what_a_killed_run_had_decoded_is_neither_used_nor_kept(own_folder):
 
 def test_of_runs_that_start_at_once_one_decodes_and_the_others_wait(own_folder, monkeypatch):
     files = []
-    read = base.read_image
-    monkeypatch.setattr(base, "read_image", lambda path: (files.append(path), read(path))[1])
+    read = format.read_image
+    monkeypatch.setattr(format, "read_image", lambda path: (files.append(path), read(path))[1])
     modules = [
         SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
         for _ in range(3)

@@ -580,9 +580,7 @@ def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(
     check_folder(own)
     assert len(list(new_cache_folder.rglob("*.npz"))) == 2
     read = []
-    monkeypatch.setattr(
-        "seg_torch.datasets.check._examine", lambda dataset, i: read.append(i) or []
-    )
+    monkeypatch.setattr("seg_torch.data.check._examine", lambda dataset, i: read.append(i) or [])
     check_folder(own)
     assert not read
     pair = datasets.folder(own, "train").pairs[0]

@@ -17,8 +17,8 @@ from torchvision.models.segmentation._utils import _SimpleSegmentationModel
 
 from seg_torch import hardware
 from seg_torch import upsample as upsampling
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction import inference

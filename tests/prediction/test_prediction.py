@@ -27,6 +27,7 @@ from seg_torch.commands import predict as prediction
 from seg_torch.commands.predict import find_images, predict
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
+from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
 from seg_torch.models import unet
@@ -538,7 +539,7 @@ def test_d30_batches_are_planned_by_the_size_that_the_network_sees(
 ):
     class OnAGpu:
         device = torch.device("cuda")
-        bands = None
+        format = image_format.RGB
 
         def batch_size(self, height, width):
             asked.add((height, width))
@@ -559,9 +560,9 @@ def test_a_file_whose_header_is_wrong_or_unreadable_does_not_stop_its_batch(
     NOISE.save(images / "d.png")
     (images / "e.jpg").write_text("no image")
     NOISE.resize((32, 16)).save(images / "f.png")
-    size = prediction.image_size
+    size = image_format.image_size
     lie = {"f.png": (64, 64)}
-    monkeypatch.setattr(prediction, "image_size", lambda path: lie.get(path.name) or size(path))
+    monkeypatch.setattr(image_format, "image_size", lambda p: lie.get(p.name) or size(p))
     assert run("batch_size=3") == 2
     assert batches == [[TALL] * 2, [WIDE] * 3, [(64, 64)], [(16, 32)], [WIDE]]
     assert len(table(tmp_path / "out")) == 8
