@@ -30,11 +30,11 @@ from PIL import Image
 
 from seg_torch import Labels, hardware
 from seg_torch.checkpoints import checkpoint
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets import write_folder
 from seg_torch.distributed import Processes
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3, unet
 from seg_torch.models.network import Network

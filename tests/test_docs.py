@@ -19,7 +19,7 @@ from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from seg_torch.cli import main as cli
+from seg_torch.files import CONFIG_FOLDER
 
 NOT_IN_DOCS = ["CHANGELOG.md", "CONTRIBUTING.md"]
 PAGES = [ROOT / name for name in ("README.md", *NOT_IN_DOCS)]
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 def commands() -> list[tuple[str, str]]:
     """Every command line of ours in README, docs and notebook that has settings, with its page."""
-    names = "|".join(p.stem for p in cli.CONFIG_FOLDER.glob("*.yaml"))
+    names = "|".join(p.stem for p in CONFIG_FOLDER.glob("*.yaml"))
     programs = r"\s*(?:%run )?(?:python |(?:python )?-m seg_torch |seg-torch )"
     ours = rf"{programs}({names})(?:\.py)?( .*=.*)"
     found = set()

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.bootstrap import (
     METHOD,
@@ -26,7 +25,7 @@ from seg_torch.evaluation.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.files import write_atomically
+from seg_torch.files import CONFIG_FOLDER, write_atomically
 from seg_torch.metrics.counts import COUNTS, class_scores, mean_scores
 from seg_torch.training.run import COLUMNS, TIMES, read_table
 

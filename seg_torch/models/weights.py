@@ -25,10 +25,6 @@ from torchvision.models import get_model_weights
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
-# What timm tells of the weights is told here, in one line.
-logging.getLogger("timm").setLevel(logging.ERROR)
-for name in ("httpx", "httpx2"):  # with which huggingface_hub tells of every request
-    logging.getLogger(name).setLevel(logging.WARNING)
 
 # All that a state dict or a checkpoint of Lightning has to name. PyTorch's own list is longer:
 # `bytearray(10**12)` is on it, and tensors that are made without a storage in the file.

@@ -19,10 +19,10 @@ from torch import nn
 from seg_torch import Segmenter, models
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.hub import HUB
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.errors import InputError
 from seg_torch.evaluation.setup import stored_settings
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network

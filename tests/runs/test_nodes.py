@@ -17,16 +17,16 @@ from conftest import SMALL_DATA
 from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
+from ports import free_port
 from test_prediction import files, random_checkpoint, table
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from seg_torch.cli import main as cli
+from seg_torch.cli.messages import LOST
 from seg_torch.commands import predict as prediction
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.distributed import Processes
-from seg_torch.errors import InputError, StoppedError
+from seg_torch.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 200
@@ -58,12 +58,6 @@ def many(tmp_path) -> Path:
         image = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
         image.resize((48, 32), Image.Resampling.BICUBIC).save(tmp_path / f"many/{i:03d}.png")
     return tmp_path / "many"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Node:
@@ -213,56 +207,6 @@ def test_a_mistake_that_all_processes_find_is_printed_once(nodes, weights, many,
     assert not (tmp_path / "out").exists()
 
 
-def test_under_torchrun_a_message_is_printed_once_and_another_one_always(monkeypatch, capsys):
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(store.port), "GROUP_RANK": "0"}
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-
-    def printed(message: str, rank: str) -> str:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        cli._print_error(message)
-        return capsys.readouterr().err
-
-    assert printed("no space left", "1") == "error: no space left\n"
-    assert printed("no space left", "0") == ""
-    assert printed("a.png is damaged", "1") == "error: a.png is damaged\n"
-    monkeypatch.setenv("GROUP_RANK", "1")  # another machine, with a console of its own
-    assert printed("no space left", "0") == "error: no space left\n"
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # the machine of the store is gone
-    assert printed("no space left", "1") == "error: no space left\n"
-    # Nobody is left out by it: the lost process is not among those that notice.
-    assert printed(cli.LOST, "1") == ""
-    assert printed(cli.LOST, "0") == f"error: {cli.LOST}\n"
-
-
-def test_how_to_go_on_is_printed_once_per_machine(monkeypatch, capsys):
-    def stop():
-        raise StoppedError("go on with resume=run", signal.SIGTERM)
-
-    for rank, printed in (("0", "go on with resume=run\n"), ("1", "")):
-        monkeypatch.setenv("SLURM_LOCALID", rank)
-        with pytest.raises(SystemExit) as end:
-            cli._exit_code(stop)
-        assert end.value.code == 128 + signal.SIGTERM
-        assert capsys.readouterr().err == printed
-
-
-def test_processes_that_do_not_find_each_other_are_told_apart_from_bugs():
-    limit = timedelta(seconds=1)
-    with pytest.raises(DistStoreError) as alone:
-        TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=limit)
-    with pytest.raises(DistNetworkError) as unreachable:
-        TCPStore("127.0.0.1", free_port(), is_master=False, timeout=limit)
-    assert "1/2 clients joined" in cli._explain(alone.value)
-    assert "trying to connect to (127.0.0.1, " in cli._explain(unreachable.value)
-    for error in (alone.value, unreachable.value):
-        assert cli._explain(error).startswith(cli.LOST)
-        assert len(cli._explain(error).splitlines()) == 3
-    assert cli._explain(RuntimeError("a bug")) is None
-
-
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
 TORCHRUN |= {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"}
@@ -364,6 +308,6 @@ def test_a_machine_with_a_disk_of_its_own_ends_the_run_at_once(nodes, weights, m
     assert "must lie on a disk that all machines share" in output
     code, output = first.end()
     assert code == 2
-    assert output == f"error: {cli.LOST}\n"
+    assert output == f"error: {LOST}\n"
     assert not (tmp_path / "out/mask").exists()
     assert not (tmp_path / "other/out").exists()

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.cli.main import complete_overrides
+from seg_torch.cli.overrides import complete_overrides
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.commands.train import train
