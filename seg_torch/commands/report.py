@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from seg_torch.files import write_atomically
 from seg_torch.images.format import ImageFormat
 from seg_torch.labels import Labels, palette_image
 from seg_torch.metrics.counts import class_scores, mean_over_classes, mean_scores
-from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.prediction.segmentation import segment
 from seg_torch.training.run import COLUMNS, read_table
 from seg_torch.version import __version__
 
@@ -61,7 +61,7 @@ def report(cfg: DictConfig) -> None:
     scores = results.scores
     counts = read_image_counts(folder / f"{cfg.split}_images.npz")
     dataset = data.dataset(cfg.split)
-    shown = _shown(trainer, scorer, results, dataset, counts, data.resize, data.format)
+    shown = _shown(scorer, results, dataset, counts, data.format)
     parts = [
         *_scores(scores, counts, cfg.split),
         *_classes(scores, counts, scorer.labels),
@@ -149,37 +149,23 @@ def _learning_curves(path: str) -> Iterator[str]:
 
 
 def _shown(
-    trainer: Trainer,
     scorer: Scorer,
     results: Results,
     dataset: Any,
     counts: ImageCounts,
-    resize: Sequence[int] | None,
     format: ImageFormat,
 ) -> Iterator[str]:
     """Return the worst and best images, and those whose labels are most likely to be wrong.
 
     One image at a time is predicted once more, as it was scored.
     """
-    inference = scorer.inference
-    segmenter = Segmenter(
-        scorer.network,
-        scorer.labels,
-        resize,
-        trainer.strategy.root_device,
-        inference.tile,
-        inference.scales,
-        inference.flip,
-        inference.precision,
-        format=format,
-    )
     iou = mean_over_classes(class_scores(counts.counts)["iou"])
     quality, confidence = results.images["label_quality"], results.images["confidence"]
 
     def figures(indices: Iterable[int]) -> str:
         return grid(
             figure(
-                _views(segmenter, *checked_sample(dataset, i)),
+                _views(scorer, format, *checked_sample(dataset, i)),
                 f"{counts.names[i]}: mean IoU {iou[i]:.3f}, confidence {confidence[i]:.3f}, "
                 f"label quality {quality[i]:.3f}",
             )
@@ -212,10 +198,12 @@ def _lowest(values: np.ndarray) -> list[int]:
     return [int(i) for i in order if np.isfinite(values[i])]
 
 
-def _views(segmenter: Segmenter, image: torch.Tensor, mask: torch.Tensor) -> list[Image.Image]:
+def _views(
+    scorer: Scorer, format: ImageFormat, image: torch.Tensor, mask: torch.Tensor
+) -> list[Image.Image]:
     """Image, label, prediction and errors."""
-    result = segmenter.predict(image)
-    label, labels = mask.numpy(), segmenter.labels
+    label, labels = mask.numpy(), scorer.labels
+    (result,) = segment(scorer.inference, labels, [format.checked(image)], format)
     coloured = [palette_image(ids, labels).convert("RGB") for ids in (label, result.mask)]
     return [
         Image.fromarray(result.image),
