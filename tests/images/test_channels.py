@@ -484,7 +484,7 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
     write_dataset(tmp_path / "data", 4, 16, write)
     random_checkpoint(tmp_path / "random.ckpt", ImageFormat(4, 16))
     line = "predict input=data/images output=out checkpoint=random.ckpt save=[mask,geotiff]"
-    line += " unknown=0.5001"
+    line += " min_confidence=0.5001"
     assert run_command(f"{line} trainer.accelerator=cpu", tmp_path) == 0
     for i in range(8):
         with rasterio.open(tmp_path / f"out/geotiff/{i}.tif") as file:
