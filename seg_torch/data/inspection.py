@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seg_torch.data.check import Check, Problem, rgb
+from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS, checked_sample, sample_name
+from seg_torch.datasets.base import SPLITS, BaseDataset, checked_sample
 from seg_torch.drawing.page import figure, grid, key, page, table
 from seg_torch.drawing.visualize import overlay
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.format import RGB, ImageFormat, as_array
 from seg_torch.labels import IGNORE_INDEX, Labels
 from seg_torch.losses import class_weights
 
@@ -62,7 +62,7 @@ def inspect_dataset(
     """
     place = None if root is None else str(root)
     data = SegmentationDataModule(dataset, place, **format.settings())
-    checks: dict[str, Check] = {}
+    checks: dict[str, DatasetStatistics] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
     for split in SPLITS:
@@ -75,7 +75,7 @@ def inspect_dataset(
         except InputError as error:
             found = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in found}
-    samples = {split: data.originals(split) for split in checks}
+    samples = {split: data.dataset(split).base_dataset for split in checks}
     report: dict[str, Any] = {
         "dataset": "" if root is None else str(Path(root).expanduser().absolute()),
         "refused": bool(problems),
@@ -98,7 +98,7 @@ def _writer(content: bytes) -> Callable[[str], object]:
     return lambda path: Path(path).write_bytes(content)
 
 
-def _contents(checks: dict[str, Check], labels: Labels | None) -> dict[str, Any]:
+def _contents(checks: dict[str, DatasetStatistics], labels: Labels | None) -> dict[str, Any]:
     """Return the parts of the report that are numbers of images and pixels."""
     splits = {
         split: {
@@ -125,7 +125,9 @@ def _contents(checks: dict[str, Check], labels: Labels | None) -> dict[str, Any]
     return {"splits": splits, "classes": classes, "mean": mean, "std": std}
 
 
-def _duplicates(checks: dict[str, Check], samples: dict[str, Any]) -> list[dict[str, Any]]:
+def _duplicates(
+    checks: dict[str, DatasetStatistics], samples: dict[str, BaseDataset]
+) -> list[dict[str, Any]]:
     """Return for each image of a split the one most like it in each earlier split, if any is."""
     duplicates = []
     vectors = {split: _normalised(check.thumbnails) for split, check in checks.items()}
@@ -142,7 +144,7 @@ def _duplicates(checks: dict[str, Check], samples: dict[str, Any]) -> list[dict[
                         {
                             "splits": [*pair],
                             "indices": [*pair.values()],
-                            "names": [sample_name(samples[s], k, "image") for s, k in pair.items()],
+                            "names": [samples[s].name(k, "image") for s, k in pair.items()],
                             "exact": twin is not None,
                             "similarity": round(value, 4) if twin is None else 1.0,
                         }
@@ -211,7 +213,9 @@ def class_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 # The page
 
 
-def _page(report: dict[str, Any], checks: dict[str, Check], samples: dict[str, Any]) -> str:
+def _page(
+    report: dict[str, Any], checks: dict[str, DatasetStatistics], samples: dict[str, BaseDataset]
+) -> str:
     """Return the report as HTML, with images of some samples and of the duplicates."""
     problems, duplicates = report["problems"], report["duplicates"]
     verdict = "No problems: ready to train."
@@ -258,10 +262,10 @@ def _settings(report: dict[str, Any]) -> str:
     )
 
 
-def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, Any]) -> str:
+def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, BaseDataset]) -> str:
     places = zip(duplicate["splits"], duplicate["indices"], strict=True)
     images = [
-        Image.fromarray(rgb(samples[split][index][0], samples[split])) for split, index in places
+        Image.fromarray(_shown(samples[split], samples[split][index][0])) for split, index in places
     ]
     names = [
         f"{split}: {Path(name).name}"
@@ -271,15 +275,19 @@ def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, Any]) -> str
     return figure(images, f"{', '.join(names)} ({how})")
 
 
-def _sample_figures(samples: Any, found: Check) -> str:
+def _shown(dataset: BaseDataset, image: torch.Tensor) -> np.ndarray:
+    return dataset.format.shown(as_array(image))
+
+
+def _sample_figures(samples: BaseDataset, found: DatasetStatistics) -> str:
     """Return a few samples, evenly spaced, beside their overlays, with a legend."""
     usable = np.flatnonzero(found.digests != b"").tolist()
     figures, shown = [], set()
     for index in usable[:: -(-len(usable) // SAMPLES) or 1]:
         image, mask = checked_sample(samples, index)
         shown |= set(mask.unique().tolist())
-        pixels = rgb(image, samples)
+        pixels = _shown(samples, image)
         images = [Image.fromarray(pixels), overlay(pixels, mask.numpy(), samples.labels)]
-        figures.append(figure(images, Path(sample_name(samples, index, "image")).name))
+        figures.append(figure(images, Path(samples.name(index, "image")).name))
     legend = " ".join(key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
     return f"{grid(figures)}<p>{legend}</p>"
