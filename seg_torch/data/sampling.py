@@ -31,7 +31,9 @@ EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 class ResizedSamples(Dataset):
     """Checked samples at the size that the network is to see."""
 
-    def __init__(self, dataset: Any, size: Sequence[int] | None, resize_labels: bool) -> None:
+    def __init__(
+        self, dataset: base.BaseDataset, size: Sequence[int] | None, resize_labels: bool
+    ) -> None:
         self.dataset, self.size, self.resize_labels = dataset, size, resize_labels
 
     def __len__(self) -> int:
