@@ -2,7 +2,6 @@
 
 import importlib.util
 
-import pytest
 from omegaconf import OmegaConf
 
 from seg_torch.cli import overrides
