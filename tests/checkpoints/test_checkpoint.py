@@ -364,7 +364,7 @@ def test_many_views_of_one_tensor_are_more_than_the_file_holds(tmp_path):
 
 
 def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp_path, monkeypatch):
-    module = sys.modules["seg_torch.datasets.pet"]
+    module = sys.modules["seg_torch.datasets.published.pet"]
     monkeypatch.setattr(module, "OxfordIIITPet", lambda *_, **__: pytest.fail("download"))
     data = {
         "_target_": "seg_torch.data.SegmentationDataModule",
