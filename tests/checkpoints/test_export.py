@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_command
+from models_for_tests import EXTRAS, MASK_MODELS, MODELS
 from PIL import Image
 from sklearn.metrics import jaccard_score
-from test_models import EXTRAS, MASK_MODELS, MODELS
 from torch import Tensor, nn
 
 from seg_torch import Labels, Segmenter
