@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import textwrap
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,7 +34,7 @@ from seg_torch.checkpoints.trusted import (
     made_within,
     nodes,
 )
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.images.format import MOST_CHANNELS, RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models import weights
@@ -168,9 +167,8 @@ def read(path: str | Path) -> dict[str, Any]:
             _check(content, os.path.getsize(file))
             content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
-        raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {reason}") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+        raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {why}") from None
     if not ours:
         raise InputError(
             f"checkpoint={path}: not a checkpoint of seg_torch; expected one that train.py wrote, "
@@ -262,8 +260,8 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
-        raise InputError(f"the checkpoint's weights do not fit its own model: {reason}") from None
+        message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
+        raise InputError(message) from None
     return network, labels
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 # What a checkpoint may call. A package as a whole would be too much: among its functions are some
 # that write files and some that download them.
@@ -79,9 +78,9 @@ def instantiate_trusted(
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        reason = textwrap.shorten(str(error.__cause__ or error), 300, placeholder=" ...")
+        cause = reason(error.__cause__ or error)
         raise InputError(
-            f"the checkpoint's {config.get('_target_')} cannot be made as it says: {reason}"
+            f"the checkpoint's {config.get('_target_')} cannot be made as it says: {cause}"
         ) from error
 
 
