@@ -267,9 +267,5 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of the network alone."""
-    prefix = "network."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in content["state_dict"].items()
-        if key.startswith(prefix)
-    }
+    state = content["state_dict"].items()
+    return {k.removeprefix("network."): value for k, value in state if k.startswith("network.")}

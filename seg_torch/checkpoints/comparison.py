@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from seg_torch.checkpoints.exported import Graph, Run
 from seg_torch.datasets import shapes
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.upsample import upsample
 
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are compared
 
 
+@torch.no_grad()
 def compare(graph: Graph, run: Run) -> float:
-    """Print how an exported graph comparesand return the smallest share of equal pixels."""
+    """Print how an exported graph compares, and return the smallest share of equal pixels."""
     table = Table(title="exported against the network")
     for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
         table.add_column(column, justify="right")
@@ -37,21 +38,20 @@ def compare(graph: Graph, run: Run) -> float:
     scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
     for height, width in SIZES:
         images = scene[None, :, :height, :width].contiguous()
-        with torch.no_grad():
-            expected, before = _timed(partial(graph, images))
+        expected, before = _timed(partial(graph, images))
+        size = f"{height} x {width}"
         try:
             found, after = _timed(partial(run, images, graph.outputs))
         except Exception as error:  # there is no end to what the runtimes raise
-            reason = " ".join(str(error).split())[:300]
             raise InputError(
-                f"what was exported does not run on an image of {height} x {width}: {reason}"
+                f"what was exported does not run on an image of {size}: {reason(error)}"
             ) from error
         shares.append((found[0] == expected[0]).double().mean().item())
         chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, found)]
         probabilities = [*chosen, *expected[2:], *found[2:]]
         difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
         times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
-        row = (f"{height} x {width}", f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
+        row = (size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
         table.add_row(*row, *times)
     Console().print(table)
     return min(shares)
@@ -67,14 +67,14 @@ def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
     return list(result), median(times)
 
 
+@torch.no_grad()
 def log_int8_scores(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
     """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
     for i in range(len(samples)):
         image, mask = samples[i]
         images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
-        with torch.no_grad():
-            expected = graph(images)[0]
+        expected = graph(images)[0]
         (found,) = run(images, ["classes"])
         before.update(expected, target)
         after.update(found, target)

@@ -98,18 +98,12 @@ def write(
             "models that classify masks cannot be exported: in transformers they take Python's "
             "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
         )
-    about = json.dumps(
-        {
-            **description,
-            "versions": {"seg_torch": __version__}
-            | {name: version(name) for name in ("torch", *packages)},
-            "exported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-    )
+    versions = {name: version(name) for name in ("torch", *packages)}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"versions": {"seg_torch": __version__, **versions}, "exported": now}
+    about = json.dumps({**description, **facts})
     try:
         FORMATS[format].write(_trace(graph), graph.outputs, about, path, calibration)
-    except InputError:
-        raise
     except Exception as error:  # there is no end to what the exporters raise
         raise InputError(f"the model cannot be exported to {format}: {_reason(error)}") from error
 

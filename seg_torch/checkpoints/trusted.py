@@ -20,24 +20,14 @@ from seg_torch.errors import InputError, reason
 
 # What a checkpoint may call. A package as a whole would be too much: among its functions are some
 # that write files and some that download them.
-MODELS = {
-    f"seg_torch.models.{name}"
-    for name in (
-        *("deeplabv3", "fcn", "hrnet", "lraspp", "smp", "transformers", "unet"),
-        *("unet_transposed", "vit"),
-    )
-}
-DATA = {
-    "seg_torch.data.SegmentationDataModule",
-    *(
-        f"seg_torch.datasets.{name}"
-        for name in (
-            *("ade20k", "auto", "camvid", "camvid32", "cityscapes", "clothing", "coco"),
-            *("coco_panoptic", "coco_stuff", "cvat", "eightfold", "folder", "hf", "label_studio"),
-            *("labelme", "labelme_voc", "pet", "roboflow", "shapes", "voc", "voc_sbd", "yolo"),
-        )
-    ),
-}
+_MODELS = "deeplabv3 fcn hrnet lraspp smp transformers unet unet_transposed vit"
+_DATASETS = (
+    "ade20k auto camvid camvid32 cityscapes clothing coco coco_panoptic coco_stuff cvat eightfold "
+    "folder hf label_studio labelme labelme_voc pet roboflow shapes voc voc_sbd yolo"
+)
+MODELS = {f"seg_torch.models.{name}" for name in _MODELS.split()}
+DATA = {f"seg_torch.datasets.{name}" for name in _DATASETS.split()}
+DATA.add("seg_torch.data.SegmentationDataModule")
 # More than any configuration has. References to one list can make a small file endless.
 MAX_NODES = 100_000
 # More than the numbers in a model's configuration, such as its channels, ever add up to.

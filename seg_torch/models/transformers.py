@@ -160,13 +160,12 @@ def transformers(
             cannot be loaded or do not fit.
     """
     require("this model", "transformers", "transformers")
-    from transformers import AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
+    import transformers as library
 
-    classifies_masks = config.get("model_type") in MASK_MODELS
-    wrap = MaskClassificationModel if classifies_masks else TransformersModel
-    auto_model: Any = (
-        AutoModelForUniversalSegmentation if classifies_masks else AutoModelForSemanticSegmentation
-    )
+    wrap: type[TransformersModel] = TransformersModel
+    auto_model: Any = library.AutoModelForSemanticSegmentation
+    if config.get("model_type") in MASK_MODELS:
+        wrap, auto_model = MaskClassificationModel, library.AutoModelForUniversalSegmentation
     try:
         model_config = _model_config(config, num_classes)
         if weights is None:
