@@ -5,7 +5,6 @@ import logging
 import os
 import pickletools
 import re
-import textwrap
 import zipfile
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +98,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = load(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
-            f"{reason if path.stat().st_size else 'the file is empty'}"
+            f"{reason(error) if path.stat().st_size else 'the file is empty'}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content)
@@ -206,7 +204,7 @@ def load_torchvision_weights(
 
 
 def _alone_in(folder: Path) -> FileLock:
-    """Lets one of the processes of a run download, which the others then need not."""
+    """Let one of the processes of a run download, which the others then need not."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "seg_torch.lock")
 
@@ -293,8 +291,8 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
     except InputError:
         raise
     except Exception as error:  # also what timm's translation of names makes of other names
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
+        message = f"timm cannot make {name!r} with weights {weights}: {reason(error)}"
+        raise InputError(message) from error
     lacking = _random_tensors(model, name, file, given)
     if lacking:
         raise InputError(

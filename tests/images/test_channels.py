@@ -12,8 +12,8 @@ import tifffile
 import timm
 import torch
 from conftest import run_command
+from models_for_tests import MODELS
 from PIL import Image
-from test_models import MODELS
 from timm.models import adapt_input_conv
 from torch import nn
 from torchvision import tv_tensors
