@@ -283,7 +283,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
     preprocessing = description["preprocessing"]
     if image_format(description) != RGB:
-        weights.take_channels(model, len(preprocessing["mean"]))
+        weights.adapt_first_conv(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
         network.load_state_dict(state)

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import huggingface_hub
 import safetensors.torch
@@ -243,7 +243,7 @@ def download_from_hugging_face(
         ) from error
 
 
-def take_channels(model: nn.Module, channels: int) -> None:
+def adapt_first_conv(model: nn.Module, channels: int) -> None:
     """Let a model of RGB images take others: its first convolution gets as many input channels.
 
     The weights are those of red, green and blue in turn, scaled by 3 / channels, as timm does it;
@@ -338,15 +338,6 @@ def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[s
 def _plain_name(key: str) -> str:
     """Return the name of a tensor without what timm's feature extractors make of it."""
     return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
-
-
-def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the images that a timm model was trained with.
-
-    Of each channel, for images scaled to [0, 1].
-    """
-    pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
-    return tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"])
 
 
 def _with_active_residuals(model: nn.Module) -> nn.Module:

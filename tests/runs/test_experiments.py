@@ -26,7 +26,7 @@ from torchvision import tv_tensors
 from seg_torch import Segmenter, datasets
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
-from seg_torch.data.module import EpochSampler
+from seg_torch.data.sampling import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
