@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from seg_torch import Segmenter
-from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import camvid
+from seg_torch.images.resize import resize_image, resize_mask
 from seg_torch.metrics import ConfusionMatrix, scores
 
 HERE = Path(__file__).parent

@@ -34,16 +34,21 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-import seg_torch.upsample
 from seg_torch import Labels, Segmenter, decode_segmap, hardware
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.transforms import augment
 from seg_torch.datasets import camvid
 from seg_torch.labels import VOC_PALETTE
-from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
+from seg_torch.losses import (
+    CrossEntropyLoss,
+    DiceLoss,
+    WeightedSum,
+    upsampled,
+    upsampled_loss,
+)
 from seg_torch.metrics import ConfusionMatrix
 from seg_torch.models.network import Network
-from seg_torch.upsample import upsample, upsampled_loss
+from seg_torch.upsample import upsample
 
 PEERS = (
     "torch",
@@ -129,12 +134,12 @@ def many_classes(dice: bool, _: Path, device: str) -> Case:
         value = F.cross_entropy(at_size, target.long(), ignore_index=255)
         return value + DiceLoss()(at_size, target) if dice else value
 
-    seg_torch.upsample.LOSS_BYTES = 1 << 60  # bands, however much memory there is
-    banded = partial(upsampled_loss, loss, logits, target)
-    torch.testing.assert_close(banded(), plain(), rtol=1e-5, atol=1e-5)
+    upsampled.LOSS_BYTES = 1 << 60  # chunks, however much memory there is
+    in_chunks = partial(upsampled_loss, loss, logits, target)
+    torch.testing.assert_close(in_chunks(), plain(), rtol=1e-5, atol=1e-5)
     return Case(
         f"cross-entropy{' + Dice' if dice else ''}, 8 x 512 x 512, 150 classes",
-        gradient(banded),
+        gradient(in_chunks),
         {"F.interpolate + F.cross_entropy": gradient(plain)},
     )
 

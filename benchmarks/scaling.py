@@ -36,10 +36,9 @@ from PIL import Image
 from seg_torch import Labels, Segmenter, hardware
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets import folder
-from seg_torch.losses import CrossEntropyLoss
+from seg_torch.losses import CrossEntropyLoss, upsampled_loss
 from seg_torch.models import unet
 from seg_torch.models.network import Network
-from seg_torch.upsample import upsampled_loss
 
 MEGABYTE = 1 << 20
 LINKS = 10_000  # of one file: file systems allow some 60,000

@@ -23,9 +23,9 @@ from typing import Any
 
 from PIL import Image
 
-from seg_torch.data.transforms import resize_image, resize_mask
 from seg_torch.datasets import clothing
 from seg_torch.datasets.folder import write_folder
+from seg_torch.images.resize import resize_image, resize_mask
 
 HERE = Path(__file__).parents[1]
 ANNOTATED = 60

@@ -22,12 +22,12 @@ from torchvision.transforms import v2
 
 import seg_torch.models
 from seg_torch import hardware
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.train import train
 from seg_torch.datasets import camvid
-from seg_torch.losses import CrossEntropyLoss
+from seg_torch.files import CONFIG_FOLDER
+from seg_torch.losses import CrossEntropyLoss, upsampled_loss
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
-from seg_torch.upsample import upsample, upsampled_loss
+from seg_torch.upsample import upsample
 
 CROP, CLASSES = (352, 480), 11
 # Of training with the loader: the encoder, images in a batch, and steps; the last ones are timed.

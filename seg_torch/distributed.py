@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -27,14 +29,13 @@ class Processes:
     """The processes of a command.
 
     Those that torchrun or Slurm have started are connected, so that they can agree. Those that
-    Lightning starts exist only once it has, which `start` does and a Trainer does when it fits:
+    Lightning starts exist only once it has, which `start` does, and a Trainer when it fits:
     until then each of them works as if it were alone, and what the first one has to do is left out
     by those that come later.
 
     Args:
         trainer: Settings of the trainer: `accelerator`, `devices` and `num_nodes`.
         most: Processes at most, where `devices` is auto and Lightning starts them.
-        start: Start those that Lightning has to start now.
 
     Attributes:
         rank: The number of this process.
@@ -51,7 +52,7 @@ class Processes:
             number of processes than torchrun or Slurm started.
     """
 
-    def __init__(self, trainer: DictConfig, most: int | None = None, start: bool = False) -> None:
+    def __init__(self, trainer: DictConfig, most: int | None = None) -> None:
         settings: Any = OmegaConf.to_container(trainer, resolve=True)
         settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
         settings["accelerator"] = hardware.accelerator(settings["accelerator"])
@@ -77,16 +78,16 @@ class Processes:
         self.num_nodes = settings["num_nodes"]
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.local_rank, self.device = fabric.local_rank, fabric.device
-        self.from_outside = from_outside
-        self.group: Any = None
-        if self.count > 1 and (start or from_outside):
-            fabric.launch()
-            self.rank, self.local_rank = fabric.global_rank, fabric.local_rank
-            self.device = fabric.device
-            # Without the limit of half an hour in which all have to find each other: the first one
-            # may download for hours. Gloo also on GPUs: unlike NCCL, it notices at once that a
-            # process has died.
-            self.group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+        self.from_outside, self._fabric = from_outside, fabric
+        if from_outside:
+            self.start()
+        if not self.is_first:
+            logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
+
+    @property
+    def connected(self) -> bool:
+        """Whether the processes can agree: there are several, and they have found each other."""
+        return self.count > 1 and torch.distributed.is_initialized()
 
     @property
     def is_first(self) -> bool:
@@ -97,6 +98,13 @@ class Processes:
     def machine(self) -> int:
         """The number of this process's machine."""
         return self.rank // self.on_machine
+
+    def start(self) -> None:
+        """Start the processes that Lightning has to start, and connect them all."""
+        if self.count > 1 and not self.connected:
+            self._fabric.launch()
+            self.rank, self.local_rank = self._fabric.global_rank, self._fabric.local_rank
+            self.device = self._fabric.device
 
     def same(self, value: T) -> T:
         """Return the first process's value in all of them: plain data, such as a name."""
@@ -128,8 +136,8 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes have come so far."""
-        if self.group is not None:
-            torch.distributed.barrier(self.group)
+        if self.connected:
+            torch.distributed.barrier(self._group)
 
     def _on_ranks(self, function: Callable[[], T], ranks: Iterable[int]) -> T | None:
         ranks, result, failure = list(ranks), None, None
@@ -148,11 +156,20 @@ class Processes:
         return outcomes[0][1] if outcomes else None
 
     def _of_rank(self, rank: int, value: T) -> T:
-        if self.group is None:
+        if not self.connected:
             return value
         values = [value]
-        torch.distributed.broadcast_object_list(values, rank, self.group)
+        torch.distributed.broadcast_object_list(values, rank, self._group)
         return values[0]
+
+    @cached_property
+    def _group(self) -> Any:
+        """The processes, with time to wait for each other: the first one may download for hours.
+
+        Lightning's limit of half an hour is for finding each other. Its backend is Gloo also on
+        GPUs: unlike NCCL, it notices at once that a process has died.
+        """
+        return torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
 
 
 def as_launched(settings: dict[str, Any]) -> dict[str, Any]:

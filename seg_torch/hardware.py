@@ -146,6 +146,20 @@ def autocast(precision: str, device_type: str) -> torch.autocast:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Enter a context in which float32 on a GPU is not TensorFloat-32, which has 10 bits."""
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
 def named_nondeterminism() -> Iterator[None]:
     """Return the context of training with `trainer.deterministic=true`.
 

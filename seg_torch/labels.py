@@ -97,6 +97,10 @@ class Labels:
     def __hash__(self) -> int:
         return hash(self.names)
 
+    def colour(self, class_id: int) -> str:
+        """Return the colour of a class as HTML has it, `#rrggbb`."""
+        return f"#{bytes(self.palette[class_id]).hex()}"
+
     def to_dict(self) -> dict:
         """Return names and palette as plain data, for checkpoints and JSON."""
         return {"names": list(self.names), "palette": self.palette.tolist()}
@@ -239,3 +243,23 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
     codes = rgb[..., 0].astype(np.int32) << 16
     codes |= rgb[..., 1].astype(np.int32) << 8
     return codes | rgb[..., 2]
+
+
+def check_labels(target: torch.Tensor, num_classes: int) -> None:
+    """Refuse label values that are no class, on the CPU only: a GPU would have to be waited for.
+
+    Args:
+        target: Integer [...].
+        num_classes: Number of classes C.
+
+    Raises:
+        InputError: A value is neither in 0..C-1 nor `IGNORE_INDEX`.
+    """
+    if target.device.type != "cpu" or target.numel() == 0:
+        return
+    lowest, highest = target.masked_fill(target == IGNORE_INDEX, 0).aminmax()
+    if lowest < 0 or highest >= num_classes:
+        raise InputError(
+            f"the labels hold the values {target.unique().tolist()}; allowed are "
+            f"0..{num_classes - 1} and {IGNORE_INDEX} (ignored)"
+        )

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import Callback
+from lightning import Callback, LightningModule
+from losses_for_tests import LOSSES, NUM_CLASSES
 from omegaconf import OmegaConf
-from test_losses import LOSSES, NUM_CLASSES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seg_torch import losses
 from seg_torch.commands.train import train
+from seg_torch.evaluation.scorer import Scorer
 from seg_torch.labels import Labels
+from seg_torch.losses import base
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.task import SegmentationTask
 
@@ -51,7 +52,7 @@ def no_waiting(device: str) -> Iterator[None]:
     """Refuses what makes the CPU wait for a GPU; on "cpu" what would, see NoWaiting."""
     if device == "cpu":
         with pytest.MonkeyPatch.context() as patch, NoWaiting():
-            patch.setattr(losses, "check_labels", lambda *_: None)  # which a GPU is spared
+            patch.setattr(base, "check_labels", lambda *_: None)  # which a GPU is spared
             yield
         return
     torch.cuda.synchronize()
@@ -68,8 +69,11 @@ def small_task(loss: nn.Module, device: str) -> SegmentationTask:
     )
     network = Network(model)
     precision = "bf16-mixed" if device == "cuda" else "32-true"
-    inference = Inference(network, NUM_CLASSES, precision=precision)
-    return SegmentationTask(network, LABELS, inference, loss).to(device)
+    task = SegmentationTask(network, LABELS, loss, torch.optim.SGD)
+    task.inference = Inference(
+        network, NUM_CLASSES, settings=InferenceSettings(precision=precision)
+    )
+    return task.to(device)
 
 
 def small_batch(device: str) -> tuple[Tensor, Tensor]:
@@ -88,16 +92,16 @@ def loss(request: pytest.FixtureRequest) -> nn.Module:
     ("device", "where"),
     [
         ("meta", "at once"),  # where there are no values to wait for
-        ("meta", "by bands"),
+        ("meta", "by chunks"),
         pytest.param("cuda", "at once", marks=needs_gpu),
-        pytest.param("cuda", "by bands", marks=needs_gpu),
+        pytest.param("cuda", "by chunks", marks=needs_gpu),
     ],
 )
 def test_no_loss_lets_a_training_step_wait_for_the_device(loss, device, where, monkeypatch):
     if device == "meta":
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    memory = 1 if where == "by bands" else 1 << 40
-    monkeypatch.setattr("seg_torch.upsample.total_memory", lambda _: memory)
+    memory = 1 if where == "by chunks" else 1 << 40
+    monkeypatch.setattr("seg_torch.losses.upsampled.total_memory", lambda _: memory)
     task = small_task(loss, device).train()
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1, foreach=device == "cuda")
     batch = small_batch(device)
@@ -161,7 +165,7 @@ def test_nothing_in_a_run_waits_for_the_device_in_a_step(small, device, monkeypa
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     callback = NoWaitingInSteps(device, monkeypatch)
     monkeypatch.setattr(
-        "seg_torch.commands.train.SampleSheet", lambda folder: callback
+        "seg_torch.training.build.SampleSheet", lambda folder: callback
     )  # in the place of one that does nothing in training
     settings = ("data.dataset.train=20", "trainer.max_epochs=1", "logger=none", "loss=ce_dice")
     gpu = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=auto")
@@ -215,14 +219,19 @@ def test_the_memory_format_stays_channels_last_from_layer_to_layer(compose, name
 
 def test_cudnn_tries_algorithms_in_training_alone_and_only_if_asked(small, monkeypatch, tmp_path):
     seen = set()
-    for name in ("training_step", "validation_step", "test_step"):
-        inner = getattr(SegmentationTask, name)
+    steps = [
+        (SegmentationTask, "training_step"),
+        (SegmentationTask, "validation_step"),
+        (Scorer, "test_step"),
+    ]
+    for module, name in steps:
+        inner = getattr(module, name)
 
-        def note(task: SegmentationTask, *arguments: Any, name: str = name, inner=inner) -> Any:  # type: ignore[no-untyped-def]
+        def note(task: LightningModule, *arguments: Any, name: str = name, inner=inner) -> Any:  # type: ignore[no-untyped-def]
             seen.add((name, torch.backends.cudnn.benchmark))
             return inner(task, *arguments)
 
-        monkeypatch.setattr(SegmentationTask, name, note)
+        monkeypatch.setattr(module, name, note)
     one_epoch = ("trainer.max_epochs=1", "logger=none")
     train(small("train", *one_epoch))
     assert {tried for _, tried in seen} == {False}

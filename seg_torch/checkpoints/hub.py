@@ -91,7 +91,38 @@ def hub(name: str, num_classes: int | None = None) -> Published:
     return Published(Network(model), _with_palette(names), resize)
 
 
-def class_order(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+def with_classes(network: Network, labels: Labels, wanted: Labels, name: str) -> Network:
+    """Return a published network with the classes of a dataset, in their order.
+
+    Args:
+        network: Stays as it is.
+        labels: Its classes.
+        wanted: Those of the dataset.
+        name: Of the network, for the message.
+
+    Raises:
+        InputError: It does not know all of them.
+    """
+    order = match_class_names(labels.names, wanted.names)
+    if order is None:
+        missing = [n for n in wanted.names if match_class_names(labels.names, [n]) is None]
+        raise InputError(
+            f"{name} knows the {len(labels)} classes {first_names(labels)}; of the {len(wanted)} "
+            f"classes of the data it lacks {len(missing)}: {', '.join(missing[:5])}"
+        )
+    if order == list(range(len(labels))):
+        return network
+    model = SelectClasses(network.model, order)
+    return Network(model, network.mean.flatten().tolist(), network.std.flatten().tolist())
+
+
+def first_names(labels: Labels) -> str:
+    """Return the names of classes, or the first of them, for a message."""
+    names = ", ".join(labels.names[:5])
+    return f"({names}, …)" if len(labels) > 5 else f"({names})"
+
+
+def match_class_names(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Find classes of one list in another by name.
 
     Names are compared without case and without the synonyms behind a comma. Lists of one length,
@@ -117,7 +148,7 @@ def class_order(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None
     return None
 
 
-class Selection(nn.Module):
+class SelectClasses(nn.Module):
     """A model whose classes are some of another's, in another order.
 
     Args:
@@ -245,7 +276,7 @@ def _names(name: str, config: dict[str, Any]) -> list[str]:
 def _with_palette(names: Sequence[str]) -> Labels:
     """Return the classes, with the colours of the dataset whose classes they are."""
     for labels in KNOWN_LABELS.values():
-        if class_order(names, labels.names) == list(range(len(names))):
+        if match_class_names(names, labels.names) == list(range(len(names))):
             return Labels(tuple(names), labels.palette)
     return Labels(tuple(names))
 

@@ -16,19 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.cli.main import CONFIG_FOLDER
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.bootstrap import (
     METHOD,
     ImageCounts,
-    class_iou,
     interval,
-    mean_scores,
     p_value,
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.files import write_atomically
+from seg_torch.files import CONFIG_FOLDER, write_atomically
+from seg_torch.metrics.counts import COUNTS, class_scores, mean_scores
 from seg_torch.training.run import COLUMNS, TIMES, read_table
 
 log = logging.getLogger(__name__)
@@ -148,7 +147,8 @@ def read_run(folder: Path, split: str) -> Run | None:
         return None
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        stored = OmegaConf.load(folder / "config.yaml")
+        config = with_current_names(OmegaConf.to_container(stored))
         history = read_table(folder / "metrics.csv", COLUMNS)
         times = read_table(folder / "times.csv", TIMES)
     except (ValueError, KeyError, OSError) as error:
@@ -177,7 +177,7 @@ def read_run(folder: Path, split: str) -> Run | None:
 
 def _by_name(counts: ImageCounts) -> ImageCounts:
     order = np.argsort(counts.names, kind="stable")
-    return ImageCounts([counts.names[i] for i in order], *(array[order] for array in counts[1:]))
+    return ImageCounts([counts.names[i] for i in order], counts.counts[order])
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -225,7 +225,8 @@ def _check_comparable(runs: Sequence[Run]) -> None:
                 f"{both}: they were scored on different images; {len(different)} are in one of "
                 f"the two only, such as {min(different)}"
             )
-        same = (run.counts.label_pixels == first.counts.label_pixels).all(axis=1)
+        pixels = COUNTS.index("label_pixels")
+        same = (run.counts.counts == first.counts.counts)[:, pixels].all(axis=1)
         if not same.all():
             name = run.counts.names[int(same.argmin())]
             raise InputError(f"{both}: their labels of image {name} differ")
@@ -318,10 +319,10 @@ def _resampled(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray] | None:
     for run in group:
         if run.counts is None:
             return None
-        counts = run.counts.stacked
+        counts = run.counts.counts
         sums = np.concatenate([counts.sum(axis=0, keepdims=True), resampled_sums(counts)])
         means.append(mean_scores(sums)["mean_iou"])
-        ious.append(class_iou(sums))
+        ious.append(class_scores(sums)["iou"])
     return np.mean(means, axis=0), np.mean(ious, axis=0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
-from seg_torch.images.format import ImageFormat
+from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.images.read import IMAGE_SUFFIXES, opened
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
@@ -27,7 +27,7 @@ def folder(
     val_fraction: float = 0.2,
     seed: int = 0,
     extra: Sequence[str | Path] = (),
-    bands: ImageFormat | None = None,
+    format: ImageFormat = RGB,
 ) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
@@ -50,8 +50,8 @@ def folder(
         seed: Seed of the random split; it does not depend on the seed of the training.
         extra: More folders of this layout, of the same classes, such as those that predict.py
             writes with save=[dataset]. All of their pairs belong to train.
-        bands: How images are stored that are not read as RGB; where an image has several files,
-            its name is what their names have in common.
+        format: How files become images; where an image has several files, its name is what
+            their names have in common.
 
     Returns:
         The samples of the split.
@@ -66,7 +66,7 @@ def folder(
         "to classes.txt, one per line"
     )
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
-    home, pairs = images.parent, _pair(images, masks, bands)
+    home, pairs = images.parent, _pair(images, masks, format)
     if not (home / "classes.txt").exists():
         mask_files = [f"{masks}/{name}{ending}" for name, (_, ending) in pairs.items()]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
@@ -77,16 +77,16 @@ def folder(
     chosen = split_names(home, list(pairs), split, val_fraction, seed)
     found = _pairs(chosen, pairs, images, masks)
     if split == "train" and extra:  # a copy of all pairs
-        found += [pair for place in extra for pair in _extra_pairs(place, labels, bands)]
-    return base.SegmentationDataset(found, labels, read_mask, bands)
+        found += [pair for place in extra for pair in _extra_pairs(place, labels, format)]
+    return base.SegmentationDataset(found, labels, read_mask, format)
 
 
-def _extra_pairs(root: str | Path, labels: Labels, bands: ImageFormat | None) -> list[base.Pair]:
+def _extra_pairs(root: str | Path, labels: Labels, format: ImageFormat) -> list[base.Pair]:
     entries = ["images", "masks", "classes.txt"]
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
-    endings = _pair(images, masks, bands)
+    endings = _pair(images, masks, format)
     pairs = _pairs(endings, endings, images, masks)
     return [base.Pair(f"{root}/{name}", image, mask) for name, image, mask in pairs]
 
@@ -204,17 +204,17 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
         lines = base.read_list(path)
         listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
         unknown = [name for name in listed if name not in known]
-        base.refuse(unknown, f"names in {path} have no image and mask")
+        base.raise_problems(unknown, f"names in {path} have no image and mask")
         lists[path.stem] = listed
     return lists
 
 
-def _pair(images: Path, masks: Path, bands: ImageFormat | None) -> dict[str, tuple[str, str]]:
+def _pair(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str, str]]:
     """Return the endings of image and mask by name, sorted; each has exactly one partner.
 
     The names and their files' paths would take five times the memory of names alone.
     """
-    endings = bands.files if bands else ()
+    endings = format.files
     pairs: dict[str, tuple[str, str]] = {}  # an ending is "" where there is no file
     same: dict[tuple[str, str], tuple[str, str]] = {}  # one tuple for all pairs with its endings
     problems = []
@@ -244,7 +244,7 @@ def _pair(images: Path, masks: Path, bands: ImageFormat | None) -> dict[str, tup
         if image and endings:
             absent = [e for e in endings if not (images / f"{name}{e}").exists()]
             problems += [f"{images / name}{ending}: no such file" for ending in absent]
-    base.refuse(sorted(problems), "files cannot be paired; a mask is named like its image")
+    base.raise_problems(sorted(problems), "files cannot be paired; a mask is named like its image")
     return {name: pairs[name] for name in sorted(pairs)}
 
 

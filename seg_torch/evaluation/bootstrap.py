@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seg_torch.errors import InputError
+from seg_torch.metrics.counts import stack_counts
 
 RESAMPLES = 2000
 METHOD = (
@@ -22,20 +23,11 @@ class ImageCounts(NamedTuple):
 
     Attributes:
         names: Of the N images.
-        intersection: int64 [N, C], pixels of the class in label and prediction.
-        label_pixels: int64 [N, C], pixels of the class in the label.
-        predicted_pixels: int64 [N, C], pixels of the class in the prediction, where labelled.
+        counts: int64 [N, 3, C], see `seg_torch.metrics.counts`.
     """
 
     names: list[str]
-    intersection: np.ndarray
-    label_pixels: np.ndarray
-    predicted_pixels: np.ndarray
-
-    @property
-    def stacked(self) -> np.ndarray:
-        """int64 [N, 3, C]: intersection, label and prediction."""
-        return np.stack(self[1:], axis=1)
+    counts: np.ndarray
 
 
 def read_image_counts(path: Path) -> ImageCounts:
@@ -46,40 +38,9 @@ def read_image_counts(path: Path) -> ImageCounts:
     """
     try:
         with np.load(path) as file:
-            return ImageCounts(file["names"].tolist(), *(file[n] for n in ImageCounts._fields[1:]))
+            return ImageCounts(file["names"].tolist(), stack_counts(file))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as scores of images: {error}") from None
-
-
-def class_iou(sums: np.ndarray) -> np.ndarray:
-    """IoU of every class from pixels [..., 3, C] (intersection, label, prediction).
-
-    Returns:
-        float64 [..., C] in [0, 1]; nan for a class that neither label nor prediction has.
-    """
-    correct, labelled, predicted = np.moveaxis(sums, -2, 0).astype(float)
-    with np.errstate(invalid="ignore"):
-        return correct / (labelled + predicted - correct)
-
-
-def mean_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the scores of `seg_torch.metrics.scores` that are one number, from pixels [..., 3, C].
-
-    Returns:
-        float64 [...] in [0, 1], by name.
-    """
-    correct, labelled, predicted = np.moveaxis(sums, -2, 0).astype(float)
-    with np.errstate(invalid="ignore"):
-        per_class = {
-            "iou": class_iou(sums),
-            "accuracy": correct / labelled,
-            "dice": 2 * correct / (labelled + predicted),
-        }
-        means = {
-            f"mean_{name}": np.nansum(values, -1) / np.isfinite(values).sum(-1)
-            for name, values in per_class.items()
-        }
-        return {**means, "pixel_accuracy": correct.sum(-1) / labelled.sum(-1)}
 
 
 def resampled_sums(counts: np.ndarray, seed: int = 0) -> np.ndarray:

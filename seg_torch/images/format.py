@@ -1,10 +1,7 @@
-"""Images of other channels than RGB: the bands of TIFF files, or several files an image."""
+"""How the files of a dataset become images: as RGB, or with the channels that they store."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from seg_torch.errors import InputError
-from seg_torch.images.read import LARGE, MOST_PIXELS_PER_BYTE, image_size, opened
-from seg_torch.labels import Labels
+from seg_torch.images import geotiff
+from seg_torch.images.read import image_size, opened, read_image, upright_rgb
 
 MOST_CHANNELS = 1024
-TIFF = (".tif", ".tiff")
-# ModelPixelScale, ModelTiepoint, ModelTransformation and the three of GeoKeys.
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-GDAL_NODATA = 42113
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How the channels of images are stored, and which of them are shown.
+    """Images whose channels are read as they are stored; `RGB` is how all others are read.
 
     Args:
         channels: Their number C.
@@ -60,9 +53,19 @@ class ImageFormat:
         if not all(isinstance(ending, str) and ending for ending in self.files):
             raise InputError(f"data.band_files={list(self.files)}: expected endings of file names")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as plain data."""
+    def to_dict(self) -> dict[str, Any] | None:
+        """Return the arguments as plain data, or `None` for `RGB`, for `from_dict`."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(stored: dict[str, Any] | None) -> ImageFormat:
+        """Return what `to_dict` was called on."""
+        return RGB if stored is None else ImageFormat(**stored)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of a data module whose images are of this format."""
+        stored = self.to_dict() or {"channels": None, "bits": 8, "files": [], "rgb": None}
+        return {"band_files": stored.pop("files"), **stored}
 
     def paths(self, path: str | Path) -> list[Path]:
         """Return the files of the image whose first file is `path`."""
@@ -72,7 +75,7 @@ class ImageFormat:
         return [Path(name + ending) for ending in self.files]
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Read an image; nothing is converted or scaled.
+        """Read an image; nothing is converted or scaled, unless the format is `RGB`.
 
         Args:
             path: Of its first file. TIFF files may have any layout that tifffile reads.
@@ -86,7 +89,7 @@ class ImageFormat:
         """
         parts: list[np.ndarray] = []
         for file in self.paths(path):
-            part = _read_tiff(file) if file.suffix.lower() in TIFF else _read_other(file)
+            part = geotiff.read_tiff(file) if _is_tiff(file) else _read_other(file)
             if part.dtype != f"uint{self.bits}":
                 hint = "convert it to unsigned integers of 8 or 16 bits"
                 if part.dtype in (np.uint8, np.uint16):
@@ -105,34 +108,67 @@ class ImageFormat:
 
     def size(self, path: str | Path) -> tuple[int, int] | None:
         """Return (height, width) from the header of a file, `None` where it has none."""
-        if Path(path).suffix.lower() not in TIFF:
-            return image_size(path)
-        try:
-            with _tiff(path) as series:
-                return _height_width(series)
-        except InputError:
-            return None
+        return geotiff.tiff_size(Path(path)) if _is_tiff(path) else image_size(path)
+
+    def checked(self, image: Any) -> np.ndarray:
+        """Return an image that is not in a file as `read` would.
+
+        Args:
+            image: An array [H, W, C], a tensor [C, H, W] as of `as_tensor`, or a Pillow image.
+
+        Raises:
+            InputError: It is of another type or shape than images of this format.
+        """
+        if isinstance(image, Tensor):
+            image = as_array(image) if self.bits == 16 else image.permute(1, 2, 0).cpu().numpy()
+        # PyTorch warns of arrays that are read-only.
+        array = np.require(image, requirements=["C", "W"])
+        dtype, channels = f"uint{self.bits}", self.channels
+        if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
+            raise InputError(
+                f"the image is {array.dtype} {array.shape}: expected {dtype} [H, W, {channels}] as "
+                f"an array, [{channels}, H, W] as a tensor"
+            )
+        return array
+
+    def shown(self, image: np.ndarray) -> np.ndarray:
+        """Return what is shown of an image; 16 bits are stretched, from percentile 2 to 98.
+
+        Args:
+            image: uint8 or uint16 [H, W, C].
+
+        Returns:
+            uint8 [H, W, 3].
+        """
+        # A dataset of the user's own may have grey images that do not say so.
+        rgb = self.rgb if image.shape[2] >= self.channels else (0, 0, 0)
+        if image.shape[2] != 3 or rgb != (0, 1, 2):
+            image = image[..., list(rgb)]
+        if image.dtype == np.uint8:
+            return np.ascontiguousarray(image)
+        low, high = np.percentile(image, (2, 98))
+        scaled = (image - np.float32(low)) * np.float32(255 / max(high - low, 1))
+        return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
 
-def shown(image: np.ndarray, bands: ImageFormat | None) -> np.ndarray:
-    """Return what is shown of an image.
+class _AnyImage(ImageFormat):
+    """Images of all kinds, read upright and converted to RGB of 8 bits."""
 
-    Args:
-        image: uint8 or uint16 [H, W, C].
-        bands: Choose the channels; 16 bits are stretched, from the 2nd to the 98th percentile.
-            `None`: the first three channels, or the first.
+    def to_dict(self) -> None:
+        return None
 
-    Returns:
-        uint8 [H, W, 3].
-    """
-    rgb = (bands or ImageFormat(image.shape[2], 8 * image.dtype.itemsize)).rgb
-    if image.shape[2] != 3 or rgb != (0, 1, 2):
-        image = image[..., list(rgb)]
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    low, high = np.percentile(image, (2, 98))
-    scaled = (image - np.float32(low)) * np.float32(255 / max(high - low, 1))
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+    def read(self, path: str | Path) -> np.ndarray:
+        return read_image(path)
+
+    def size(self, path: str | Path) -> tuple[int, int] | None:
+        return image_size(path)
+
+    def checked(self, image: Any) -> np.ndarray:
+        return super().checked(upright_rgb(image) if isinstance(image, Image.Image) else image)
+
+
+# Not the same as ImageFormat(3), whose files must hold three channels, and are not turned.
+RGB: ImageFormat = _AnyImage(channels=3)
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -152,81 +188,8 @@ def as_array(image: Tensor) -> np.ndarray:
     return np.rint(array * 257).astype(np.uint16) if array.dtype == np.float32 else array
 
 
-def write_geotiff(mask: np.ndarray, labels: Labels, source: str | Path, path: str) -> None:
-    """Write a mask as TIFF, in the place on earth of the image that it was made from.
-
-    Args:
-        mask: Class ids, uint8 [H, W]; 255 is marked as "no data".
-        labels: For the colours.
-        source: The image; the mask takes over its georeference, if it is a GeoTIFF.
-        path: The file to write.
-
-    Raises:
-        InputError: tifffile is missing.
-    """
-    tifffile = _tifffile(source)
-    tags: list[tuple] = [(GDAL_NODATA, "s", 0, "255", True)]
-    if Path(source).suffix.lower() in TIFF:
-        with tifffile.TiffFile(source) as file:
-            found = file.pages[0].tags.values()
-            tags += [(t.code, t.dtype, t.count, t.value, True) for t in found if t.code in GEO_TAGS]
-    colours = np.zeros((256, 3), np.uint16)
-    colours[: len(labels)] = labels.palette
-    tifffile.imwrite(
-        path,
-        mask,
-        photometric="palette",
-        colormap=(257 * colours).T,
-        compression="zlib",
-        metadata=None,
-        extratags=tags,
-    )
-
-
-def _tifffile(path: str | Path) -> Any:
-    try:
-        import tifffile
-    except ImportError:
-        raise InputError(f"{path}: TIFF files need tifffile: pip install tifffile") from None
-    return tifffile
-
-
-@contextmanager
-def _tiff(path: str | Path) -> Iterator[Any]:
-    """Open the first series of a TIFF file; whatever goes wrong becomes an InputError."""
-    tifffile = _tifffile(path)
-    try:
-        with tifffile.TiffFile(path) as file:
-            yield file.series[0]
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # there is no end to what damaged files raise
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as TIFF: {reason}") from None
-
-
-def _height_width(series: Any) -> tuple[int, int]:
-    rows, columns = (series.shape[series.axes.index(axis)] for axis in "YX")
-    return rows, columns
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    """Return the bands of a TIFF file, [H, W, C], whatever their order in the file."""
-    with _tiff(path) as series:
-        height, width = _height_width(series)
-        values, size = int(np.prod(series.shape)), os.path.getsize(path)
-        if values > max(LARGE, MOST_PIXELS_PER_BYTE * size):
-            raise InputError(f"{path}: a file of {size:,} bytes claims to hold {values:,} values")
-        if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
-            raise InputError(
-                f"{path}: {height * width:,} pixels. If you trust the file, raise the limit "
-                "(max_pixels=N of predict and app)"
-            )
-        places = [series.axes.index(axis) for axis in "YX"]
-        image = np.moveaxis(series.asarray(), places, (0, 1))
-    return image.reshape(height, width, -1)
+def _is_tiff(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in geotiff.SUFFIXES
 
 
 def _read_other(path: Path) -> np.ndarray:

@@ -150,8 +150,8 @@ def _as_array(image: Image.Image) -> np.ndarray:
         return np.array(image)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, 32):
-        band = image.crop((0, top, image.width, min(top + 32, image.height)))
-        pixels[top : top + 32] = np.asarray(band)
+        strip = image.crop((0, top, image.width, min(top + 32, image.height)))
+        pixels[top : top + 32] = np.asarray(strip)
     return pixels
 
 

@@ -1,16 +1,41 @@
-"""Scores over a dataset, from sums of integers."""
+"""Scores over a dataset, from sums of integers.
 
-from seg_torch.metrics.base import CALIBRATION_BINS as CALIBRATION_BINS
-from seg_torch.metrics.base import CONFIDENCE_STEPS as CONFIDENCE_STEPS
-from seg_torch.metrics.base import CPU_BAND as CPU_BAND
-from seg_torch.metrics.base import LABEL_TEMPERATURE as LABEL_TEMPERATURE
-from seg_torch.metrics.base import SCORE_STEPS as SCORE_STEPS
-from seg_torch.metrics.base import AveragePrecision as AveragePrecision
-from seg_torch.metrics.base import BoundaryScores as BoundaryScores
-from seg_torch.metrics.base import Calibration as Calibration
-from seg_torch.metrics.base import ConfusionMatrix as ConfusionMatrix
-from seg_torch.metrics.base import ImageScores as ImageScores
-from seg_torch.metrics.base import LabelQuality as LabelQuality
-from seg_torch.metrics.base import confidence_steps as confidence_steps
-from seg_torch.metrics.base import report as report
-from seg_torch.metrics.base import scores as scores
+All are the same for every batch size and number of processes, and take the same memory however many
+pixels there are. Names are imported when they are first used: `counts` alone needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seg_torch.metrics.average_precision import AveragePrecision as AveragePrecision
+    from seg_torch.metrics.blocks import ScoredBlock as ScoredBlock
+    from seg_torch.metrics.blocks import confidence_steps as confidence_steps
+    from seg_torch.metrics.boundary import BoundaryScores as BoundaryScores
+    from seg_torch.metrics.calibration import Calibration as Calibration
+    from seg_torch.metrics.confusion import ConfusionMatrix as ConfusionMatrix
+    from seg_torch.metrics.confusion import report as report
+    from seg_torch.metrics.confusion import scores as scores
+    from seg_torch.metrics.images import ImageScores as ImageScores
+    from seg_torch.metrics.label_quality import LabelQuality as LabelQuality
+
+MODULES = {
+    "AveragePrecision": "average_precision",
+    "BoundaryScores": "boundary",
+    "Calibration": "calibration",
+    "ConfusionMatrix": "confusion",
+    "ImageScores": "images",
+    "LabelQuality": "label_quality",
+    "ScoredBlock": "blocks",
+    "confidence_steps": "blocks",
+    "report": "confusion",
+    "scores": "confusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)

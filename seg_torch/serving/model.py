@@ -24,14 +24,16 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from seg_torch import hardware
-from seg_torch.commands.predict import load_segmenter
 from seg_torch.drawing.visualize import JPEG_LIMIT
 from seg_torch.errors import InputError
-from seg_torch.images.read import FORMATS, IMAGE_SUFFIXES, image_size
-from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation
+from seg_torch.images.format import RGB
+from seg_torch.images.read import FORMATS, IMAGE_SUFFIXES
+from seg_torch.prediction.load import load_segmenter
+from seg_torch.prediction.outputs import JPEG_QUALITY, output_path
+from seg_torch.prediction.pipeline import THREADS
+from seg_torch.prediction.segmentation import Segmentation
 from seg_torch.version import __version__
 
-THREADS = min(8, hardware.available_cpus())
 MAX_OUTLINE = 3_000_000  # pixels; the polygons of noise would be a hundred times its image
 # What the page shows of an image has at most so many pixels, and its longer side so many, which
 # every browser can draw.
@@ -68,7 +70,7 @@ class Model:
         Image.MAX_IMAGE_PIXELS = None  # `_read` has a limit of its own
         self.max_pixels, self.max_batch_size = cfg.max_pixels, cfg.max_batch_size
         self.segmenter = load_segmenter(cfg, torch.device(device))
-        if self.segmenter.bands is not None and self.segmenter.bands.files:
+        if self.segmenter.format.files:
             raise InputError("this model takes several files an image; use seg-torch predict")
         self.pool = ThreadPoolExecutor(THREADS)
         # Around all images, so that the weights are cast to another precision only once.
@@ -94,11 +96,11 @@ class Model:
         return [answers[i].result() if i in answers else image for i, image in enumerate(images)]
 
     def _read(self, upload: Upload) -> np.ndarray | Response:
-        bands, suffix = self.segmenter.bands, Path(upload.name).suffix.lower()
+        suffix = Path(upload.name).suffix.lower()
         with TemporaryDirectory() as folder:
             path = Path(folder, "image" + (suffix if suffix in IMAGE_SUFFIXES else ".tif"))
             path.write_bytes(upload.content)
-            height, width = (image_size(path) if bands is None else bands.size(path)) or (0, 0)
+            height, width = self.segmenter.format.size(path) or (0, 0)
             if height * width > self.max_pixels:
                 limit = f"the limit is {self.max_pixels:,} (max_pixels)"
                 return refusal(413, f"the image has {height * width:,} pixels; {limit}")
@@ -122,7 +124,7 @@ def load(cfg: DictConfig, device: str) -> dict[str, Any]:
     return {
         **_model.segmenter.labels.to_dict(),
         "versions": {"seg_torch": __version__, "torch": torch.__version__},
-        "formats": list(FORMATS) if _model.segmenter.bands is None else ["TIFF"],
+        "formats": list(FORMATS) if _model.segmenter.format == RGB else ["TIFF"],
     }
 
 
@@ -176,7 +178,7 @@ def _view(result: Segmentation) -> Response:
     with TemporaryDirectory() as folder:
         result.save(folder, "image", outputs)
         for name in outputs:
-            files[name] = Path(folder, name, f"image{SUFFIXES[name]}").read_bytes()
+            files[name] = output_path(folder, name, "image").read_bytes()
     content = {
         "size": [width, height],
         "view": size,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
 
@@ -56,7 +59,7 @@ def last_checkpoint(folder: str | Path) -> Path:
     return last
 
 
-def next_step(folder: Path) -> str:
+def how_to_continue(folder: Path) -> str:
     """Return what to do after a run has ended early."""
     if (folder / "checkpoints" / "last.ckpt").exists():
         return f"go on with resume={folder}"
@@ -98,8 +101,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     last_checkpoint(cfg.resume)
     check_resumable(cfg.resume, overrides)
-    run = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    assert isinstance(run, DictConfig)
+    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    run = OmegaConf.create(with_current_names(OmegaConf.to_container(stored)))
     for key in (key_of(override) for override in overrides):
         section, _, name = key.rpartition(".")
         if key in RESUMABLE[1:] and name not in (OmegaConf.select(run, section) or {}):
@@ -132,28 +135,35 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def is_complete(content: dict[str, Any], trainer: DictConfig) -> bool:
-    """Whether a checkpoint has all the epochs or steps of `trainer.max_epochs` and `max_steps`."""
-    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return epochs >= trainer.max_epochs >= 0 or content["global_step"] >= trainer.max_steps > 0
+def is_complete(state: dict[str, Any] | None, trainer: DictConfig) -> bool:
+    """Return whether a run has all the epochs or steps of `trainer.max_epochs` and `max_steps`.
+
+    Args:
+        state: The content of the checkpoint that it goes on from, if any.
+        trainer: Settings of the trainer.
+    """
+    if state is None:
+        return False
+    epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= trainer.max_epochs >= 0 or state["global_step"] >= trainer.max_steps > 0
 
 
-def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> None:
-    """Refuses a folder that holds another run, and a run that is complete.
+def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> None:
+    """Refuse a folder that holds another run, and a run that is complete.
 
     Also removes what a killed process has left half-written there.
 
     Args:
         folder: Where the run is to write.
         trainer: Settings of the trainer, which say how long the run is.
-        resumed: The checkpoint that it goes on from, if any.
+        state: The content of the checkpoint that it goes on from, if any.
 
     Raises:
         InputError: There is a run already, or nothing left to do.
     """
     for leftover in (folder / "checkpoints").glob(f"{PARTIAL}*"):
         leftover.unlink()
-    if resumed is None:
+    if state is None:
         if (folder / "checkpoints" / "last.ckpt").exists():
             raise InputError(
                 f"output_dir={folder} holds a run already: choose another folder, or go on with it "
@@ -162,11 +172,53 @@ def claim(folder: Path, trainer: DictConfig, resumed: dict[str, Any] | None) -> 
         # Of a run that was killed before it could be resumed.
         (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
         return
-    if is_complete(resumed, trainer) and (folder / "test_metrics.json").exists():
+    if is_complete(state, trainer) and (folder / "test_metrics.json").exists():
         raise InputError(
-            f"resume={folder}: this run is complete ({resumed['global_step']} steps); to train "
+            f"resume={folder}: this run is complete ({state['global_step']} steps); to train "
             "further set trainer.max_epochs, to score it use evaluate"
         )
+
+
+def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) -> None:
+    """Write the `config.yaml` with which the run is resumed, and log what is trained.
+
+    The first process does it. Its arguments are what `train` has built.
+    """
+    if not trainer.is_global_zero:
+        return
+    config = OmegaConf.merge(cfg, {"resume": None})
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+    log.info(
+        "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
+        len(data.dataset("train")),
+        len(data.labels),
+        trained,
+        trainer.precision,
+        data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+    )
+    if trainer.world_size > 1:
+        on_gpus = trainer.strategy.root_device.type == "cuda"
+        log.info("%d processes%s", trainer.world_size, ", synchronised BatchNorm" * on_gpus)
+    log.info("output_dir=%s", folder)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Enter a context in which an error of the disk says how the run goes on.
+
+    Raises:
+        InputError: Instead of an OSError about a file, or of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror}. What was saved before is complete; "
+            f"when this is mended, {how_to_continue(folder)}"
+        ) from error
 
 
 def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:

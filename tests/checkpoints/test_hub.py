@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from conftest import run_command
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from models_for_tests import MASK_MODELS, SEGFORMER, caches, hugging_face_cache  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_models import MASK_MODELS, SEGFORMER, caches, hugging_face_cache  # noqa: F401
 from torch import Tensor, nn
 
 from seg_torch import Segmenter
-from seg_torch.checkpoints.hub import class_order, hub
+from seg_torch.checkpoints.hub import hub, match_class_names, with_classes
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.datasets.published.ade20k import ADE20K_LABELS, ade20k
 from seg_torch.errors import InputError
-from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
+from seg_torch.labels import Labels
+from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 
 NAMES = ["wall", "flying saucer ", "sky", "sky"]
 ON_CPU = "trainer.accelerator=cpu trainer.precision=32-true"
@@ -34,7 +35,8 @@ ON_CPU = "trainer.accelerator=cpu trainer.precision=32-true"
 @pytest.fixture(autouse=True)
 def no_confusion_matrix(monkeypatch) -> None:
     """Drawing one takes five seconds for 150 classes."""
-    monkeypatch.setattr("seg_torch.training.trainer.save_confusion_matrix", lambda *_: None)
+    figure = SimpleNamespace(savefig=lambda path: Path(path).touch())
+    monkeypatch.setattr("seg_torch.evaluation.results.confusion_matrix", lambda *_: figure)
 
 
 def publish(
@@ -228,13 +230,30 @@ def test_the_colours_are_those_of_ade20k_where_the_classes_are(tmp_path):
 
 def test_classes_are_found_by_name():
     wanted = ["wall", "windowpane", "sky", "tree"]
-    assert class_order(["sky", "tree", "Wall, brick", "windowpane"], wanted) == [2, 3, 0, 1]
-    assert class_order(["background", *wanted], wanted) == [1, 2, 3, 4]
-    assert class_order(["wall", "window ", "sky", "tree"], wanted) == [0, 1, 2, 3]
-    assert class_order(["other", "wall", "window ", "sky", "tree"], wanted) == [1, 2, 3, 4]
-    assert class_order(["window", "wall", "sky", "tree"], wanted) is None  # at another place
-    assert class_order(["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"], wanted) is None
-    assert class_order(["wall", "sky"], wanted) is None
+    assert match_class_names(["sky", "tree", "Wall, brick", "windowpane"], wanted) == [2, 3, 0, 1]
+    assert match_class_names(["background", *wanted], wanted) == [1, 2, 3, 4]
+    assert match_class_names(["wall", "window ", "sky", "tree"], wanted) == [0, 1, 2, 3]
+    assert match_class_names(["other", "wall", "window ", "sky", "tree"], wanted) == [1, 2, 3, 4]
+    assert match_class_names(["window", "wall", "sky", "tree"], wanted) is None  # at another place
+    assert match_class_names(["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"], wanted) is None
+    assert match_class_names(["wall", "sky"], wanted) is None
+
+
+def test_a_network_gets_the_classes_of_the_data_and_itself_stays():
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": torch.tensor([10.0, 20, 30]).view(1, 3, 1, 1)}
+
+    network = Network(Constant(), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    labels, images = Labels(("sky", "tree", "wall")), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    chosen = with_classes(network, labels, Labels(("wall", "sky")), "a model")
+    assert chosen(images)["out"].flatten().tolist() == [30, 10]
+    assert torch.equal(chosen.mean, network.mean)
+    assert torch.equal(chosen.std, network.std)
+    assert network(images)["out"].flatten().tolist() == [10, 20, 30]
+    assert with_classes(network, labels, labels, "a model") is network
+    with pytest.raises(InputError, match=r"a model knows the 3 classes .* it lacks 1: river"):
+        with_classes(network, labels, Labels(("sky", "river")), "a model")
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

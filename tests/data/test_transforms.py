@@ -13,9 +13,9 @@ from seg_torch.data.transforms import (
     RandomScaleCrop,
     augment,
     colour_matrices,
-    resize_mask,
 )
 from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_mask
 
 TRANSFORMS = {
     "crop": augment(crop=(40, 56), scale=None, flip=0, jitter=None),

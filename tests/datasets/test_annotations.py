@@ -24,11 +24,10 @@ from torch.utils.data import ConcatDataset, DataLoader
 from seg_torch import datasets
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
-from seg_torch.data.check import fingerprint
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.annotations import base as annotations
 from seg_torch.datasets.annotations.label_studio import decode_brush
+from seg_torch.datasets.annotations.reading import split_of
 from seg_torch.datasets.auto import recognise
 from seg_torch.drawing.coco import coco_annotations, write_coco
 from seg_torch.errors import InputError
@@ -123,7 +122,7 @@ def test_a_worker_gets_no_copy_of_the_annotations(make):
 def test_annotations_are_read_once_for_all_splits_until_one_changes(make, monkeypatch, name):
     root = make(name)
     calls = []
-    module = __import__(f"seg_torch.datasets.{name}", fromlist=["_read"])
+    module = __import__(f"seg_torch.datasets.annotations.{name}", fromlist=["_read"])
     read = module._read
     monkeypatch.setattr(module, "_read", lambda *args: calls.append(1) or read(*args))
     for split in ("train", "val", "test"):
@@ -143,7 +142,7 @@ def test_without_a_background_the_rest_is_not_labelled(make, name):
     assert with_it.labels.names == ("background", *without.labels.names)
     expected = with_it.mask(0).astype(int) - 1
     assert (without.mask(0) == np.where(expected == -1, 255, expected)).all()
-    assert fingerprint(with_it) != fingerprint(without)
+    assert with_it.fingerprint() != without.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["coco", "label_studio", "labelme", "yolo"])
@@ -989,4 +988,4 @@ def test_auto_reads_what_save_to_disk_wrote(table):
     ],
 )
 def test_which_split_a_path_stands_for(path, split):
-    assert annotations.split_of(path) == split
+    assert split_of(path) == split

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -11,25 +12,25 @@ import tifffile
 import timm
 import torch
 from conftest import run_command
+from models_for_tests import MODELS
 from PIL import Image
-from test_models import MODELS
 from timm.models import adapt_input_conv
 from torch import nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter
 from seg_torch.checkpoints import checkpoint
-from seg_torch.data.check import fingerprint
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.transforms import ColourJitter, RandomScaleCrop, augment
 from seg_torch.datasets import folder
+from seg_torch.datasets.base import as_dataset, checked_sample
 from seg_torch.errors import InputError
-from seg_torch.images.format import ImageFormat, as_array, as_tensor, shown
+from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.labels import Labels
 from seg_torch.models import UNet, unet
 from seg_torch.models.network import Network, check_channels
-from seg_torch.models.weights import take_channels
+from seg_torch.models.weights import adapt_first_conv
 
 SMALL = (
     "model.encoder=resnet10t model.decoder_channels=[8,8,8,8,8] model.weights=null logger=none "
@@ -37,7 +38,7 @@ SMALL = (
 )
 
 
-def bands_of(mask: np.ndarray, channels: int, bits: int, seed: int) -> np.ndarray:
+def noise_over(mask: np.ndarray, channels: int, bits: int, seed: int) -> np.ndarray:
     """Noise, on which the last channel shows the mask."""
     generator = np.random.default_rng(seed)
     dtype, top = (np.uint8, 256) if bits == 8 else (np.uint16, 65536)
@@ -58,7 +59,7 @@ def write_dataset(root: Path, channels: int, bits: int, write=None, count: int =
         mask = np.zeros((41, 47), np.uint8)  # an odd number of bytes
         mask[4 * i % 16 : 20 + i, 8:30] = 1
         Image.fromarray(mask).save(root / f"masks/{i}.png")
-        image = bands_of(mask, channels, bits, seed=i)
+        image = noise_over(mask, channels, bits, seed=i)
         if write is None:
             write_tiff(root / f"images/{i}.tif", image)
         else:
@@ -75,7 +76,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(("channels", "bits"), [(4, 8), (6, 16)])
 def test_train_resume_evaluate_and_predict(channels, bits, tmp_path):
     """With the default workers, augmentation and precision."""
-    root, bands = write_dataset(tmp_path / "data", channels, bits), ImageFormat(channels, bits)
+    root, format = write_dataset(tmp_path / "data", channels, bits), ImageFormat(channels, bits)
     line = f"train data=folder data.root=data data.channels={channels} data.bits={bits} {SMALL}"
     line += " scheduler=none"
     assert run_command(f"{line} output_dir=whole trainer.max_epochs=1", tmp_path) == 0
@@ -85,8 +86,8 @@ def test_train_resume_evaluate_and_predict(channels, bits, tmp_path):
 
     description = checkpoint.read(tmp_path / "whole")[checkpoint.KEY]
     stored = description["preprocessing"]
-    assert checkpoint.bands(description) == bands
-    files = [pair.image for pair in folder(root, "train", bands=bands).pairs]
+    assert checkpoint.image_format(description) == format
+    files = [pair.image for pair in folder(root, "train", format=format).pairs]
     pixels = np.concatenate([tifffile.imread(file).reshape(-1, channels) for file in files])
     pixels = pixels / (2**bits - 1)
     assert stored["mean"] == pytest.approx(pixels.mean(0).tolist(), rel=1e-6)
@@ -103,7 +104,7 @@ def test_train_resume_evaluate_and_predict(channels, bits, tmp_path):
     line += " trainer.accelerator=cpu trainer.precision=32-true"
     assert run_command(line, tmp_path) == 0
     counts = np.zeros((2, 2), np.int64)
-    for pair in folder(root, "val", bands=bands).pairs:
+    for pair in folder(root, "val", format=format).pairs:
         mask = np.array(Image.open(tmp_path / f"out/mask/{pair.name}.png"))
         np.add.at(counts, (np.array(Image.open(pair.mask)), mask), 1)
         assert Image.open(tmp_path / f"out/overlay/{pair.name}.jpg").size == (47, 41)
@@ -181,32 +182,32 @@ def test_an_image_may_be_several_files(bits, tmp_path):
             else:
                 tifffile.imwrite(f"{stem}{ending}", image[..., channel])
 
-    one = folder(write_dataset(tmp_path / "one", 3, bits), "train", bands=ImageFormat(3, bits))
+    one = folder(write_dataset(tmp_path / "one", 3, bits), "train", format=ImageFormat(3, bits))
     root = write_dataset(tmp_path / "several", 3, bits, write_apart)
-    several = folder(root, "train", bands=ImageFormat(3, bits, endings))
+    several = folder(root, "train", format=ImageFormat(3, bits, endings))
     assert [pair.name for pair in several.pairs] == [pair.name for pair in one.pairs]
     for expected, found in zip(one, several, strict=True):
         assert torch.equal(found[0], expected[0])
-    before = fingerprint(several)
+    before = several.fingerprint()
     turned = ImageFormat(3, bits, endings, rgb=(2, 1, 0))  # the thumbnails are others
-    assert fingerprint(folder(root, "train", bands=turned)) != before
+    assert folder(root, "train", format=turned).fingerprint() != before
     image = np.array(Image.open(root / "images/3_green.png"))
     Image.fromarray(image + 1).save(root / "images/3_green.png")
-    assert fingerprint(several) != before
+    assert several.fingerprint() != before
     (root / "images/3_nir.tif").unlink()
     with pytest.raises(InputError, match=r"3_nir\.tif: no such file"):
-        folder(root, "train", bands=ImageFormat(3, bits, endings))
+        folder(root, "train", format=ImageFormat(3, bits, endings))
 
 
-def random_checkpoint(path: Path, bands: ImageFormat) -> Path:
+def random_checkpoint(path: Path, format: ImageFormat) -> Path:
     torch.manual_seed(0)
     config = {"encoder": "resnet10t", "weights": None, "decoder_channels": [8, 8, 8, 8, 8]}
     model = unet(2, **config)
-    take_channels(model, bands.channels)
-    network = Network(model, [0.3] * bands.channels, [0.2] * bands.channels)
+    adapt_first_conv(model, format.channels)
+    network = Network(model, [0.3] * format.channels, [0.2] * format.channels)
     labels, config = Labels(("ground", "field")), {"_target_": "seg_torch.models.unet", **config}
     content = {
-        checkpoint.KEY: checkpoint.describe(network, labels, config, {}, None, bands),
+        checkpoint.KEY: checkpoint.describe(network, labels, config, {}, None, format),
         "state_dict": {f"network.{key}": value for key, value in network.state_dict().items()},
     }
     torch.save(content, path)
@@ -224,13 +225,13 @@ def test_predictions_from_several_files_are_a_dataset(tmp_path):
     random_checkpoint(tmp_path / "random.ckpt", ImageFormat(2, 16, endings))
     line = "predict input=data/images output=out checkpoint=random.ckpt save=[dataset]"
     assert run_command(f"{line} trainer.accelerator=cpu", tmp_path) == 0
-    bands = ImageFormat(2, 16, endings)
+    format = ImageFormat(2, 16, endings)
     before, after = (
-        folder(place, "val", bands=bands) for place in (root, tmp_path / "out/dataset")
+        folder(place, "val", format=format) for place in (root, tmp_path / "out/dataset")
     )
     assert torch.equal(before[0][0], after[0][0])
-    extra = folder(root, "train", extra=[tmp_path / "out/dataset"], bands=bands)
-    assert len(extra) == len(folder(root, "train", bands=bands)) + 8
+    extra = folder(root, "train", extra=[tmp_path / "out/dataset"], format=format)
+    assert len(extra) == len(folder(root, "train", format=format)) + 8
 
 
 LAYOUTS = {
@@ -244,7 +245,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_tiff_gives_the_same_channels(name, tmp_path):
-    image = bands_of(np.zeros((40, 48), np.uint8), 5, 16, seed=0)
+    image = noise_over(np.zeros((40, 48), np.uint8), 5, 16, seed=0)
     first = name in ("channels first", "a page each")
     options = {"photometric": "minisblack", **LAYOUTS[name]}
     tifffile.imwrite(tmp_path / "a.tif", image.transpose(2, 0, 1) if first else image, **options)
@@ -253,7 +254,7 @@ def test_every_layout_of_tiff_gives_the_same_channels(name, tmp_path):
 
 
 def test_a_file_that_is_not_as_said_is_refused_with_what_to_do(tmp_path):
-    image = bands_of(np.zeros((40, 48), np.uint8), 4, 8, seed=0)
+    image = noise_over(np.zeros((40, 48), np.uint8), 4, 8, seed=0)
     path = tmp_path / "a.tif"
     write_tiff(path, image)
     with pytest.raises(InputError, match=r"a\.tif: 4 channels, not 6"):
@@ -294,16 +295,16 @@ def test_a_small_tiff_does_not_fill_the_memory(tmp_path):
 
 def test_what_training_would_refuse_inspect_lists(tmp_path):
     """And the statistics are those of the training images, channel by channel."""
-    bands = ImageFormat(4, 16)
+    format = ImageFormat(4, 16)
     root = write_dataset(tmp_path / "data", 4, 16)
-    report = inspect_dataset(folder, root, tmp_path / "report", bands)
+    report = inspect_dataset(folder, root, tmp_path / "report", format)
     assert not report["refused"]
-    train = folder(root, "train", bands=bands)
+    train = folder(root, "train", format=format)
     pixels = np.concatenate([tifffile.imread(p.image).reshape(-1, 4) for p in train.pairs]) / 65535
     np.testing.assert_allclose(report["mean"], pixels.mean(0), rtol=1e-9)
     np.testing.assert_allclose(report["std"], pixels.std(0), rtol=1e-9)
     write_tiff(root / "images/5.tif", np.zeros((41, 47, 3), np.uint16))
-    report = inspect_dataset(folder, root, bands=bands)
+    report = inspect_dataset(folder, root, format=format)
     assert [p["file"] for p in report["problems"]] == [str(root / "images/5.tif")]
     assert "3 channels, not 4" in report["problems"][0]["message"]
     with pytest.raises(InputError, match="3 channels, not 4"):
@@ -362,15 +363,50 @@ def test_every_channel_is_what_it_is_in_the_file_after_the_transforms():
     torch.testing.assert_close(cut[:, ~inside], mean[:, None].expand(5, 64 * 64 - 600))
 
 
+@pytest.mark.parametrize(
+    ("format", "stored"),
+    [
+        (RGB, None),  # as in every checkpoint of RGB images
+        (ImageFormat(3), {"channels": 3, "bits": 8, "files": [], "rgb": [0, 1, 2]}),
+        (
+            ImageFormat(2, 16, ("_a.tif", "_b.tif"), (1, 0, 0)),
+            {"channels": 2, "bits": 16, "files": ["_a.tif", "_b.tif"], "rgb": [1, 0, 0]},
+        ),
+    ],
+)
+def test_a_format_is_what_it_was_in_a_checkpoint_in_settings_and_in_a_worker(format, stored):
+    network = Network(nn.Conv2d(3, 2, 1))
+    described = checkpoint.describe(network, Labels(("a", "b")), {}, {}, None, format)
+    assert described["preprocessing"]["bands"] == stored
+    assert checkpoint.image_format(described) == format
+    assert SegmentationDataModule(folder, **format.settings()).format == format
+    assert pickle.loads(pickle.dumps(format)) == format
+    del described["preprocessing"]["bands"]  # as the first versions wrote it
+    assert checkpoint.image_format(described) == RGB != ImageFormat(3)
+
+
+def test_a_dataset_of_ones_own_may_call_something_else_its_format():
+    class Photos:
+        labels, format = Labels(("a", "b")), "jpeg"
+
+        def __getitem__(self, index):
+            sample = torch.zeros(1, 8, 9, dtype=torch.uint8)
+            return tv_tensors.Image(sample), tv_tensors.Mask(sample[0])
+
+    dataset = as_dataset(Photos())
+    image, _ = checked_sample(dataset, 0)  # grey, which nothing forbids
+    assert dataset.format.shown(as_array(image)).shape == (8, 9, 3)
+
+
 def test_overlays_show_the_chosen_channels():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 5), np.uint8)
-    assert np.array_equal(shown(image, ImageFormat(5, rgb=(4, 0, 2))), image[..., [4, 0, 2]])
-    assert np.array_equal(shown(image, None), image[..., :3])
-    assert np.array_equal(shown(image[..., :1], None), image[..., [0, 0, 0]])
+    assert np.array_equal(ImageFormat(5, rgb=(4, 0, 2)).shown(image), image[..., [4, 0, 2]])
+    assert np.array_equal(RGB.shown(image), image[..., :3])
+    assert np.array_equal(RGB.shown(image[..., :1]), image[..., [0, 0, 0]])
     deep = (image * np.uint16(20)) + np.uint16(1000)
     low, high = np.percentile(deep[..., :3], (2, 98))
     expected = ((deep[..., :3] - low) / (high - low) * 255).clip(0, 255)
-    assert np.abs(shown(deep, ImageFormat(5, 16)).astype(float) - expected).max() <= 0.51
+    assert np.abs(ImageFormat(5, 16).shown(deep).astype(float) - expected).max() <= 0.51
 
 
 # Of each family some; EoMT compares the number with that of its configuration.
@@ -386,7 +422,7 @@ def test_every_model_takes_other_channels(name):
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = model(image)["out"]
-        take_channels(model, 6)
+        adapt_first_conv(model, 6)
         after = model(image.repeat(1, 2, 1, 1))["out"]
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
@@ -398,7 +434,7 @@ def test_the_first_convolution_is_widened_as_timm_does_it(channels):
     weights = adapt_input_conv(channels, encoder.conv1[0].weight.detach())
     expected.load_state_dict({**encoder.state_dict(), "conv1.0.weight": weights})
     model = UNet(encoder, 2, freeze_encoder=True)
-    take_channels(model, channels)
+    adapt_first_conv(model, channels)
     image = torch.rand(1, channels, 64, 64)
     for found, wanted in zip(encoder.eval()(image), expected.eval()(image), strict=True):
         assert torch.equal(found, wanted)
@@ -421,13 +457,13 @@ def test_a_model_that_takes_no_other_channels_is_refused():
             )
 
     model = Fixed()
-    take_channels(model, 4)
+    adapt_first_conv(model, 4)
     with pytest.raises(InputError, match="takes no images of 4 channels"):
         check_channels(Network(model, [0.5] * 4, [1] * 4), 4)
     with pytest.raises(InputError, match="takes no images of 4 channels"):
-        take_channels(nn.Conv2d(5, 2, 1), 4)
+        adapt_first_conv(nn.Conv2d(5, 2, 1), 4)
     model = MODELS["eomt"]()
-    take_channels(model, 6)
+    adapt_first_conv(model, 6)
     with pytest.raises(InputError, match="takes no images of 6 channels"):
         check_channels(Network(model, [0.5] * 6, [1] * 6), 6)
 
@@ -448,7 +484,7 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
     write_dataset(tmp_path / "data", 4, 16, write)
     random_checkpoint(tmp_path / "random.ckpt", ImageFormat(4, 16))
     line = "predict input=data/images output=out checkpoint=random.ckpt save=[mask,geotiff]"
-    line += " unknown=0.5001"
+    line += " min_confidence=0.5001"
     assert run_command(f"{line} trainer.accelerator=cpu", tmp_path) == 0
     for i in range(8):
         with rasterio.open(tmp_path / f"out/geotiff/{i}.tif") as file:
@@ -465,10 +501,10 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
 def test_segmenter_takes_arrays_of_its_channels_alone(tmp_path):
     torch.manual_seed(0)
     model = unet(2, "resnet10t", weights=None, decoder_channels=(8,) * 5)
-    take_channels(model, 4)
+    adapt_first_conv(model, 4)
     labels, network = Labels(("ground", "field")), Network(model, [0.5] * 4, [0.2] * 4)
-    segmenter = Segmenter(network, labels, device="cpu", bands=ImageFormat(4, 16))
-    image = bands_of(np.zeros((40, 48), np.uint8), 4, 16, seed=0)
+    segmenter = Segmenter(network, labels, device="cpu", format=ImageFormat(4, 16))
+    image = noise_over(np.zeros((40, 48), np.uint8), 4, 16, seed=0)
     write_tiff(tmp_path / "a.tif", image)
     masks = [segmenter.predict(x).mask for x in (image, as_tensor(image), tmp_path / "a.tif")]
     assert np.array_equal(masks[0], masks[1])

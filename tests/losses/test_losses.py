@@ -1,62 +1,19 @@
+"""What holds of every loss: ignored pixels, precision, memory format, several processes."""
+
 import inspect
-import logging
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
-import scipy.ndimage
 import torch
-from sklearn.metrics import jaccard_score
-from sklearn.utils.class_weight import compute_class_weight
+from losses_for_tests import LOSSES, NUM_CLASSES, one_hot, small_batch, value_and_gradient
 from torch import Tensor, nn
 
 from seg_torch import labels, losses
 from seg_torch.errors import InputError
-from seg_torch.losses import (
-    BoundaryLoss,
-    CrossEntropyLoss,
-    DiceLoss,
-    FocalLoss,
-    LovaszSoftmaxLoss,
-    OhemCrossEntropyLoss,
-    TverskyLoss,
-    WeightedSum,
-)
-
-NUM_CLASSES = 4
-COUNTS = torch.tensor([500, 0, 100, 25])  # class 1 does not occur
-
-
-def dataset_weighted() -> CrossEntropyLoss:
-    loss = CrossEntropyLoss(weights="dataset")
-    loss.set_pixel_counts(COUNTS)
-    return loss
-
-
-LOSSES = {
-    "ce": CrossEntropyLoss,
-    "ce_list": lambda: CrossEntropyLoss(weights=[0.5, 2.0, 1.0, 3.0]),
-    "ce_dataset": dataset_weighted,
-    "ce_image": lambda: CrossEntropyLoss(weights="image"),
-    "dice": DiceLoss,
-    "dice_image": lambda: DiceLoss(weights="image"),
-    "ce_dice": lambda: WeightedSum([CrossEntropyLoss(), DiceLoss()], [1.0, 0.5]),
-    "ce_smoothed": lambda: CrossEntropyLoss(label_smoothing=0.1),
-    "focal": FocalLoss,
-    "focal_half": lambda: FocalLoss(gamma=0.5),  # whose power has an infinite slope at 0
-    "focal_image": lambda: FocalLoss(weights="image"),
-    "tversky": TverskyLoss,
-    "focal_tversky": lambda: TverskyLoss(gamma=4 / 3),
-    "lovasz": LovaszSoftmaxLoss,
-    "ohem": lambda: OhemCrossEntropyLoss(threshold=1e-3, min_kept=0.5),
-    "boundary": BoundaryLoss,
-    "ohem_lovasz_dice": lambda: WeightedSum(
-        [LOSSES["ohem"](), LovaszSoftmaxLoss(), DiceLoss()], [1.0, 2.0, 0.1]
-    ),
-}
+from seg_torch.losses import base, cross_entropy
 
 
 @pytest.fixture(params=LOSSES)
@@ -66,20 +23,7 @@ def loss(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(2, NUM_CLASSES, 9, 7, generator=generator)
-    target = torch.randint(NUM_CLASSES, (2, 9, 7), generator=generator, dtype=torch.uint8)
-    target[0, :3] = 255
-    target[1, 4, 2:] = 255
-    return logits, target
-
-
-def value_and_gradient(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.clone().requires_grad_()
-    value = loss(logits, target)
-    value.backward()
-    assert logits.grad is not None
-    return value.detach(), logits.grad
+    return small_batch()
 
 
 @pytest.mark.promise(3)
@@ -248,7 +192,8 @@ def test_d13_no_loss_has_an_ignored_label_of_its_own():
     for module in modules:
         assert "ignore_index" not in inspect.signature(module).parameters
         assert not hasattr(module, "ignore_index")
-    assert losses.IGNORE_INDEX is labels.IGNORE_INDEX
+    for module in (base, cross_entropy):
+        assert module.IGNORE_INDEX is labels.IGNORE_INDEX
 
 
 def test_d30_no_loss_waits_for_the_device(loss, batch, monkeypatch):
@@ -275,54 +220,6 @@ def test_d30_cuda_gives_the_cpus_loss_and_never_waits(loss, batch, deterministic
         torch.testing.assert_close(value.cpu(), reference, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.promise(18)
-def test_inverse_weights_are_scikit_learns_balanced_weights():
-    labels = np.repeat(np.arange(4), COUNTS.numpy())
-    expected = compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels)
-    weights = dataset_weighted().class_weights
-    np.testing.assert_allclose(weights[[0, 2, 3]].numpy(), expected, rtol=1e-6)
-    assert weights[1] == 0  # absent
-
-
-def test_median_frequency_weights_are_median_over_frequency():
-    loss = CrossEntropyLoss(weights="dataset", balance="median_frequency")
-    loss.set_pixel_counts(COUNTS)
-    # Frequencies 500, 100 and 25 of 625; their median is 100: 100/500, 100/100, 100/25.
-    torch.testing.assert_close(loss.class_weights, torch.tensor([0.2, 0.0, 1.0, 4.0]))
-
-
-def test_dataset_weights_enter_like_listed_weights(batch):
-    loss = dataset_weighted()
-    listed = CrossEntropyLoss(weights=loss.class_weights.tolist())
-    torch.testing.assert_close(loss(*batch), listed(*batch))
-
-
-@pytest.mark.promise(18)
-def test_dataset_weights_are_logged_and_stay_out_of_the_checkpoint(caplog):
-    with caplog.at_level(logging.INFO):
-        loss = dataset_weighted()
-    assert "class weights (inverse): [0.4167, 0.0, 2.0833, 8.3333]" in caplog.text
-    assert loss.state_dict() == {}
-
-
-def test_pixel_counts_are_asked_for_until_they_are_given(batch):
-    nested = WeightedSum([CrossEntropyLoss(weights="dataset"), DiceLoss()], [1, 1])
-    asking = [m for m in nested.modules() if getattr(m, "needs_pixel_counts", False)]
-    assert asking == [nested.losses[0]]
-    with pytest.raises(RuntimeError, match="set_pixel_counts"):
-        nested(*batch)
-    asking[0].set_pixel_counts(COUNTS)
-    assert not asking[0].needs_pixel_counts
-    assert nested(*batch).isfinite()
-
-
-def test_only_absent_classes_in_the_labels_is_a_finite_zero(batch):
-    logits, target = batch
-    value, gradient = value_and_gradient(dataset_weighted(), logits, torch.ones_like(target))
-    assert value == 0
-    assert torch.all(gradient == 0)
-
-
 @pytest.mark.parametrize("scale", [0.0, 100.0])
 def test_certain_and_undecided_logits_give_finite_gradients(loss, batch, scale):
     """Also where a probability is exactly 0 or 1: right, wrong, and all classes alike."""
@@ -331,241 +228,6 @@ def test_certain_and_undecided_logits_give_finite_gradients(loss, batch, scale):
         value, gradient = value_and_gradient(loss, scale * values.float(), target)
         assert value.isfinite()
         assert gradient.isfinite().all()
-
-
-# Formulas of the papers in float64, over p and t: probabilities and one-hot labels [C, pixels].
-
-
-def one_hot(target: Tensor, num_classes: int) -> Tensor:
-    return (target[:, None] == torch.arange(num_classes).view(1, -1, 1, 1)).long()
-
-
-def smoothed(p: np.ndarray, t: np.ndarray) -> float:
-    return -((0.9 * t + 0.1 / len(t)) * np.log(p)).sum(0).mean()
-
-
-def focal(p: np.ndarray, t: np.ndarray) -> float:
-    p_t = (p * t).sum(0)
-    return ((1 - p_t) ** 2 * -np.log(p_t)).mean()
-
-
-def focal_balanced(p: np.ndarray, t: np.ndarray) -> float:
-    alpha = np.arange(1, len(t) + 1)[:, None]
-    p_t = (p * t).sum(0)
-    return ((1 - p_t) ** 0.5 * -np.log(p_t) * (alpha * t).sum(0)).sum() / (alpha * t).sum()
-
-
-def tversky(p: np.ndarray, t: np.ndarray, gamma: float = 1) -> float:
-    present = t.any(1)
-    true, false = (p * t).sum(1)[present], (p * (1 - t)).sum(1)[present]
-    missed = ((1 - p) * t).sum(1)[present]
-    index = (true + 1) / (true + 0.3 * false + 0.7 * missed + 1)
-    return ((1 - index) ** (1 / gamma)).mean()
-
-
-def lovasz(p: np.ndarray, t: np.ndarray) -> float:
-    """The extension by its definition: the Jaccard loss of growing sets of wrong pixels."""
-    values = []
-    for pixels, errors in zip(t[t.any(1)] == 1, np.abs(t - p)[t.any(1)], strict=True):
-        wrong, before, total = np.zeros_like(pixels), 0.0, 0.0
-        for pixel in np.argsort(-errors):
-            wrong[pixel] = True
-            jaccard_loss = wrong.sum() / (pixels | wrong).sum()
-            total += errors[pixel] * (jaccard_loss - before)
-            before = jaccard_loss
-        values.append(total)
-    return np.mean(values)
-
-
-def ohem(p: np.ndarray, t: np.ndarray, threshold: float, min_kept: float) -> float:
-    p_t = np.sort((p * t).sum(0))
-    kept = max(math.ceil(min_kept * len(p_t)), (p_t < threshold).sum())
-    return -np.log(p_t[:kept]).mean()
-
-
-REFERENCES = {
-    "smoothing": (lambda c: CrossEntropyLoss(label_smoothing=0.1), smoothed),
-    "focal": (lambda c: FocalLoss(), focal),
-    "focal, balanced": (
-        lambda c: FocalLoss(0.5, weights=[*map(float, range(1, c + 1))]),
-        focal_balanced,
-    ),
-    "tversky": (lambda c: TverskyLoss(), tversky),
-    "focal tversky": (lambda c: TverskyLoss(gamma=4 / 3), lambda p, t: tversky(p, t, 4 / 3)),
-    "lovasz": (lambda c: LovaszSoftmaxLoss(), lovasz),
-    "ohem by threshold": (lambda c: OhemCrossEntropyLoss(), lambda p, t: ohem(p, t, 0.7, 1 / 16)),
-    "ohem of all": (
-        lambda c: OhemCrossEntropyLoss(threshold=1.0),
-        lambda p, t: ohem(p, t, 1.0, 1 / 16),
-    ),
-    "ohem by number": (
-        lambda c: OhemCrossEntropyLoss(0.001, 0.3125),
-        lambda p, t: ohem(p, t, 0.001, 0.3125),
-    ),
-}
-
-
-@pytest.mark.promise(10)
-@pytest.mark.parametrize("num_classes", [2, NUM_CLASSES, 150])
-@pytest.mark.parametrize("name", REFERENCES)
-def test_losses_are_their_papers_formulas_in_float64(name, num_classes):
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(2, num_classes, 13, 19, generator=generator)
-    target = torch.randint(num_classes - 1, (2, 13, 19), generator=generator)  # the last is absent
-    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
-    right = torch.rand(target.shape, generator=generator) < 0.5
-    logits += 8 * one_hot(target, num_classes) * right[:, None]
-    make, formula = REFERENCES[name]
-    valid = (target != 255).flatten().numpy()
-    p, t = (
-        values.double().movedim(1, 0).flatten(1).numpy()[:, valid]
-        for values in (logits.double().softmax(1), one_hot(target, num_classes))
-    )
-    value = make(num_classes)(logits, target.byte())
-    assert value.item() == pytest.approx(formula(p, t), rel=2e-6)
-
-
-def test_the_boundary_loss_is_that_of_scipys_distances():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, NUM_CLASSES, 21, 34, generator=generator)
-    noise = scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(4, 3, 21, 34)), 3)
-    target = torch.from_numpy(noise.argmax(1)).byte()
-    target[0, 5:9, 10:20] = 255
-    target[1, :, :] = 2  # a class alone
-    target[2, :, 1:] = 255
-    target[2, :, 0] = torch.arange(21) // 20  # one pixel of class 1
-    p = logits.double().softmax(1).numpy()
-    total = 0.0
-    for image, ids in enumerate(target.numpy()):
-        for c in range(NUM_CLASSES):
-            positive, negative = ids == c, (ids != c) & (ids != 255)
-            if positive.any() and negative.any():
-                # As in the authors' one_hot2dist.
-                outside = scipy.ndimage.distance_transform_edt(~positive) * negative
-                inside = (scipy.ndimage.distance_transform_edt(~negative) - 1) * positive
-                total += (p[image, c] * (outside - inside)).sum()
-    expected = total / (NUM_CLASSES * (target != 255).sum().item())
-    assert abs(expected) > 0.01
-    assert BoundaryLoss()(logits, target).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_distances_are_scipys_for_masks_of_every_kind():
-    rng = np.random.default_rng(0)
-    for shape in ((1, 1), (1, 40), (40, 1), (33, 20), (20, 33)):
-        for share in (0.01, 0.5, 1.0):
-            mask = rng.random(shape) < share
-            mask[0, -1] = True
-            expected = scipy.ndimage.distance_transform_edt(~mask)
-            found = losses._distances(torch.from_numpy(mask))
-            np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert losses._distances(torch.zeros(4, 5, dtype=torch.bool)).min() >= 9
-
-
-def test_lovasz_of_decided_pixels_is_one_minus_the_iou(batch):
-    """At the corners of its domain the extension is the function itself."""
-    prediction = torch.randint(NUM_CLASSES, (2, 9, 7), generator=torch.Generator().manual_seed(3))
-    target = batch[1]
-    valid = target != 255
-    iou = jaccard_score(target[valid], prediction[valid], average="macro")
-    value = LovaszSoftmaxLoss()(1e4 * one_hot(prediction, NUM_CLASSES).float(), target)
-    assert value.item() == pytest.approx(1 - iou, rel=1e-6)
-
-
-def test_tversky_of_equal_prices_is_dice(batch):
-    tversky = TverskyLoss(alpha=0.5, beta=0.5, smooth=1.0)
-    torch.testing.assert_close(tversky(*batch), DiceLoss(smooth=2.0)(*batch))
-
-
-def test_a_focal_loss_without_focus_is_cross_entropy(batch):
-    torch.testing.assert_close(FocalLoss(gamma=0)(*batch), CrossEntropyLoss()(*batch))
-    weights = [0.5, 2.0, 1.0, 3.0]
-    weighted = FocalLoss(gamma=0, weights=weights)(*batch)
-    torch.testing.assert_close(weighted, CrossEntropyLoss(weights=weights)(*batch))
-
-
-# Two images of 2 x 2 pixels. With logits (ln 3, 0) the probabilities are 3/4 and 1/4.
-TWO_IMAGES = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1).expand(2, 2, 2, 2)
-# First image: three pixels of class 0, one of class 1. Second: one of class 1, the rest ignored.
-TWO_LABELS = torch.tensor([[[0, 0], [0, 1]], [[1, 255], [255, 255]]], dtype=torch.uint8)
-
-
-def test_image_weights_by_hand():
-    # First image: weights (4 - 3)/4 = 1/4 and (4 - 1)/4 = 3/4; second: class 1 has (1 - 1)/1 = 0.
-    # Five valid pixels: 3 * 1/4 * -ln(3/4), 1 * 3/4 * -ln(1/4) and 0.
-    expected = (3 * 0.25 * -math.log(0.75) + 0.75 * -math.log(0.25) + 0) / 5
-    value = CrossEntropyLoss(weights="image")(TWO_IMAGES, TWO_LABELS)
-    assert value.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_dice_by_hand():
-    # Five valid pixels with probabilities 3/4 and 1/4; three of class 0 and two of class 1.
-    # Class 0: (2 * 3 * 3/4 + 1) / (5 * 3/4 + 3 + 1) = 5.5 / 7.75
-    # Class 1: (2 * 2 * 1/4 + 1) / (5 * 1/4 + 2 + 1) = 2 / 4.25
-    expected = 1 - (5.5 / 7.75 + 2 / 4.25) / 2
-    value = DiceLoss(smooth=1.0)(TWO_IMAGES, TWO_LABELS)
-    assert value.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_image_weighted_dice_by_hand():
-    # Weights as above: 1/4 for three pixels, 3/4 for the fourth, and 0 for the second image's.
-    # Intersection: 3 * 1/4 * 3/4 + 3/4 * 1/4 = 3/4; labels and predictions: 3/2 each.
-    expected = 1 - (2 * 3 / 4 + 1) / (3 / 2 + 3 / 2 + 1)
-    value = DiceLoss(smooth=1.0, weights="image")(TWO_IMAGES, TWO_LABELS)
-    assert value.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_image_weighted_dice_of_one_class_only_is_a_finite_zero(batch):
-    logits, target = batch  # one class has weight (n - n) / n = 0
-    for smooth in (0.0, 1.0):
-        loss = DiceLoss(smooth=smooth, weights="image")
-        value, gradient = value_and_gradient(loss, logits, torch.ones_like(target))
-        assert value == 0
-        assert torch.all(gradient == 0)
-
-
-def test_dice_leaves_absent_classes_out():
-    # One class, certain and right: its Dice is 1, and the absent ones do not drag the mean down.
-    logits = torch.zeros(1, 3, 8, 8)
-    logits[:, 2] = 100
-    target = torch.full((1, 8, 8), 2, dtype=torch.uint8)
-    assert DiceLoss()(logits, target).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_weighted_sum_adds_up(batch):
-    expected = 2 * CrossEntropyLoss()(*batch) + 0.5 * DiceLoss()(*batch)
-    total = WeightedSum([CrossEntropyLoss(), DiceLoss()], [2, 0.5])(*batch)
-    torch.testing.assert_close(total, expected)
-
-
-def test_weighted_sum_refuses_lists_of_different_length():
-    with pytest.raises(InputError, match="2 losses and 1 weights"):
-        WeightedSum([CrossEntropyLoss(), DiceLoss()], [1.0])
-
-
-def test_wrong_number_of_weights_is_refused(batch):
-    with pytest.raises(InputError, match="2 class weights for 4 classes"):
-        CrossEntropyLoss(weights=[1.0, 2.0])(*batch)
-
-
-def test_impossible_settings_are_refused():
-    with pytest.raises(InputError, match="'datset'; use null, dataset, image"):
-        CrossEntropyLoss(weights="datset")
-    with pytest.raises(InputError, match="'median'; use inverse or median_frequency"):
-        CrossEntropyLoss(weights="dataset", balance="median")
-    with pytest.raises(InputError, match="finite"):
-        CrossEntropyLoss(weights=[1.0, float("nan")])
-    with pytest.raises(InputError, match="'dataset'; the Dice loss takes null or image"):
-        DiceLoss(weights="dataset")
-    for make, message in (
-        (lambda: CrossEntropyLoss(label_smoothing=1.0), "label_smoothing is 1.0"),
-        (lambda: FocalLoss(gamma=-1), "gamma is -1"),
-        (lambda: TverskyLoss(alpha=-0.1), "are -0.1, 0.7 and 1.0"),
-        (lambda: TverskyLoss(gamma=0), "are 0.3, 0.7 and 0"),
-        (lambda: OhemCrossEntropyLoss(threshold=0), "threshold is 0"),
-        (lambda: OhemCrossEntropyLoss(min_kept=100000), "min_kept is 100000"),
-    ):
-        with pytest.raises(InputError, match=message):
-            make()
 
 
 @pytest.mark.promise(1)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seg_torch.data.transforms import resize_image
 from seg_torch.errors import InputError
 from seg_torch.images.read import read_image
+from seg_torch.images.resize import resize_image
 from seg_torch.labels import Labels, encode_segmap
 from seg_torch.models.network import Network
 from seg_torch.prediction.segmenter import Segmentation, Segmenter

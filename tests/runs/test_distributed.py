@@ -20,9 +20,9 @@ from torch.nn import SyncBatchNorm
 from seg_torch import Segmenter
 from seg_torch.checkpoints import checkpoint
 from seg_torch.commands.evaluate import evaluate
-from seg_torch.commands.train import _announce, _task
+from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
-from seg_torch.training.trainer import build_trainer
+from seg_torch.training import build, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,16 +91,18 @@ def test_three_processes_score_uneven_and_empty_shards_as_one_does(of_three, cas
 def test_several_gpus_synchronise_batchnorm_and_say_so(small, device, tmp_path, caplog):
     caplog.set_level("INFO")
     cfg = small("train", "trainer.accumulate_grad_batches=3")
+    processes: Any = SimpleNamespace(count=2, device=torch.device(device))
     trainer: Any = SimpleNamespace(
+        is_global_zero=True,
         world_size=2,
         precision="32-true",
         accumulate_grad_batches=3,
         strategy=SimpleNamespace(root_device=torch.device(device)),
     )
     data = instantiate(cfg.data, _convert_="all")
-    task = _task(cfg, data, trainer, tmp_path, None)
-    _announce(cfg, trainer, task, data, tmp_path)
-    layers = several_processes.batchnorms(task)
+    network = build.build_network(cfg, data, None, processes)
+    run.begin(cfg, tmp_path, trainer, network, data)
+    layers = several_processes.batchnorms(network)
     assert layers
     assert all(isinstance(layer, SyncBatchNorm) == (device == "cuda") for layer in layers)
     assert ("2 processes, synchronised BatchNorm" in caplog.text) == (device == "cuda")
@@ -274,4 +276,4 @@ def test_a_process_too_many_is_refused(tmp_path, monkeypatch):
     for name, value in {**two, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="torchrun has started 2 processes"):
-        build_trainer(OmegaConf.create({"accelerator": "cpu", "devices": 1, "precision": 32}))
+        Processes(OmegaConf.create({"accelerator": "cpu", "devices": 1, "num_nodes": 1}))

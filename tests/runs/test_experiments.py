@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import make_data
@@ -23,15 +24,15 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter, datasets
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
-from seg_torch.data.module import EpochSampler
+from seg_torch.data.sampling import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
+from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
 from seg_torch.training.task import SegmentationTask
 
 FEW = ("data.dataset.train=2", "data.dataset.val=1", "data.dataset.test=1")
@@ -126,7 +127,7 @@ RUNS = {
     "coco_stuff": ("coco_stuff", ["data=coco_stuff", "model=unet_random", "loss=tversky"]),
     "voc_sbd": ("voc_sbd", ["data=voc_sbd", "model=unet_random", "loss=focal_tversky"]),
     "clothing": ("clothing", ["data=clothing", "model=unet_random", "loss=ce_boundary"]),
-    "own": ("camvid", ["data=camvid", "loss=own", *SMALL_MASK2FORMER]),
+    "own": ("camvid", ["data=camvid", "loss=model", *SMALL_MASK2FORMER]),
     "auto": ("auto", ["data=auto", "model=unet_random"]),
 }
 # Formats that differ from the others in how masks are read alone: test_annotations.py loads
@@ -166,7 +167,8 @@ def command_line(name: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_confusion_matrix(monkeypatch) -> None:
     """Drawing one takes five seconds for 171 classes; tests/test_visualize.py has its tests."""
-    monkeypatch.setattr("seg_torch.training.trainer.save_confusion_matrix", lambda *_: None)
+    figure = SimpleNamespace(savefig=lambda path: Path(path).touch())
+    monkeypatch.setattr("seg_torch.evaluation.results.confusion_matrix", lambda *_: figure)
 
 
 @pytest.fixture
@@ -367,7 +369,7 @@ def test_dinov2_is_trained_by_the_published_recipe(name, compose):
     task = SegmentationTask(
         network,
         Labels(tuple("abcd")),
-        Inference(network, 4),
+        CrossEntropyLoss(),
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
     )
     task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -494,7 +496,8 @@ def test_only_the_training_split_is_eightfold(tmp_path):
     ]
     assert sizes == [8 * 4, 2, 2]
     train = datasets.eightfold(datasets.clothing, "train", 32, root=tmp_path)
-    assert [pair.name for pair in train.pairs] == 8 * [pair.name for pair in train.dataset.pairs]
+    names = [train.name(index, "name") for index in range(len(train))]
+    assert names == 8 * [pair.name for pair in train.dataset.pairs]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

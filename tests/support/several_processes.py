@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets import base, folder, shapes, write_folder
+from seg_torch.distributed import Processes
+from seg_torch.evaluation.scorer import Scorer
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models.network import Network, synchronise_batchnorm
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.task import SegmentationTask
 from seg_torch.training.trainer import build_trainer
 
@@ -60,25 +62,22 @@ class ReadsNumbers(nn.Module):
 
 def scored(length: int, batch_size: int, devices: int | str = "auto") -> dict:
     """The scores of validation and test, as this process knows them."""
-    settings = {"accelerator": "cpu", "devices": devices, "precision": "32-true"}
-    trainer = build_trainer(OmegaConf.create(settings))
+    settings = {"accelerator": "cpu", "devices": devices, "num_nodes": 1, "precision": "32-true"}
+    cfg = OmegaConf.create({"trainer": settings})
+    trainer = build_trainer(cfg, Processes(cfg.trainer), Path("."))
     data = SegmentationDataModule(
         lambda split: Numbers(length), eval_batch_size=batch_size, num_workers=0
     )
     network = Network(ReadsNumbers())
-    task = SegmentationTask(
-        network,
-        Numbers.labels,
-        Inference(network, 3, precision="32-true"),
-        loss=CrossEntropyLoss(),
-        average_precision=True,
-        boundary=True,
-    )
+    task = SegmentationTask(network, Numbers.labels, CrossEntropyLoss(), torch.optim.SGD)
     trainer.validate(task, datamodule=data, verbose=False)
     validation = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    trainer.test(task, datamodule=data, verbose=False)
-    images = {name: np.nan_to_num(values).tolist() for name, values in task.test_images.items()}
-    return {"validation": validation, "test": task.test_report, "images": images}
+    inference = Inference(network, 3, settings=InferenceSettings(precision="32-true"))
+    scorer = Scorer(inference, Numbers.labels, average_precision=True, boundary=True)
+    trainer.test(scorer, datamodule=data, verbose=False)
+    results = scorer.results
+    images = {name: np.nan_to_num(values).tolist() for name, values in results.images.items()}
+    return {"validation": validation, "test": results.scores, "images": images}
 
 
 # BatchNorm

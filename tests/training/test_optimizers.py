@@ -15,7 +15,6 @@ from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3, fcn, hrnet, lraspp, smp, transformers, unet, vit
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
 from seg_torch.training.optimizers import parameter_groups
 from seg_torch.training.schedulers import cosine, one_cycle, poly
 from seg_torch.training.task import SegmentationTask
@@ -150,7 +149,6 @@ def test_every_schedule_multiplies_all_groups_and_warms_up_linearly(name, accumu
     task = SegmentationTask(
         network,
         Labels(("a", "b")),
-        Inference(network, 2),
         CrossEntropyLoss(),
         optimizer=partial(Rates, lr=0.1, encoder_lr=0.5),
         scheduler=make,

@@ -1,13 +1,15 @@
 """Learning-rate schedules: their rates, when they are stepped, and wrong settings."""
 
+import csv
 import io
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import ListConfig, OmegaConf
 from torch.optim import SGD, Optimizer
@@ -21,8 +23,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from seg_torch.cli.main import CONFIG_FOLDER
+from seg_torch.commands.train import train
 from seg_torch.errors import InputError
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.training.optimizers import PARTS
 from seg_torch.training.schedulers import cosine, one_cycle, poly, scheduler_config
 
@@ -232,3 +235,27 @@ def test_d35_usual_settings_of_optimizers_are_listed_with_torchs_defaults(path, 
         assert not isinstance(value, ListConfig)  # checkpoints hold only plain data
         if key not in chosen:
             assert value == torchs[key] or tuple(value) == torchs[key], key
+
+
+@pytest.mark.parametrize(("scheduler", "power"), [("poly", 0.9), ("none", 0)])
+def test_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path, scheduler, power):
+    """In warm-up, too: the first four steps have a quarter, a half, ... of the scheduled rate."""
+    used = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, task, optimizer):
+            used.append(optimizer.param_groups[0]["lr"])
+
+    settings = ("logger=csv", "warmup_steps=4", "trainer.log_every_n_steps=1")
+    cfg = small("train", f"scheduler={scheduler}", *settings)
+    with mock.patch("seg_torch.training.build.StopOnDivergence", return_value=Watch()):
+        train(cfg)
+    rows = list(csv.DictReader((tmp_path / "run/csv/metrics.csv").open()))
+    (column,) = (name for name in rows[0] if name.startswith("lr-"))
+    assert [float(row[column]) for row in rows if row[column]] == pytest.approx(used)
+    rate = cfg.optimizer.lr
+    scheduled = [rate * (1 - step / 6) ** power * min(1, (step + 1) / 4) for step in range(6)]
+    assert used == pytest.approx(scheduled)
+    # After the epoch's three steps that of the fourth, which is the last of the warm-up.
+    first = next(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    assert float(first["learning_rate"]) == pytest.approx(scheduled[3])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET
 from forked import Forked
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -21,24 +22,26 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
 from seg_torch.datasets import shapes
+from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction.segmenter import Segmenter
-from seg_torch.training.trainer import (
-    AtomicCheckpointIO,
-    build_trainer,
-    on_first_process,
-    run_folder,
-)
+from seg_torch.training.trainer import AtomicCheckpointIO, build_trainer
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"encoder": "resnet18", "weights": None, "decoder_channels": [8, 8, 8, 8, 8]}
 
 
 def settings(**others) -> DictConfig:
-    return OmegaConf.create({"accelerator": "cpu", "devices": 1, "precision": "32-true", **others})
+    plain = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true"}
+    return OmegaConf.create({**plain, **others})
+
+
+def trainer_of(folder: Path = Path("run"), **others: Any) -> Trainer:
+    cfg = OmegaConf.create({"trainer": settings(**others)})
+    return build_trainer(cfg, Processes(cfg.trainer), folder)
 
 
 # Devices
@@ -87,7 +90,7 @@ def test_d19_a_gpu_that_is_not_there_is_refused_before_anything_is_written(
 )
 def test_what_lightning_does_not_take_is_an_error_of_the_user(wrong):
     with pytest.raises(InputError, match="trainer"):
-        build_trainer(settings(**wrong))
+        trainer_of(**wrong)
 
 
 def test_d20_a_requeued_job_of_slurm_looks_for_its_state_in_the_folder_of_the_run(
@@ -96,9 +99,9 @@ def test_d20_a_requeued_job_of_slurm_looks_for_its_state_in_the_folder_of_the_ru
     """Another run's `hpc_ckpt` in the current folder would be resumed without a word."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
-    trainer = build_trainer(settings())
+    trainer = trainer_of(Path("."))
     assert trainer._checkpoint_connector._hpc_resume_path, "Lightning does not look there"
-    assert run_folder(trainer, OmegaConf.create({"output_dir": "runs/a"})) == Path("runs/a")
+    trainer = trainer_of(Path("runs/a"))
     assert Path(trainer.default_root_dir) == Path("runs/a")
     assert trainer._checkpoint_connector._hpc_resume_path is None
 
@@ -146,7 +149,7 @@ def test_lightning_saves_checkpoints_that_way(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "seg_torch.training.trainer.write_atomically", lambda path, write: saved.append(Path(path))
     )
-    trainer = build_trainer(settings())
+    trainer = trainer_of()
     trainer.strategy.save_checkpoint({}, tmp_path / "a.ckpt")
     assert saved == [tmp_path / "a.ckpt"]
 
@@ -160,7 +163,7 @@ def test_an_error_of_the_only_process_is_raised_as_it_is(error):
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        on_first_process(build_trainer(settings()), fail)
+        Processes(settings()).first(fail)
 
 
 # train.py, and what each process counts and is told, written beside the run.
@@ -171,7 +174,7 @@ from seg_torch.cli.main import main
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.training.task import SegmentationTask
-import seg_torch.commands.train as command
+from seg_torch.distributed import Processes
 
 notes = Path(os.environ["NOTES"])
 def note(what, value):
@@ -186,11 +189,12 @@ def pixel_counts(self):
 def set_pixel_counts(self, counts):
     note("given", counts.tolist())
     take(self, counts)
-def run_folder(trainer, cfg):
-    own = cfg.output_dir
-    note("folder", [own, str(choose(trainer, cfg)), cfg.output_dir])
-    return Path(cfg.output_dir)
-choose, command.run_folder = command.run_folder, run_folder
+def same(self, value):
+    agreed = choose(self, value)
+    if isinstance(value, str):
+        note("folder", [value, agreed])
+    return agreed
+choose, Processes.same = Processes.same, same
 SegmentationDataModule.pixel_counts = pixel_counts
 CrossEntropyLoss.set_pixel_counts = set_pixel_counts
 def training_step(self, batch, index):
@@ -257,7 +261,7 @@ def test_d20_two_processes_make_one_run_whose_name_differs_between_them(run_of_t
     (run,) = (run_of_two / "runs").iterdir()
     ((first, *chosen),), ((second, *told),) = noted(run_of_two, "folder")
     assert first != second, "nothing to agree on"
-    assert chosen == told == [first, first] == [f"runs/{run.name}"] * 2
+    assert chosen == told == [first] == [f"runs/{run.name}"]
     assert list(run_of_two.rglob("config.yaml")) == [run / "config.yaml"]
     assert (run / "checkpoints/best.ckpt").is_file()
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
@@ -402,7 +406,7 @@ def test_batches_of_another_shape_are_not_compiled_nor_is_a_copy(compiler):
 )
 def test_what_cannot_be_compiled_or_repeated_is_refused(wrong, message):
     with pytest.raises(InputError, match=message):
-        build_trainer(settings(**wrong))
+        trainer_of(**wrong)
 
 
 def test_a_model_that_cannot_be_compiled_is_an_error_of_the_user(small, monkeypatch):

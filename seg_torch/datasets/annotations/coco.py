@@ -11,28 +11,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
-    Annotated,
-    AnnotatedDataset,
-    Annotations,
-    ImageFiles,
-    annotated,
-    checked_points,
-    choose_split,
-    collected,
-    draw_pixels,
-    encoded,
-    folder_of,
-    name_of,
-    parsing,
-    read_json,
-    read_once,
-    split_of,
-)
+from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX
 
 
 def coco(
@@ -41,7 +24,7 @@ def coco(
     background: str | None = "background",
     val_fraction: float = 0.2,
     seed: int = 0,
-) -> AnnotatedDataset:
+) -> annotated.AnnotatedDataset:
     """Return images with COCO annotations (Lin et al., ECCV 2014).
 
     `root` holds one or several JSON files, itself or in folders such as `annotations` or `train`,
@@ -69,16 +52,13 @@ def coco(
         InputError: The split is unknown, there are no annotations, a file is malformed, or images
             or categories are missing.
     """
-    base.check_split(split)
     home, files = _files(root, "COCO annotations", "instances", "annotations.json and its images")
-    return annotated(
-        home, read_once(_read, home, files), draw_coco, split, background, val_fraction, seed
-    )
+    return annotated.dataset(home, files, _read, _draw, split, background, val_fraction, seed)
 
 
 def coco_panoptic(
     root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0
-) -> AnnotatedDataset:
+) -> annotated.AnnotatedDataset:
     """Return images with COCO panoptic annotations (Kirillov et al., CVPR 2019).
 
     `root` holds JSON files such as `annotations/panoptic_train2017.json`, of each the PNG files in
@@ -98,19 +78,15 @@ def coco_panoptic(
     Raises:
         InputError: As `coco`, or a PNG file is missing.
     """
-    base.check_split(split)
     home, files = _files(
         root, "COCO panoptic", "panoptic", "panoptic_train.json, its PNG files and the images"
     )
-    samples, names = read_once(_read_panoptic, home, files)
-    with parsing(home, "categories: "):
-        labels = Labels(tuple(names))
-    chosen = choose_split(home, samples, split, val_fraction, seed)
-    values = {name: value for value, name in enumerate(names)}
-    return PanopticDataset(chosen, labels, draw_coco, values, IGNORE_INDEX)
+    return annotated.dataset(
+        home, files, _read_panoptic, _draw, split, None, val_fraction, seed, PanopticDataset
+    )
 
 
-class PanopticDataset(AnnotatedDataset):
+class PanopticDataset(annotated.AnnotatedDataset):
     """Images with masks of segments, whose ids are the colours of a PNG file."""
 
     def mask(self, index: int) -> np.ndarray:
@@ -122,19 +98,19 @@ class PanopticDataset(AnnotatedDataset):
         path = self.pairs[index].mask
         with opened(path, "a mask") as image:
             red, green, blue = np.moveaxis(np.array(image.convert("RGB"), np.int32), 2, 0)
-        segments, places = np.unique(red + 256 * green + 65536 * blue, return_inverse=True)
+        segments, inverse = np.unique(red + 256 * green + 65536 * blue, return_inverse=True)
         ids = {0: IGNORE_INDEX} | {i: self.values[name] for name, i in self.shapes(index)}
         unknown = [i for i in segments.tolist() if i not in ids]
         if unknown:
             raise InputError(f"{path}: segments {unknown[:5]} are not in the segments_info")
         table = np.array([ids[i] for i in segments.tolist()], np.uint8)
-        return table[places].reshape(red.shape)
+        return table[inverse].reshape(red.shape)
 
 
 def _files(root: str | Path, dataset: str, prefix: str, expected: str) -> tuple[Path, list[str]]:
     """Return the folder and its JSON files: those of the prefix where there are any."""
     source = "export COCO JSON with images from the annotation tool and unpack it there"
-    home, files = folder_of(root, dataset, (".json",), expected, source)
+    home, files = annotated.files_in(root, (".json",), dataset, expected, source)
     named = [file for file in files if posixpath.basename(file).startswith(f"{prefix}_")]
     return home, named or files
 
@@ -145,16 +121,10 @@ def is_coco(content: Any) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(p), list) for p in parts)
 
 
-def _contents(home: Path, files: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what the COCO files among others hold."""
-    contents = {file: read_json(home / file) for file in files}
-    contents = {file: content for file, content in contents.items() if is_coco(content)}
-    if not contents:
-        raise InputError(
-            f"{home}: {', '.join(files[:5])} hold no COCO dataset, which has the lists images, "
-            "annotations and categories"
-        )
-    return contents
+def _contents(folder: annotated.AnnotatedFolder) -> dict[str, dict[str, Any]]:
+    """Return what the COCO files of a folder hold."""
+    what = "COCO dataset, which has the lists images, annotations and categories"
+    return dict(folder.contents(is_coco, what))
 
 
 def _categories(home: Path, contents: Mapping[str, dict[str, Any]]) -> dict[int, str]:
@@ -176,33 +146,28 @@ def _categories(home: Path, contents: Mapping[str, dict[str, Any]]) -> dict[int,
     return {i: names[i] for i in sorted(names) if i in used or names[i] not in groups}
 
 
-def _read(home: Path, files: list[str]) -> Annotations:
+def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files."""
-    contents = _contents(home, files)
-    categories, images = _categories(home, contents), ImageFiles(home)
-    samples: list[Annotated] = []
-    problems: list[str] = []
+    contents = _contents(folder)
+    categories = _categories(folder.home, contents)
     for file, content in contents.items():
-        with parsing(home / file, "images: "):
+        with parsing(folder.home / file, "images: "):
             sizes = {i["id"]: (int(i["width"]), int(i["height"])) for i in content["images"]}
         shapes: dict[Any, list[tuple[float, str, Any]]] = {number: [] for number in sizes}
         for annotation in content["annotations"]:
-            with collected(problems), parsing(home / file, f"annotation {annotation.get('id')}: "):
+            with folder.part(file, f"annotation {annotation.get('id')}: "):
                 image = annotation["image_id"]
                 if image not in sizes:
                     raise InputError(f"image {image} is not in the images")
                 order, name = _order_and_class(annotation, categories, sizes[image])
                 shapes[image].append((order, name, annotation["segmentation"]))
         for image in content["images"]:
-            with collected(problems), parsing(home / file, f"image {image['id']}: "):
-                path = images.find(image["file_name"], file)
+            with folder.part(file, f"image {image['id']}: "):
+                path = folder.find_image(image["file_name"], file)
                 ordered = sorted(shapes[image["id"]], key=lambda shape: shape[0])
-                drawn = encoded([(name, shape) for _, name, shape in ordered])
-                place = f"{home}/{path}", f"{home}/{file}"
-                size = sizes[image["id"]]
-                samples.append(Annotated(name_of(path), *place, drawn, split_of(file), size))
-    base.refuse(problems, f"problems in the annotations of {home}")
-    return Annotations(samples, list(dict.fromkeys(categories.values())))
+                named = [(name, shape) for _, name, shape in ordered]
+                folder.add(path, path, file, named, split_of(file), sizes[image["id"]])
+    return list(dict.fromkeys(categories.values()))
 
 
 def _order_and_class(
@@ -233,34 +198,28 @@ def _encoded(shape: Any, width: int, height: int) -> dict[str, Any]:
     return shape
 
 
-def draw_coco(mask: Image.Image, value: int, shape: Any) -> None:
+def _draw(mask: Image.Image, value: int, shape: Any) -> None:
     """Draw a COCO segmentation: a list of polygons, or run lengths."""
     if isinstance(shape, list):
         for ring in shape:
-            checked_points(mask, ring, 3)
-    draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
+            drawing.checked_points(mask, ring, 3)
+    drawing.draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
 
 
-def _read_panoptic(home: Path, files: list[str]) -> Annotations:
+def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files; their shapes are the ids of the segments."""
-    contents = _contents(home, files)
-    categories, images = _categories(home, contents), ImageFiles(home)
-    samples: list[Annotated] = []
-    problems: list[str] = []
+    contents = _contents(folder)
+    categories = _categories(folder.home, contents)
     for file, content in contents.items():
-        with parsing(home / file, "images: "):
+        with parsing(folder.home / file, "images: "):
             file_names = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
-            place = f"image {annotation.get('image_id')}: "
-            with collected(problems), parsing(home / file, place):
-                path = images.find(file_names[annotation["image_id"]], file)
-                png = images.find(f"{Path(file).stem}/{annotation['file_name']}", file)
+            with folder.part(file, f"image {annotation.get('image_id')}: "):
+                path = folder.find_image(file_names[annotation["image_id"]], file)
+                png = folder.find_image(f"{Path(file).stem}/{annotation['file_name']}", file)
                 segments = [
                     (categories[segment["category_id"]], segment["id"])
                     for segment in annotation["segments_info"]
                 ]
-                shapes = encoded(segments)
-                paths = f"{home}/{path}", f"{home}/{png}"
-                samples.append(Annotated(name_of(path), *paths, shapes, split_of(file)))
-    base.refuse(problems, f"problems in the annotations of {home}")
-    return Annotations(samples, list(dict.fromkeys(categories.values())))
+                folder.add(path, path, png, segments, split_of(file))
+    return list(dict.fromkeys(categories.values()))

@@ -12,25 +12,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageDraw
 
-from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
-    Annotated,
-    AnnotatedDataset,
-    Annotations,
-    ImageFiles,
-    annotated,
-    checked_points,
-    collected,
-    draw_pixels,
-    draw_polygon,
-    encoded,
-    folder_of,
-    name_of,
-    parsing,
-    read_json,
-    read_once,
-    split_of,
-)
+from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations.reading import split_of
 from seg_torch.errors import InputError
 
 # The kinds of regions that have an area, and where their class is.
@@ -44,7 +27,7 @@ def label_studio(
     background: str | None = "background",
     val_fraction: float = 0.2,
     seed: int = 0,
-) -> AnnotatedDataset:
+) -> annotated.AnnotatedDataset:
     """Return images annotated with Label Studio.
 
     `root` holds the file of the export "JSON" (not JSON-MIN) and the images, in any folder, with
@@ -72,12 +55,11 @@ def label_studio(
         InputError: The split is unknown, there is no export, it is malformed, or an image is
             missing.
     """
-    base.check_split(split)
     source = "export JSON from Label Studio, and put it and the images there"
-    home, files = folder_of(root, "A Label Studio export", (".json",), "project.json", source)
-    annotations = read_once(_read, home, files)
-    options = split, background, val_fraction, seed
-    return annotated(home, annotations, draw_label_studio, *options)
+    home, files = annotated.files_in(
+        root, (".json",), "A Label Studio export", "project.json", source
+    )
+    return annotated.dataset(home, files, _read, _draw, split, background, val_fraction, seed)
 
 
 def is_label_studio(content: Any) -> bool:
@@ -87,35 +69,23 @@ def is_label_studio(content: Any) -> bool:
     return bool(tasks) and all(isinstance(task, dict) and parts <= task.keys() for task in tasks)
 
 
-def _read(home: Path, files: list[str]) -> Annotations:
+def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all tasks of the files that hold some."""
-    images = ImageFiles(home)
-    found: set[str] = set()
-    samples: list[Annotated] = []
-    problems: list[str] = []
-    for file in files:
-        content = read_json(home / file)
-        if not is_label_studio(content):
-            continue
+    names: set[str] = set()
+    for file, content in folder.contents(is_label_studio, "annotated tasks of Label Studio"):
         for task in content:
-            with collected(problems), parsing(home / file, f"task {task.get('id')}: "):
+            with folder.part(file, f"task {task.get('id')}: "):
                 results = _results(task["annotations"])
                 if results is None:
                     continue
                 regions = [r for r in results if r["type"] in (*KINDS, *WITHOUT_LABEL)]
                 shapes = [_shape(region) for region in regions]
                 sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
-                path = _image(images, task["data"], file)
-                place = f"{home}/{path}", f"{home}/{file}"
+                path = _image(folder, task["data"], file)
                 size = sizes[0] if sizes else (0, 0)
-                samples.append(
-                    Annotated(name_of(path), *place, encoded(shapes), split_of(file), size)
-                )
-                found |= {name for name, _ in shapes}
-    base.refuse(problems, f"problems in the annotations of {home}")
-    if not samples:
-        raise InputError(f"{home}: {', '.join(files[:5])} hold no annotated tasks of Label Studio")
-    return Annotations(samples, sorted(found))
+                folder.add(path, path, file, shapes, split_of(file), size)
+                names |= {name for name, _ in shapes}
+    return sorted(names)
 
 
 def _results(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -137,25 +107,27 @@ def _shape(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return value[kind][0], {"kind": kind, **value}
 
 
-def _image(images: ImageFiles, data: Mapping[str, Any], file: str) -> str:
+def _image(folder: annotated.AnnotatedFolder, data: Mapping[str, Any], file: str) -> str:
     """Return the path of a task's image: its own name, or the one that it was uploaded with."""
     # `image` is the name in Label Studio's templates.
     address = data.get("image") or next(text for text in data.values() if isinstance(text, str))
     name = posixpath.basename(unquote(address.split("?d=")[-1]).replace("\\", "/"))
     uploaded = re.sub(r"^[0-9a-f]{8}-", "", name)
-    return images.find(name if name in images.by_name else uploaded, file)
+    return folder.find_image(name if name in folder.images else uploaded, file)
 
 
-def draw_label_studio(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
+def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw a region; all of its lengths are percentages of the image's sides."""
     kind, size, draw = shape["kind"], np.array(mask.size), ImageDraw.Draw(mask)
     if kind == "polygonlabels":
-        draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
+        drawing.draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
     elif kind == "brushlabels":
-        draw_pixels(mask, value, decode_brush(shape["rle"], mask.height, mask.width) >= 128)
+        drawing.draw_pixels(mask, value, decode_brush(shape["rle"], mask.height, mask.width) >= 128)
     else:
         # What is turned or round may go over the edge, but begins inside.
-        (start,) = checked_points(mask, [np.array([shape["x"], shape["y"]]) * size / 100], 1)
+        (start,) = drawing.checked_points(
+            mask, [np.array([shape["x"], shape["y"]]) * size / 100], 1
+        )
         if kind == "ellipselabels":
             radii = np.array([shape["radiusX"], shape["radiusY"]]) * size / 100
             angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
@@ -190,12 +162,12 @@ def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
     """
     bits = np.unpackbits(np.array(content, np.uint8))
     text = (bits + ord("0")).tobytes()
-    place = 0
+    offset = 0
 
     def number(length: int) -> int:
-        nonlocal place
-        place += length
-        return int(text[place - length : place], 2)
+        nonlocal offset
+        offset += length
+        return int(text[offset - length : offset], 2)
 
     count, bits_of_value = number(32), number(5) + 1
     if count != 4 * height * width or bits_of_value != 8:
@@ -208,10 +180,10 @@ def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:
         if repeated:
             values[start:end] = number(8)
         else:
-            own = bits[place : place + 8 * (end - start)]
-            if len(own) < 8 * (end - start):
+            each = bits[offset : offset + 8 * (end - start)]
+            if len(each) < 8 * (end - start):
                 raise InputError("the run lengths of a brush are cut off")
-            values[start:end] = np.packbits(own)
-            place += len(own)
+            values[start:end] = np.packbits(each)
+            offset += len(each)
         start = end
     return values.reshape(height, width, 4)[..., 3]

@@ -13,26 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
-    BACKGROUND,
-    IGNORED,
-    Annotated,
-    AnnotatedDataset,
-    Annotations,
-    ImageFiles,
-    annotated,
-    checked_points,
-    collected,
-    draw_pixels,
-    draw_polygon,
-    encoded,
-    folder_of,
-    name_of,
-    parsing,
-    read_json,
-    read_once,
-    split_of,
-)
+from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image, opened
 
@@ -48,7 +30,7 @@ def labelme(
     background: str | None = "background",
     val_fraction: float = 0.2,
     seed: int = 0,
-) -> AnnotatedDataset:
+) -> annotated.AnnotatedDataset:
     """Return images annotated with labelme.
 
     `root` holds a JSON file for each image, with subfolders, and the images beside them, elsewhere
@@ -75,16 +57,14 @@ def labelme(
         InputError: The split is unknown, there are no annotations, a file is malformed, an image
             is missing, or a label is not in `labels.txt`.
     """
-    base.check_split(split)
     source = "annotate images with labelme and keep its JSON files beside them"
-    home, files = folder_of(root, "labelme annotations", (".json",), "IMAGE.json", source)
-    files += ["labels.txt"] * (home / "labels.txt").is_file()
-    annotations = read_once(_read, home, files)
-    options = split, background, val_fraction, seed
-    return annotated(home, annotations, draw_labelme, *options, LabelmeDataset)
+    home, files = annotated.files_in(root, (".json",), "labelme annotations", "IMAGE.json", source)
+    return annotated.dataset(
+        home, files, _read, _draw, split, background, val_fraction, seed, LabelmeDataset
+    )
 
 
-class LabelmeDataset(AnnotatedDataset):
+class LabelmeDataset(annotated.AnnotatedDataset):
     """Images with labelme's annotations, some of which hold their image."""
 
     def image(self, index: int) -> np.ndarray:
@@ -101,47 +81,36 @@ def is_labelme(content: Any) -> bool:
     return isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys()
 
 
-def _read(home: Path, files: list[str]) -> Annotations:
+def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all files; those that are not labelme's are left out."""
-    images = ImageFiles(home)
-    listed = None
-    if files[-1] == "labels.txt":
-        listed = base.read_list(home / files.pop())
-    found: set[str] = set()
-    samples: list[Annotated] = []
-    problems: list[str] = []
-    for file in files:
-        with collected(problems):
-            content = read_json(home / file)
-            if not is_labelme(content):
-                continue
-            with parsing(home / file):
-                shapes = [
-                    (str(shape["label"]), {key: shape.get(key) for key in KEPT})
-                    for shape in content["shapes"]
-                ]
-                names = {name for name, _ in shapes}
-                if listed and not names <= {*listed}:
-                    raise InputError(f"{sorted(names.difference(listed))} are not in labels.txt")
-                image = file  # holds it
-                with suppress(InputError) if content.get("imageData") else nullcontext():
-                    image = images.find(content["imagePath"], file)
-                place = f"{home}/{image}", f"{home}/{file}"
-                size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-                of = split_of(posixpath.dirname(file))
-                samples.append(Annotated(name_of(file), *place, encoded(shapes), of, size))
-            found |= names
-    base.refuse(problems, f"problems in the annotations of {home}")
-    special = {BACKGROUND, IGNORED}
-    return Annotations(samples, listed or [*sorted(found & special), *sorted(found - special)])
+    path = folder.home / "labels.txt"
+    listed = base.read_list(path) if path.is_file() else []
+    names: set[str] = set()
+    for file, content in folder.contents(is_labelme, "annotations of labelme"):
+        with folder.part(file):
+            shapes = [
+                (str(shape["label"]), {key: shape.get(key) for key in KEPT})
+                for shape in content["shapes"]
+            ]
+            used = {name for name, _ in shapes}
+            if listed and not used <= {*listed}:
+                raise InputError(f"{sorted(used.difference(listed))} are not in labels.txt")
+            image = file  # holds it
+            with suppress(InputError) if content.get("imageData") else nullcontext():
+                image = folder.find_image(content["imagePath"], file)
+            size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
+            folder.add(file, image, file, shapes, split_of(posixpath.dirname(file)), size)
+            names |= used
+    special = {annotated.BACKGROUND, annotated.IGNORED}
+    return listed or [*sorted(names & special), *sorted(names - special)]
 
 
-def draw_labelme(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
+def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw one of labelme's shapes, as its `shape_to_mask` does."""
     kind, draw = shape["shape_type"] or "polygon", ImageDraw.Draw(mask)
     if kind in ("polygon", "oriented_rectangle"):
-        return draw_polygon(mask, value, shape["points"])
-    points = checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
+        return drawing.draw_polygon(mask, value, shape["points"])
+    points = drawing.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
     if len(points) != POINTS.get(kind, len(points)):
         raise InputError(f"a {kind} of {len(points)} points, it has {POINTS[kind]}")
     (x0, y0), (x1, y1) = points[0], points[-1]
@@ -157,7 +126,7 @@ def draw_labelme(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
             draw.circle(point, POINT_RADIUS, fill=value, outline=value)
     elif kind == "mask":
         with opened("its mask", "a mask", base64.b64decode(shape["mask"])) as image:
-            draw_pixels(mask, value, np.array(image), int(x0), int(y0))
+            drawing.draw_pixels(mask, value, np.array(image), int(x0), int(y0))
     else:
         raise InputError(f"shapes of the type {kind!r} are not known")
     return None

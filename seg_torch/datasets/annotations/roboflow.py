@@ -7,14 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
-    Annotated,
-    choose_split,
-    folder_of,
-    name_of,
-    parsing,
-    split_of,
-)
+from seg_torch.datasets.annotations.annotated import Annotated, choose_split, files_in, name_of
+from seg_torch.datasets.annotations.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -44,21 +38,20 @@ def roboflow(
         InputError: The split is unknown, there is no `_classes.csv`, two of them differ, or an
             image is missing.
     """
-    base.check_split(split)
     source = "export Semantic Segmentation Masks from Roboflow and unpack it there"
-    home, files = folder_of(root, "A Roboflow export", ("_classes.csv",), "_classes.csv", source)
+    home, files = files_in(root, ("_classes.csv",), "A Roboflow export", "_classes.csv", source)
     classes = read_csv(home / files[0])
     for file in files[1:]:
         if read_csv(home / file) != classes:
             raise InputError(f"{home / file}: other classes than in {home / files[0]}")
-    masks = base.list_files(home, (MASK,))
-    images = {name_of(f): f for f in base.list_files(home, IMAGE_SUFFIXES) if f not in masks}
-    missing = [f"{home / file}" for file in masks if file.removesuffix(MASK) not in images]
-    base.refuse(missing, "masks have no image of their name beside them")
+    masks = [file.removesuffix(MASK) for file in base.list_files(home, (MASK,))]
+    others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
+    images = {name_of(file): file for file in others}
+    missing = [f"{home / name}{MASK}" for name in masks if name not in images]
+    base.raise_problems(missing, "masks have no image of their name beside them")
     samples = [
-        Annotated(name, f"{home}/{images[name]}", f"{home}/{file}", b"", split_of(file))
-        for file in masks
-        for name in [file.removesuffix(MASK)]
+        Annotated(name, f"{home}/{images[name]}", f"{home}/{name}{MASK}", split=split_of(name))
+        for name in masks
     ]
     chosen = choose_split(home, samples, split, val_fraction, seed)
     table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(classes)})

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
+from seg_torch.datasets.annotations.annotated import (
     BACKGROUND,
     IGNORED,
     Annotated,
     choose_split,
     name_of,
 )
+from seg_torch.datasets.annotations.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
@@ -46,7 +47,6 @@ def cvat(
         InputError: The split is unknown, something is missing in `root`, a line of `labelmap.txt`
             is malformed, or a listed image or mask does not exist.
     """
-    base.check_split(split)
     source = 'export "Segmentation mask 1.1" with "Save images" from CVAT and unpack it there'
     entries = ["labelmap.txt", "JPEGImages", "SegmentationClass"]
     labelmap, *folders = base.find(root, "A CVAT export", entries, source)
@@ -79,7 +79,6 @@ def labelme_voc(
         InputError: The split is unknown, something is missing in `root`, or an image or mask does
             not exist.
     """
-    base.check_split(split)
     source = "convert labelme's annotations with its script labelme2voc.py"
     # Older versions of the script wrote arrays (.npy) to SegmentationClass.
     png = Path(root).expanduser() / "SegmentationClassPNG"
@@ -87,13 +86,11 @@ def labelme_voc(
     entries = ["class_names.txt", "JPEGImages", masks]
     classes, *folders = base.find(root, "An export of labelme2voc.py", entries, source)
     names = [name for name in base.read_list(classes) if name != IGNORED]
-    try:
-        labels = Labels(tuple("background" if name == BACKGROUND else name for name in names))
-    except InputError as error:
-        raise InputError(f"{classes}: {error}") from None
-    return base.SegmentationDataset(
-        _pairs(folders[0], folders[1], split, val_fraction, seed), labels
-    )
+    names = ["background" if name == BACKGROUND else name for name in names]
+    with parsing(classes):
+        labels = Labels(tuple(names))
+    pairs = _pairs(folders[0], folders[1], split, val_fraction, seed)
+    return base.SegmentationDataset(pairs, labels)
 
 
 def read_labelmap(path: Path) -> Labels:
@@ -114,10 +111,8 @@ def read_labelmap(path: Path) -> Labels:
     twice = sorted({tuple(colour) for colour in colours if colours.count(colour) > 1})
     if twice:
         raise InputError(f"{path}: two classes have the colour {twice[0]}, give each its own")
-    try:
+    with parsing(path):
         return Labels(tuple(names), np.array(colours).reshape(-1, 3))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _pairs(
@@ -138,11 +133,14 @@ def _pairs(
         splits = {line: name for path, name in listed.items() for line in base.read_list(path)}
     missing = [f"{masks / name}.png" for name in splits if name not in mask_files]
     missing += [f"{images / name}.jpg" for name in splits if name not in image_files]
-    base.refuse(missing, "files are missing; an image and its mask have one name")
+    base.raise_problems(missing, "files are missing; an image and its mask have one name")
     samples = [
-        Annotated(name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}", b"", of)
-        for name, of in sorted(splits.items())
+        Annotated(
+            name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}", split=of_split
+        )
+        for name, of_split in sorted(splits.items())
     ]
     if not samples:
         raise InputError(f"{masks}: no masks here")
-    return [sample[:3] for sample in choose_split(home, samples, split, val_fraction, seed)]
+    chosen = choose_split(home, samples, split, val_fraction, seed)
+    return [sample[:3] for sample in chosen]

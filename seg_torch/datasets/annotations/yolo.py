@@ -12,19 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.base import (
-    Annotated,
-    AnnotatedDataset,
-    Annotations,
-    annotated,
-    collected,
-    draw_polygon,
-    encoded,
-    folder_of,
-    name_of,
-    parsing,
-    read_once,
-)
+from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 
@@ -38,7 +27,7 @@ def yolo(
     background: str | None = "background",
     val_fraction: float = 0.2,
     seed: int = 0,
-) -> AnnotatedDataset:
+) -> annotated.AnnotatedDataset:
     """Return images with YOLO's text files of polygons.
 
     `root` holds `data.yaml` (or another YAML file) with `names`, and with `train`, `val` and
@@ -64,13 +53,10 @@ def yolo(
         InputError: The split is unknown, `data.yaml` or what it names is missing, or a text file
             is malformed or has boxes in place of polygons.
     """
-    base.check_split(split)
     source = "export YOLO segmentation with images from the annotation tool and unpack it there"
-    home, files = folder_of(root, "A YOLO dataset", (".yaml", ".yml"), "data.yaml", source)
+    home, files = annotated.files_in(root, (".yaml", ".yml"), "A YOLO dataset", "data.yaml", source)
     config = "data.yaml" if "data.yaml" in files else files[0]
-    # With the text files, so that a change in one of them is noticed.
-    annotations = read_once(_read, home, [config, *base.list_files(home, (".txt",))])
-    return annotated(home, annotations, draw_yolo, split, background, val_fraction, seed)
+    return annotated.dataset(home, [config], _read, _draw, split, background, val_fraction, seed)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,31 +72,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return content
 
 
-def _read(home: Path, files: list[str]) -> Annotations:
+def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all text files that belong to the images of `data.yaml`."""
-    config = home / files[0]
+    config = folder.home / ("data.yaml" if "data.yaml" in folder.files else folder.files[0])
     content = read_yaml(config)
     with parsing(config, "names: "):
         names = content["names"]
         classes = names if isinstance(names, dict) else dict(enumerate(names))
         classes = {int(i): str(name) for i, name in sorted(classes.items())}
-    samples: list[Annotated] = []
-    problems: list[str] = []
-    for key, split in KEYS.items():
-        for image in _images(config, content, key):
-            # The last folder of that name, as Ultralytics has it.
-            below = re.sub(r"(.*/|^)images/", r"\1labels/", image)
-            text = Path(name_of(below) + ".txt")
-            with collected(problems):
-                shapes = encoded(_polygons(text, classes) if text.exists() else [])
-                name = name_of(image.removeprefix(f"{home.as_posix()}/"))
-                file = text if text.exists() else config
-                samples.append(Annotated(name, image, str(file), shapes, split))
-    base.refuse(problems, f"problems in the annotations of {home}")
-    splits = {sample.split for sample in samples}
-    if not {"train", "val"} <= splits:
-        samples = [s if s.split == "test" else s._replace(split="") for s in samples]
-    return Annotations(samples, list(dict.fromkeys(classes.values())))
+    images = [
+        (split, image) for key, split in KEYS.items() for image in _images(config, content, key)
+    ]
+    has_val = {"train", "val"} <= {split for split, _ in images}
+    for split, image in images:
+        # The last folder of that name, as Ultralytics has it.
+        below = re.sub(r"(.*/|^)images/", r"\1labels/", image)
+        text = Path(annotated.name_of(below) + ".txt")
+        name = image.removeprefix(f"{folder.home.as_posix()}/")
+        with folder.collected():
+            shapes = _polygons(text, classes) if text.exists() else []
+            file = str(text if text.exists() else config)
+            folder.add(name, image, file, shapes, split if has_val or split == "test" else "")
+    return list(dict.fromkeys(classes.values()))
 
 
 def _images(config: Path, content: dict[str, Any], key: str) -> list[str]:
@@ -118,32 +101,32 @@ def _images(config: Path, content: dict[str, Any], key: str) -> list[str]:
     entries = content.get(key) or []
     images: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
-        place = _place(config, content, str(entry))
-        if place is None and key == "test":
+        path = _find(config, content, str(entry))
+        if path is None and key == "test":
             continue  # Roboflow names one, whether there is one or not
-        if place is None:
+        if path is None:
             raise InputError(f"{config}: {key}: {entry} does not exist in {config.parent}")
-        if place.is_dir():
-            images += [f"{place.as_posix()}/{f}" for f in base.list_files(place, IMAGE_SUFFIXES)]
+        if path.is_dir():
+            images += [f"{path.as_posix()}/{f}" for f in base.list_files(path, IMAGE_SUFFIXES)]
         else:
-            places = {line: _place(config, content, line) for line in base.read_list(place)}
-            missing = [line for line, found in places.items() if found is None]
-            base.refuse(missing, f"images that {place} lists do not exist")
-            images += [found.as_posix() for found in places.values() if found is not None]
+            paths = {line: _find(config, content, line) for line in base.read_list(path)}
+            missing = [line for line, image in paths.items() if image is None]
+            base.raise_problems(missing, f"images that {path} lists do not exist")
+            images += [image.as_posix() for image in paths.values() if image is not None]
     return images
 
 
-def _place(config: Path, content: dict[str, Any], entry: str) -> Path | None:
+def _find(config: Path, content: dict[str, Any], entry: str) -> Path | None:
     """Return the path of an entry, relative to `path` or to the file itself, if it exists.
 
     Files are moved after they were written, and Roboflow writes `../train/images` for a folder
     beside `data.yaml`.
     """
-    home, own = config.parent, Path(str(content.get("path") or ""))
+    home, stated = config.parent, Path(str(content.get("path") or ""))
     inside = entry.lstrip("./") if entry.startswith(".") else entry
-    for place in (home / own / entry, home / entry, home / inside, home / own.name / inside):
-        if place.exists():
-            return Path(posixpath.normpath(place.as_posix()))
+    for path in (home / stated / entry, home / entry, home / inside, home / stated.name / inside):
+        if path.exists():
+            return Path(posixpath.normpath(path.as_posix()))
     return None
 
 
@@ -169,6 +152,6 @@ def _area(coordinates: list[float]) -> float:
     return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
 
 
-def draw_yolo(mask: Image.Image, value: int, shape: list[float]) -> None:
+def _draw(mask: Image.Image, value: int, shape: list[float]) -> None:
     """Draw a polygon x0, y0, x1, y1 ... of fractions of the image."""
-    draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)
+    drawing.draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)

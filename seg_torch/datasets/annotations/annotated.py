@@ -1,0 +1,329 @@
+"""What the formats of annotation tools share: shapes that are drawn when a sample is asked for.
+
+A format is a function that reads the files of an `AnnotatedFolder` once, and one that draws one of
+its shapes. Later shapes lie on top of earlier ones; a format with another rule sorts them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
+from seg_torch.datasets.folder import split_names
+from seg_torch.errors import InputError
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size
+from seg_torch.labels import IGNORE_INDEX, Labels
+
+log = logging.getLogger(__name__)
+
+# How labelme calls what is no object, and pixels that no loss shall count.
+BACKGROUND, IGNORED = "_background_", "__ignore__"
+# A change in one of these files is noticed.
+TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".yml")
+
+
+class Annotated(NamedTuple):
+    """An image and what is drawn on it.
+
+    Attributes:
+        name: Unique in the dataset: the image's path below the root, without suffix.
+        image: The path of its file.
+        file: The path of the file that annotates it, or of its mask.
+        shapes: Class name and shape of each, in the order of drawing, as JSON: a shape is what
+            the format's function draws.
+        split: "train", "val", "test", or "" where the format does not say.
+        size: (width, height) by the annotation, (0, 0) where it does not say.
+    """
+
+    name: str
+    image: str
+    file: str
+    shapes: bytes = b""
+    split: str = ""
+    size: tuple[int, int] = (0, 0)
+
+
+class AnnotatedFolder:
+    """The files of a dataset, and what the reader of their format found in them.
+
+    Args:
+        home: The dataset's folder.
+        files: The files of annotations in it, relative to it.
+        images: The images in it, relative to it.
+
+    Attributes:
+        samples: All annotated images.
+        problems: What is wrong with the annotations.
+    """
+
+    def __init__(self, home: Path, files: Sequence[str], images: Sequence[str]) -> None:
+        self.home, self.files = home, files
+        self.samples: list[Annotated] = []
+        self.problems: list[str] = []
+        self.images: dict[str, list[str]] = {}  # by the last part of their path
+        for image in images:
+            self.images.setdefault(posixpath.basename(image), []).append(image)
+
+    def contents(self, recognise: Callable[[Any], bool], what: str) -> Iterator[tuple[str, Any]]:
+        """Yield name and content of each JSON file whose content is recognised.
+
+        Raises:
+            InputError: There is none; `what` says of what.
+        """
+        recognised = False
+        for file in self.files:
+            content = None
+            with self.collected():
+                content = read_json(self.home / file)
+            if recognise(content):
+                recognised = True
+                yield file, content
+        if not recognised and not self.problems:
+            raise InputError(f"{self.home}: {', '.join(self.files[:5])} hold no {what}")
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Add an InputError to the problems, and go on after the block."""
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(str(error))
+
+    @contextmanager
+    def part(self, file: str, part: str = "") -> Iterator[None]:
+        """Add what goes wrong in a part of a file to the problems, and go on after the block."""
+        with self.collected(), parsing(self.home / file, part):
+            yield
+
+    def find_image(self, name: str, beside: str) -> str:
+        r"""Return the path below the folder of an image.
+
+        Args:
+            name: As in the annotation, a path with `/` or `\`, from whatever folder.
+            beside: The annotation's file, relative to `home`: of several images of that name, the
+                one in its folder counts, or the one in a folder of its split.
+
+        Raises:
+            InputError: There is no such image, or there are several.
+        """
+        wanted = posixpath.normpath(name.replace("\\", "/"))
+        named = self.images.get(posixpath.basename(wanted), [])
+        in_folder = posixpath.normpath(posixpath.join(posixpath.dirname(beside), wanted))
+        if in_folder in named:
+            return in_folder
+        named = [image for image in named if f"/{image}".endswith(f"/{wanted}")] or named
+        of_split = [i for i in named if split_of(posixpath.dirname(i)) == split_of(beside)]
+        candidates = of_split or named
+        if len(candidates) == 1:
+            return candidates[0]
+        what = f"may be any of {', '.join(candidates[:3])}" if candidates else "no such image"
+        raise InputError(f"{name}: {what} in {self.home}")
+
+    def add(
+        self,
+        name: str,
+        image: str,
+        file: str,
+        shapes: Sequence[tuple[str, Any]],
+        split: str,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Add an annotated image.
+
+        Args:
+            name: A path below `home` whose suffix does not count.
+            image: The path of the image, below `home` or absolute.
+            file: In the same way that of the annotations.
+            shapes: Class name and shape of each, as plain data.
+            split: As in `Annotated`, like `size`.
+            size: (width, height).
+        """
+        content = json.dumps(shapes, separators=(",", ":")).encode()
+        paths = os.path.join(self.home, image), os.path.join(self.home, file)
+        self.samples.append(Annotated(name_of(name), *paths, content, split, size))
+
+
+# Draws a shape of a class id on a mask: (mask, class id, shape).
+Draw = Callable[[Image.Image, int, Any], None]
+
+
+class AnnotatedDataset(base.SegmentationDataset):
+    """Images whose masks are drawn from their annotations.
+
+    The annotations are bytes in one tensor, which worker processes share: PyTorch moves it to
+    shared memory where they are not forked.
+
+    Args:
+        samples: The images.
+        labels: The classes.
+        draw: Draws a shape; a module-level function.
+        values: The mask value of each class name in the shapes.
+        rest: The mask value of pixels outside of all shapes.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Annotated],
+        labels: Labels,
+        draw: Draw,
+        values: Mapping[str, int],
+        rest: int,
+    ) -> None:
+        pairs = base.Pairs((sample.name, sample.image, sample.file) for sample in samples)
+        # The function is part of what `check` remembers a result by.
+        super().__init__(pairs, labels, draw)  # type: ignore[arg-type]
+        self.draw, self.values, self.rest = draw, dict(values), rest
+        ends = np.cumsum([0, *(len(sample.shapes) for sample in samples)])
+        content = bytearray().join(sample.shapes for sample in samples)
+        self._content = torch.frombuffer(content, dtype=torch.uint8)
+        self._ends = torch.from_numpy(ends)
+        self._sizes = torch.tensor([sample.size for sample in samples])
+
+    def shapes(self, index: int) -> list[tuple[str, Any]]:
+        """Return class name and shape of each annotation, in the order of drawing."""
+        start, end = self._ends[index : index + 2].tolist()
+        return json.loads(self._content[start:end].numpy().tobytes())
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W].
+
+        Raises:
+            InputError: A shape cannot be drawn, or the image has another size than the annotation
+                says; the message names file, image and shape.
+        """
+        pair = self.pairs[index]
+        # A small file can claim any size: that of the image counts.
+        height, width = image_size(pair.image) or self.image(index).shape[:2]
+        stated = tuple(self._sizes[index].tolist())
+        if stated not in ((0, 0), (width, height)):
+            raise InputError(
+                f"{pair.mask}: it was made for {pair.image} of {stated[0]} x {stated[1]} pixels, "
+                f"the file has {width} x {height}"
+            )
+        mask = Image.new("L", (width, height), self.rest)
+        for number, (name, shape) in enumerate(self.shapes(index), 1):
+            with parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
+                self.draw(mask, self.values[name], shape)
+        return np.array(mask)
+
+
+def files_in(
+    root: str | Path, suffixes: tuple[str, ...], title: str, expected: str, source: str
+) -> tuple[Path, list[str]]:
+    """Return a dataset's folder and the files in it that end in one of the suffixes.
+
+    Raises:
+        InputError: There is no such file; see `base.find`.
+    """
+    home = Path(root).expanduser()
+    files = base.list_files(home, suffixes)
+    if not files:
+        base.find(home, title, [expected], source)
+    return home, files
+
+
+def dataset(
+    home: Path,
+    files: Sequence[str],
+    read: Callable[[AnnotatedFolder], list[str]],
+    draw: Draw,
+    split: str,
+    background: str | None,
+    val_fraction: float,
+    seed: int,
+    kind: type[AnnotatedDataset] = AnnotatedDataset,
+) -> AnnotatedDataset:
+    """Return the samples of a split.
+
+    Args:
+        home: The dataset's folder.
+        files: The files of annotations in it, relative to it.
+        read: Adds their images to the folder, and returns the names of the classes in order.
+        draw: Draws a shape.
+        split: "train", "val" or "test".
+        background: Name of the class of pixels outside of all shapes, the first one unless the
+            annotations have a class of that name; `None`: these pixels are not labelled.
+        val_fraction: Fraction of the images in val, where nothing else makes the split.
+        seed: Seed of that random split.
+        kind: The class of the result.
+
+    Raises:
+        InputError: There are no images or no classes for `split`, or annotations are malformed.
+    """
+    stats = ((file, (home / file).stat()) for file in base.list_files(home, TEXT_SUFFIXES))
+    stamps = tuple((file, s.st_size, s.st_mtime_ns) for file, s in stats)
+    images = tuple(base.list_files(home, IMAGE_SUFFIXES))
+    samples, names = _read_once(read, home, tuple(files), images, stamps)
+    rest, values = IGNORE_INDEX, {IGNORED: IGNORE_INDEX}
+    names = [name for name in names if name != IGNORED]
+    if background is not None:
+        called = [name for name in names if name in (background, BACKGROUND)]
+        names = names if called else [background, *names]
+        rest = names.index(called[0] if called else background)
+        values |= {BACKGROUND: rest}
+    with parsing(home):
+        labels = Labels(tuple(names))
+    values |= {name: value for value, name in enumerate(names)}
+    chosen = choose_split(home, samples, split, val_fraction, seed)
+    return kind(chosen, labels, draw, values, rest)
+
+
+@lru_cache(maxsize=1)  # of one split for the next ones, unless a file or an image changes
+def _read_once(
+    read: Callable[[AnnotatedFolder], list[str]],
+    home: Path,
+    files: Sequence[str],
+    images: Sequence[str],
+    _stamps: tuple[tuple[str, int, int], ...],
+) -> tuple[list[Annotated], list[str]]:
+    """Return all images, and the names of the classes in order."""
+    folder = AnnotatedFolder(home, files, images)
+    names = read(folder)
+    base.raise_problems(folder.problems, f"problems in the annotations of {home}")
+    if not folder.samples:
+        raise InputError(f"{home}: no annotated images here")
+    return folder.samples, names
+
+
+def choose_split(
+    home: Path, samples: Sequence[Annotated], split: str, val_fraction: float, seed: int
+) -> list[Annotated]:
+    """Return the samples of a split.
+
+    Where the format says of samples that they are for training and of others that they are for
+    validation, that counts. Else `train.txt` and `val.txt` make the split or, without them, a
+    hash of each name; see `folder.split_names`. A test set is kept apart in both cases.
+
+    Raises:
+        InputError: The split is unknown, or has no samples.
+    """
+    base.check_split(split)
+    by_split: dict[str, list[Annotated]] = {}
+    for sample in samples:
+        by_split.setdefault(sample.split, []).append(sample)
+    if split == "test" and "test" not in by_split and not (home / "test.txt").exists():
+        split = base.val_for_test(split, str(home))
+    if "" in by_split and len(by_split) > 1:
+        log.info("%s: %d images are in no split of its own", home, len(by_split[""]))
+    if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
+        return by_split[split]
+    rest = {sample.name: sample for sample in samples if sample.split != "test"}
+    return [rest[name] for name in split_names(home, list(rest), split, val_fraction, seed)]
+
+
+def name_of(image: str) -> str:
+    """Return what a sample is called: the path of its image without suffix."""
+    return posixpath.splitext(image)[0]

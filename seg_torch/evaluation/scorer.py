@@ -1,0 +1,144 @@
+"""Scorer: all scores of a network on the images of a split, for Lightning's Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+
+from seg_torch import hardware
+from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.sampling import EvaluationGroup
+from seg_torch.evaluation.results import Results
+from seg_torch.labels import Labels
+from seg_torch.metrics import (
+    AveragePrecision,
+    BoundaryScores,
+    Calibration,
+    ConfusionMatrix,
+    ImageScores,
+    LabelQuality,
+    ScoredBlock,
+    report,
+)
+from seg_torch.prediction.inference import Inference, decide
+from seg_torch.training.trainer import shard
+
+log = logging.getLogger(__name__)
+
+
+class Scorer(LightningModule):
+    """Scores a network, which it leaves as it is.
+
+    Args:
+        inference: How it goes from images to class ids.
+        labels: Its classes.
+        average_precision: Score it, too.
+        boundary: Score boundaries, too; a width in pixels, or true for 2 % of the diagonal.
+        label_quality: Score the labels of each image, too.
+
+    Attributes:
+        results: After `trainer.test`, in every process the same.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        labels: Labels,
+        average_precision: bool = False,
+        boundary: bool | int = False,
+        label_quality: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = inference.network  # which the Trainer moves to its device
+        self.inference = inference
+        self.labels = labels
+        self.asked_for = {
+            "average_precision": average_precision,
+            "boundary": boundary,
+            "label_quality": label_quality,
+        }
+        self.metrics: dict[str, Any] = {}
+        self.results: Results | None = None
+
+    def configure_model(self) -> None:
+        shard(self)
+
+    def on_test_start(self) -> None:
+        torch.backends.cudnn.benchmark = False  # the images have several sizes
+        classes, images = len(self.labels), len(self._dataset())
+        width = self.asked_for["boundary"]
+        metrics: dict[str, Any] = {
+            "images": ImageScores(classes, images),
+            "calibration": Calibration(),
+            "average_precision": AveragePrecision(classes),
+            "boundary": BoundaryScores(classes, None if width is True else width or None),
+            "label_quality": LabelQuality(images),
+        }
+        self.confusion = ConfusionMatrix(classes).to(self.device)
+        self.metrics = {
+            name: metric.to(self.device)
+            for name, metric in metrics.items()
+            if self.asked_for.get(name, True)
+        }
+
+    def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
+        for images, masks, numbers in groups:
+            predictions = torch.empty_like(masks)
+            for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
+                predictions[index, rows, columns] = decide(logits)[0]
+                maps = predictions[index], masks[index]
+                block = ScoredBlock(numbers[index], rows, columns, logits, *maps)
+                self.confusion.update(block.prediction, block.target)
+                for metric in self.metrics.values():
+                    metric.update(block)
+
+    def on_test_epoch_end(self) -> None:
+        values = {name: metric.compute() for name, metric in self.metrics.items()}
+        per_class = values.get("boundary", {})
+        if "average_precision" in values:
+            per_class = {"average_precision": values["average_precision"], **per_class}
+        scores = report(self.confusion.compute(), self.labels.names, per_class)
+        scores |= {**values["calibration"], "precision": self.inference.precision}
+        images = values["images"]
+        if "label_quality" in values:
+            images["label_quality"] = values["label_quality"]
+        self.results = Results.of(scores, images, self.labels, self._dataset())
+
+    def _dataset(self) -> Any:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.dataset(data.test_split)
+
+
+def score(
+    trainer: Trainer, scorer: Scorer, data: SegmentationDataModule, folder: Path, split: str
+) -> Results:
+    """Score a network, print the table and write the results.
+
+    Args:
+        trainer: Of the processes that share the work.
+        scorer: With the network.
+        data: With the images.
+        folder: Where the results go.
+        split: `train`, `val` or `test`.
+
+    Returns:
+        The results, in all processes the same.
+    """
+    data.test_split = split
+    # In float32 without TensorFloat-32, which is 10 bits.
+    exact = scorer.inference.precision == "32-true"
+    with hardware.full_float32() if exact else nullcontext():
+        trainer.test(scorer, datamodule=data, verbose=False)
+    results = scorer.results
+    assert results is not None
+    if trainer.is_global_zero:
+        results.print(split)
+        results.write(folder, split)
+        log.info("scores (%s): %s", scorer.inference.precision, folder / f"{split}_metrics.json")
+    return results

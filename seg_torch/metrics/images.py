@@ -1,0 +1,58 @@
+"""What each image by itself was scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor
+
+from seg_torch.labels import IGNORE_INDEX
+from seg_torch.metrics.blocks import CONFIDENCE_STEPS, ScoredBlock
+from seg_torch.metrics.counts import COUNTS
+from seg_torch.metrics.histogram import count
+
+
+class ImageScores(torchmetrics.Metric):
+    """What each image by itself was scored: counts from which its IoU and accuracy follow.
+
+    Args:
+        num_classes: Number of classes C.
+        num_images: Number of images N of the dataset.
+    """
+
+    full_state_update = False
+
+    counts: Tensor
+    confidence: Tensor
+
+    def __init__(self, num_classes: int, num_images: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        empty = torch.zeros(num_images, 3, num_classes, dtype=torch.int64)
+        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+        self.add_state("confidence", default=empty[:, 0, 0].clone(), dist_reduce_fx="sum")
+
+    def update(self, block: ScoredBlock) -> None:
+        """Count a part of an image; on CUDA without waiting for the device."""
+        num_classes = self.num_classes
+        prediction, target = block.prediction, block.target
+        ignored = target == IGNORE_INDEX
+        maps = (target.masked_fill(prediction != target, num_classes), target, prediction)
+        bins = [each.to(torch.int16).masked_fill(ignored, num_classes) for each in maps]
+        counts = [count(each, num_classes + 1)[:-1] for each in bins]
+        self.counts[block.image] += torch.stack(counts)
+        self.confidence[block.image] += block.confidence.masked_fill(ignored, 0).sum()
+
+    def compute(self) -> dict[str, np.ndarray]:
+        """Return the counts so far, over the labelled pixels of each image.
+
+        Returns:
+            int64 [N, C] `intersection` (pixels of the class in both), `label_pixels`
+            and `predicted_pixels`; float32 [N] `confidence`, the mean over the pixels, or nan for
+            an image without labelled pixels.
+        """
+        arrays = dict(zip(COUNTS, self.counts.cpu().clone().numpy().swapaxes(0, 1), strict=True))
+        with np.errstate(invalid="ignore"):
+            confidence = self.confidence.cpu().numpy() / arrays["label_pixels"].sum(1)
+        return {**arrays, "confidence": (confidence / CONFIDENCE_STEPS).astype(np.float32)}
