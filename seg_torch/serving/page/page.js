@@ -176,6 +176,7 @@ function showAnswer({file, answer}) {
   const fitted = `min(100%, ${75 * ratio}svh, ${Math.max(width, 640)}px)`;
   viewer.style.width = `min(100%, max(${fitted}, ${least}))`;
   find(".ends").style.width = `min(100%, max(${fitted}, ${least}, 360px))`;
+  find(".stage").style.aspectRatio = ratio; // before the image is there
   find(".stage").style.width = ratio > 1 ? `max(100%, ${least})` : "100%";
   alone = null;
   legend();
