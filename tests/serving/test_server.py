@@ -22,6 +22,7 @@ import torch
 from fastapi import Response
 from omegaconf import OmegaConf
 from PIL import Image
+from ports import free_port
 from test_prediction import FOUR, random_checkpoint
 
 from seg_torch import Segmenter
@@ -47,12 +48,6 @@ def encoded(image: Image.Image, suffix: str = "PNG", **settings: object) -> byte
     file = BytesIO()
     image.save(file, suffix, **settings)
     return file.getvalue()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen:
