@@ -255,8 +255,12 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
 
 def test_the_reference_documents_what_it_names(site):
     text = (site / "api/segmenter.html").read_text(encoding="utf-8")
-    for name in ("Segmenter", "Segmenter.load", "Segmentation.overlay"):
-        assert f'id="seg_torch.prediction.segmenter.{name}"' in text
+    for name in (
+        "segmenter.Segmenter",
+        "segmenter.Segmenter.load",
+        "segmentation.Segmentation.overlay",
+    ):
+        assert f'id="seg_torch.prediction.{name}"' in text
     losses = (site / "api/losses.html").read_text(encoding="utf-8")
     assert 'id="seg_torch.losses.DiceLoss"' in losses
     assert "ignored" in losses
