@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
+from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError, check_choice
@@ -132,7 +133,7 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
     stored = {} if "_target_" in given else stored_settings(model.config.get("data", {}), given)
     settings = {**stored, **given, **model.format.settings(), "resize": model.resize}
     settings["augment"] = None  # which only training needs
-    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
+    data = instantiate_trusted(settings, cfg.trust, DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
     return data

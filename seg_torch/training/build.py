@@ -25,7 +25,7 @@ from seg_torch.models.network import (
     freeze_unused_parameters,
     synchronise_batchnorm,
 )
-from seg_torch.models.weights import load_matching_weights, take_channels
+from seg_torch.models.weights import adapt_first_conv, load_matching_weights
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
 from seg_torch.training.divergence import StopOnDivergence
@@ -90,7 +90,7 @@ def build_network(
         initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
     if data.format != RGB:
-        take_channels(model, data.format.channels)
+        adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
     if initial is not None:

@@ -13,7 +13,8 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from seg_torch.drawing.visualize import sample_sheet, save_curves
+from seg_torch.drawing.curves import save_curves
+from seg_torch.drawing.visualize import sample_sheet
 from seg_torch.files import write_atomically
 from seg_torch.prediction.segmentation import segment
 from seg_torch.training.run import COLUMNS, SCORES, TIMES, read_table, write_table

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.data.module import EvaluationGroup, Sample
+from seg_torch.data.sampling import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.losses import ModelLoss, upsampled_loss
