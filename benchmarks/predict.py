@@ -25,10 +25,10 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 from seg_torch import Labels, Segmenter, hardware
 from seg_torch.checkpoints import checkpoint
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.predict import predict
 from seg_torch.datasets import clothing
 from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.images.read import pixel_limit, read_image
 from seg_torch.images.resize import resize_image, resize_mask
 from seg_torch.models import deeplabv3 as our_deeplabv3

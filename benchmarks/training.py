@@ -22,9 +22,9 @@ from torchvision.transforms import v2
 
 import seg_torch.models
 from seg_torch import hardware
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.train import train
 from seg_torch.datasets import camvid
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.losses import CrossEntropyLoss, upsampled_loss
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD, Network
 from seg_torch.upsample import upsample

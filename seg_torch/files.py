@@ -1,4 +1,4 @@
-"""Writing files so that a killed process leaves the old file or the complete new one."""
+"""Where the configurations lie, and writing so that a killed process leaves no half a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = Path(__file__).parent
+# In the wheel the folder lies inside the package, in the repository beside it.
+CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
 # The beginning of the names of files that are still being written; a killed process leaves some.
 # 32 hexadecimal digits and the suffix follow.
 PARTIAL = ".partial-"

@@ -1,6 +1,7 @@
 """What several test files need: command lines and their configurations, and promises."""
 
 import ast
+import logging
 import os
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from seg_torch.cli import main as cli
-from seg_torch.cli.main import CONFIG_FOLDER, complete_overrides
+from seg_torch.cli.main import QUIET, main
+from seg_torch.cli.overrides import complete_overrides
+from seg_torch.files import CONFIG_FOLDER
 
 # Small enough for two processor cores, and still every part of the real thing.
 SMALL_DATA = (
@@ -90,7 +92,7 @@ def run_command(line: str, folder: Path) -> int | str | None:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
         with pytest.raises(SystemExit) as stop:
-            cli.main(name)
+            main(name)
     return stop.value.code
 
 
@@ -115,6 +117,14 @@ def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str
         text=True,
         timeout=300,
     ).stdout
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_libraries() -> None:
+    """Their loggers are as a command leaves them, whichever test comes first."""
+    # matplotlib tells of the list of fonts that it makes in a new cache folder.
+    for name, level in {**QUIET, "matplotlib": logging.WARNING}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -164,3 +174,44 @@ def small(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., D
         )
 
     return small
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """`command("train data=voc ...")` runs it here and returns (exit code, standard error)."""
+
+    def command(line: str) -> tuple[int | str | None, str]:
+        return run_command(line, tmp_path), capsys.readouterr().err
+
+    return command
+
+
+@pytest.fixture
+def run_as(tmp_path):
+    """`run_as("train.py ...")` starts a process in an empty folder; any entry point will do."""
+
+    def run_as(line: str, **environment: str) -> subprocess.CompletedProcess:
+        entry, *arguments = line.split()
+        start = [entry] if entry == "-m" else [str(ROOT / entry)]
+        return subprocess.run(
+            [sys.executable, *start, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_as
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """`stub(function)` makes `function` the command train."""
+
+    def stub(function):
+        import seg_torch.commands.train as module
+
+        monkeypatch.setattr(module, "train", function)
+
+    return stub

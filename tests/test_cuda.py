@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import Callback
+from lightning import Callback, LightningModule
 from losses_for_tests import LOSSES, NUM_CLASSES
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seg_torch.commands.train import train
+from seg_torch.evaluation.scorer import Scorer
 from seg_torch.labels import Labels
 from seg_torch.losses import base
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.task import SegmentationTask
 
@@ -69,7 +70,9 @@ def small_task(loss: nn.Module, device: str) -> SegmentationTask:
     network = Network(model)
     precision = "bf16-mixed" if device == "cuda" else "32-true"
     task = SegmentationTask(network, LABELS, loss, torch.optim.SGD)
-    task.inference = Inference(network, NUM_CLASSES, precision=precision)
+    task.inference = Inference(
+        network, NUM_CLASSES, settings=InferenceSettings(precision=precision)
+    )
     return task.to(device)
 
 
@@ -216,14 +219,19 @@ def test_the_memory_format_stays_channels_last_from_layer_to_layer(compose, name
 
 def test_cudnn_tries_algorithms_in_training_alone_and_only_if_asked(small, monkeypatch, tmp_path):
     seen = set()
-    for name in ("training_step", "validation_step", "test_step"):
-        inner = getattr(SegmentationTask, name)
+    steps = [
+        (SegmentationTask, "training_step"),
+        (SegmentationTask, "validation_step"),
+        (Scorer, "test_step"),
+    ]
+    for module, name in steps:
+        inner = getattr(module, name)
 
-        def note(task: SegmentationTask, *arguments: Any, name: str = name, inner=inner) -> Any:  # type: ignore[no-untyped-def]
+        def note(task: LightningModule, *arguments: Any, name: str = name, inner=inner) -> Any:  # type: ignore[no-untyped-def]
             seen.add((name, torch.backends.cudnn.benchmark))
             return inner(task, *arguments)
 
-        monkeypatch.setattr(SegmentationTask, name, note)
+        monkeypatch.setattr(module, name, note)
     one_epoch = ("trainer.max_epochs=1", "logger=none")
     train(small("train", *one_epoch))
     assert {tried for _, tried in seen} == {False}

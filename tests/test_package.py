@@ -86,13 +86,13 @@ def test_d32_the_wheel_holds_every_configuration_and_works_without_the_sources(w
             text=True,
         ).stdout
 
-    where = run("-c", "from seg_torch.cli.main import CONFIG_FOLDER; print(CONFIG_FOLDER)")
+    where = run("-c", "from seg_torch.files import CONFIG_FOLDER; print(CONFIG_FOLDER)")
     assert where.strip() == str(packed)
     assert "data.dataset.train=600" in run("-m", "seg_torch", "train", "--help")
     version = run("-m", "seg_torch", "--version").strip()
     assert wheel.name.split("-")[1] == version
     entry = next((tmp_path / "site").glob("*.dist-info")) / "entry_points.txt"
-    assert "seg-torch = seg_torch.cli:main" in entry.read_text()
+    assert "seg-torch = seg_torch.cli.main:main" in entry.read_text()
 
 
 @pytest.mark.promise(24)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seg_torch.cli.main import CONFIG_FOLDER
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.bootstrap import (
     METHOD,
@@ -26,7 +26,7 @@ from seg_torch.evaluation.bootstrap import (
     read_image_counts,
     resampled_sums,
 )
-from seg_torch.files import write_atomically
+from seg_torch.files import CONFIG_FOLDER, write_atomically
 from seg_torch.metrics.counts import COUNTS, class_scores, mean_scores
 from seg_torch.training.run import COLUMNS, TIMES, read_table
 
@@ -147,7 +147,8 @@ def read_run(folder: Path, split: str) -> Run | None:
         return None
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        stored = OmegaConf.load(folder / "config.yaml")
+        config = with_current_names(OmegaConf.to_container(stored))
         history = read_table(folder / "metrics.csv", COLUMNS)
         times = read_table(folder / "times.csv", TIMES)
     except (ValueError, KeyError, OSError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from seg_torch.drawing.visualize import confusion_matrix
+from seg_torch.drawing.curves import confusion_matrix
 from seg_torch.files import write_atomically, write_json
 from seg_torch.labels import Labels
 from seg_torch.metrics.counts import class_scores, pixel_accuracy, stack_counts

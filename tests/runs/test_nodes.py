@@ -17,16 +17,16 @@ from conftest import SMALL_DATA
 from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
+from ports import free_port
 from test_prediction import files, random_checkpoint, table
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from seg_torch.cli import main as cli
-from seg_torch.commands import predict as prediction
+from seg_torch.cli.messages import LOST
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.distributed import Processes
-from seg_torch.errors import InputError, StoppedError
+from seg_torch.errors import InputError
+from seg_torch.prediction.folder import OutputFolder, read_journals
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 200
@@ -58,12 +58,6 @@ def many(tmp_path) -> Path:
         image = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
         image.resize((48, 32), Image.Resampling.BICUBIC).save(tmp_path / f"many/{i:03d}.png")
     return tmp_path / "many"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Node:
@@ -157,7 +151,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     assert not (tmp_path / "out/predictions.csv").exists()
     assert len(done(tmp_path / "out", 0)) == IMAGES // 2, "the survivor has not done its share"
     assert 20 <= len(done(tmp_path / "out", 1)) < IMAGES // 2, "nothing was left to do"
-    noted = [record["name"] for record in prediction._read_journal(tmp_path / "out")]
+    noted = [record["name"] for record in read_journals(tmp_path / "out")]
     before = {n: (tmp_path / f"out/mask/{n}.png").stat().st_mtime_ns for n in noted}
     assert len(before) >= IMAGES // 2 + 10
 
@@ -170,7 +164,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     lines = other_output.splitlines()
     assert not [line for line in lines if line and not line.startswith("[Gloo]")]  # PyTorch's own
     assert before == {n: (tmp_path / f"out/mask/{n}.png").stat().st_mtime_ns for n in before}
-    noted = [record["name"] for record in prediction._read_journal(tmp_path / "out")]
+    noted = [record["name"] for record in read_journals(tmp_path / "out")]
     assert sorted(noted) == [f"{i:03d}" for i in range(IMAGES)], "a file twice or never"
 
     one = compose("predict", *line[:-1], f"output={tmp_path / 'one'}", "trainer.accelerator=cpu")
@@ -213,56 +207,6 @@ def test_a_mistake_that_all_processes_find_is_printed_once(nodes, weights, many,
     assert not (tmp_path / "out").exists()
 
 
-def test_under_torchrun_a_message_is_printed_once_and_another_one_always(monkeypatch, capsys):
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(store.port), "GROUP_RANK": "0"}
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-
-    def printed(message: str, rank: str) -> str:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        cli._print_error(message)
-        return capsys.readouterr().err
-
-    assert printed("no space left", "1") == "error: no space left\n"
-    assert printed("no space left", "0") == ""
-    assert printed("a.png is damaged", "1") == "error: a.png is damaged\n"
-    monkeypatch.setenv("GROUP_RANK", "1")  # another machine, with a console of its own
-    assert printed("no space left", "0") == "error: no space left\n"
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # the machine of the store is gone
-    assert printed("no space left", "1") == "error: no space left\n"
-    # Nobody is left out by it: the lost process is not among those that notice.
-    assert printed(cli.LOST, "1") == ""
-    assert printed(cli.LOST, "0") == f"error: {cli.LOST}\n"
-
-
-def test_how_to_go_on_is_printed_once_per_machine(monkeypatch, capsys):
-    def stop():
-        raise StoppedError("go on with resume=run", signal.SIGTERM)
-
-    for rank, printed in (("0", "go on with resume=run\n"), ("1", "")):
-        monkeypatch.setenv("SLURM_LOCALID", rank)
-        with pytest.raises(SystemExit) as end:
-            cli._exit_code(stop)
-        assert end.value.code == 128 + signal.SIGTERM
-        assert capsys.readouterr().err == printed
-
-
-def test_processes_that_do_not_find_each_other_are_told_apart_from_bugs():
-    limit = timedelta(seconds=1)
-    with pytest.raises(DistStoreError) as alone:
-        TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=limit)
-    with pytest.raises(DistNetworkError) as unreachable:
-        TCPStore("127.0.0.1", free_port(), is_master=False, timeout=limit)
-    assert "1/2 clients joined" in cli._explain(alone.value)
-    assert "trying to connect to (127.0.0.1, " in cli._explain(unreachable.value)
-    for error in (alone.value, unreachable.value):
-        assert cli._explain(error).startswith(cli.LOST)
-        assert len(cli._explain(error).splitlines()) == 3
-    assert cli._explain(RuntimeError("a bug")) is None
-
-
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
 TORCHRUN |= {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"}
@@ -301,7 +245,8 @@ def test_the_search_for_other_processes_has_an_end(compose, monkeypatch):
         monkeypatch.setenv(key, value)
     trainer = compose("predict", "trainer.accelerator=cpu", "trainer.devices=2").trainer
     trainer.num_nodes = 2
-    assert prediction._fabric(trainer, 9).strategy._timeout <= timedelta(minutes=30)
+    monkeypatch.setattr(Fabric, "launch", lambda self: None)
+    assert Processes(trainer)._fabric.strategy._timeout <= timedelta(minutes=30)
 
 
 def test_a_folder_that_the_machines_do_not_share_is_refused_before_the_first_image(
@@ -310,13 +255,13 @@ def test_a_folder_that_the_machines_do_not_share_is_refused_before_the_first_ima
     line = [f"input={many}", f"output={tmp_path / 'out'}", f"checkpoint={weights}"]
     cfg = compose("predict", *line, "trainer.accelerator=cpu")
     with monkeypatch.context() as patch:  # the first process made it on another disk
-        patch.setattr(prediction, "_replace_journals", lambda *_: ["0-1.jsonl"])
+        patch.setattr(OutputFolder, "left", lambda self, batches, resume: batches)
         with pytest.raises(
-            InputError, match=f"output: .*0-1.jsonl .* {socket.gethostname()}; .* share"
+            InputError, match=f"output: .*0-.*.jsonl .* {socket.gethostname()}; .* share"
         ):
             predict(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "_plan", lambda *_: [["000"], ["other"]])
+        patch.setattr("seg_torch.commands.predict.plan_batches", lambda *_: [["000"], ["other"]])
         with pytest.raises(InputError, match=f"input: other .* {socket.gethostname()}; .* share"):
             predict(cfg)
     assert not (tmp_path / "out/mask").exists()
@@ -364,6 +309,6 @@ def test_a_machine_with_a_disk_of_its_own_ends_the_run_at_once(nodes, weights, m
     assert "must lie on a disk that all machines share" in output
     code, output = first.end()
     assert code == 2
-    assert output == f"error: {cli.LOST}\n"
+    assert output == f"error: {LOST}\n"
     assert not (tmp_path / "out/mask").exists()
     assert not (tmp_path / "other/out").exists()

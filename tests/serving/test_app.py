@@ -285,4 +285,4 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path, capsys, monke
     )
     monkeypatch.setitem(sys.modules, "seg_torch.commands.app", None)  # nor is it imported
     assert run_command("app", tmp_path) == 2
-    assert "pip install segwright[app]" in capsys.readouterr().err
+    assert "pip install 'segwright[app]'" in capsys.readouterr().err

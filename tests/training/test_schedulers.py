@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from seg_torch.cli.main import CONFIG_FOLDER
 from seg_torch.commands.train import train
 from seg_torch.errors import InputError
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.training.optimizers import PARTS
 from seg_torch.training.schedulers import cosine, one_cycle, poly, scheduler_config
 
