@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,19 @@ def test_choices_are_called_by_name_with_what_was_changed_of_them(tmp_path, comm
         "model=segformer model.weights=null",
         "model=Model model.weights=null",
     ]
+
+
+def test_a_run_of_an_earlier_version_is_known_by_the_names_of_today(tmp_path, command):
+    """Its configuration has the functions where they were then."""
+    for name, module in (("a", "seg_torch.schedulers"), ("b", "seg_torch.training.schedulers")):
+        make_run(tmp_path / name, scheduler={"_target_": f"{module}.poly", "power": 0.9})
+    assert command("a b")[0] == 0
+    assert [row["runs"] for row in table(tmp_path)] == ["2"]
+
+
+def test_comparing_does_without_torch():
+    line = "import sys, seg_torch.commands.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0
 
 
 def test_only_settings_that_change_a_result_are_told_apart(tmp_path, command):
