@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from omegaconf import MISSING
 from PIL import Image
 
-from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS, nodes
+from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS
+from seg_torch.checkpoints.trusted import nodes
 from seg_torch.drawing.page import render
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
-from seg_torch.labels import check_labels
+from seg_torch.labels import IGNORE_INDEX, check_labels
 
 Sums = tuple[Tensor, ...]
 
@@ -57,8 +57,26 @@ class SegmentationLoss(nn.Module):
         return self.loss(self.sums(logits, target))
 
 
-def check(logits: Tensor, target: Tensor) -> None:
-    """Refuse logits and labels that a loss cannot take, see `SegmentationLoss.forward`."""
+def flat_pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check logits and labels, and return them pixel by pixel, in the order of [N, H, W].
+
+    The logits are float32; those of float16, which overflow, without the ignored pixels: the
+    softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
+
+    Where a pixel's logits lie side by side (channels_last), a CPU compares classes for one pixel at
+    a time, or copies all of them across its cache. Row by row it takes half the time.
+
+    Args:
+        logits: Float [N, C, H, W].
+        target: Integer [N, H, W].
+
+    Returns:
+        Logits [n, C, p], target int64 [n, p], and which pixels are valid, bool [n, p]: n is N, or
+        N * H.
+
+    Raises:
+        InputError: See `SegmentationLoss.forward`.
+    """
     if logits.ndim != 4 or target.shape != logits[:, 0].shape:
         raise InputError(
             f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)} "
@@ -70,28 +88,15 @@ def check(logits: Tensor, target: Tensor) -> None:
             "use two classes, background and foreground (num_classes=2, two lines in classes.txt)"
         )
     check_labels(target, logits.shape[1])
-
-
-def as_pixels(logits: Tensor, valid: Tensor) -> Tensor:
-    """Return float32 logits; those of float16, which overflow, without the ignored pixels.
-
-    The softmax of an infinity is nan, and so is its gradient, even where it is multiplied by zero.
-
-    Where a pixel's logits lie side by side (channels_last), a CPU compares classes for one pixel at
-    a time, or copies all of them across its cache. Row by row it takes half the time.
-
-    Args:
-        logits: Float [N, C, H, W].
-        valid: bool [N, H, W].
-
-    Returns:
-        [n, C, p], the pixels in the order of [N, H, W]: n is N, or N * H.
-    """
+    valid = target != IGNORE_INDEX
     if logits.dtype == torch.float16:
         logits = logits.masked_fill(~valid.unsqueeze(1), 0)
     if logits.device.type == "cpu" and not logits.is_contiguous():
-        return logits.movedim(1, 2).contiguous().float().flatten(0, 1)
-    return logits.float().flatten(2)
+        logits = logits.movedim(1, 2).contiguous().float().flatten(0, 1)
+    else:
+        logits = logits.float().flatten(2)
+    shape = logits[:, 0].shape
+    return logits, target.long().reshape(shape), valid.reshape(shape)
 
 
 def mean_over_present(values: Tensor, pixels: Tensor) -> Tensor:
@@ -100,22 +105,24 @@ def mean_over_present(values: Tensor, pixels: Tensor) -> Tensor:
     return torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
 
 
-def weights_by_image(ids: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+def weights_by_image(ids: Tensor, valid: Tensor, images: int, num_classes: int) -> Tensor:
     """Weigh each pixel by its class: (total - count) / total of its image's valid pixels.
 
     Args:
-        ids: int64 [N, H, W], class ids; any of them where not valid.
-        valid: bool [N, H, W].
+        ids: int64 [n, p], class ids; any of them where not valid.
+        valid: bool [n, p].
+        images: Number of images N, of which these are the pixels in order.
         num_classes: Number of classes C.
 
     Returns:
-        Float32 [N, H, W].
+        Float32 [n, p].
     """
-    counts = ids.new_zeros(len(ids), num_classes)
-    counts.scatter_add_(1, ids.flatten(1), valid.flatten(1).long())
+    of_image = ids.view(images, -1)
+    counts = ids.new_zeros(images, num_classes)
+    counts.scatter_add_(1, of_image, valid.view(images, -1).long())
     totals = counts.sum(dim=1, keepdim=True)
     weights = (totals - counts) / totals.clamp(min=1)
-    return weights.gather(1, ids.flatten(1)).view_as(ids)
+    return weights.gather(1, of_image).view_as(ids)
 
 
 def over_processes(sums: Sums) -> Sums:

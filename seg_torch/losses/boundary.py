@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from seg_torch.hardware import row_chunks
-from seg_torch.labels import IGNORE_INDEX
-from seg_torch.losses.base import SegmentationLoss, Sums, as_pixels, check
+from seg_torch.losses.base import SegmentationLoss, Sums, flat_pixels
 
 # Distances that are compared together: what stays in a CPU's cache, what keeps a GPU busy.
 CPU_DISTANCES = 1 << 18
@@ -34,12 +33,12 @@ class BoundaryLoss(SegmentationLoss):
 
     def sums(self, logits: Tensor, target: Tensor) -> Sums:
         """Add up probabilities times distances, and counts what they are divided by."""
-        check(logits, target)
-        num_classes = logits.shape[1]
-        valid = target != IGNORE_INDEX
+        shape, num_classes = logits.shape, logits.shape[1]
+        logits, _, valid = flat_pixels(logits.contiguous(), target)
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = as_pixels(logits.contiguous(), valid).softmax(dim=1).view(logits.shape)
+            probabilities = logits.softmax(dim=1).view(shape)
             distances = torch.stack([_signed_distances(ids, num_classes) for ids in target])
+            valid = valid.view_as(target)
             total = torch.where(valid.unsqueeze(1), probabilities * distances, 0).sum()
             return total, valid.sum() * num_classes
 

@@ -13,19 +13,12 @@ from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.losses.base import (
-    SegmentationLoss,
-    Sums,
-    as_pixels,
-    check,
-    over_processes,
-    weights_by_image,
-)
+from seg_torch.losses import base
 
 log = logging.getLogger(__name__)
 
 
-class CrossEntropyLoss(SegmentationLoss):
+class CrossEntropyLoss(base.SegmentationLoss):
     """Cross-entropy per pixel, with optional class weights and label smoothing.
 
     Args:
@@ -98,34 +91,29 @@ class CrossEntropyLoss(SegmentationLoss):
         rounded = [round(weight, 4) for weight in weights.tolist()]
         log.info("class weights (%s): %s", self.balance, rounded)
 
-    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+    def sums(self, logits: Tensor, target: Tensor) -> base.Sums:
         """Add up the loss of the pixels, and what it is divided by.
 
         Raises:
             RuntimeError: `weights="dataset"` and `set_pixel_counts` was not called.
         """
-        check(logits, target)
+        images, num_classes = logits.shape[:2]
+        logits, target, valid = base.flat_pixels(logits, target)
         if self.needs_pixel_counts:
             raise RuntimeError(
                 'CrossEntropyLoss(weights="dataset") has no pixel counts yet: call '
                 "set_pixel_counts(counts) with the training set's pixels per class"
             )
-        num_classes = logits.shape[1]
         if self.weighted and len(self.class_weights) != num_classes:
             raise InputError(
                 f"{len(self.class_weights)} class weights for {num_classes} classes; "
                 "give loss.weights one number per class"
             )
-        target = target.long()
-        valid = target != IGNORE_INDEX
         ids = target.masked_fill(~valid, 0)  # something to look up; the loss there is zero
         with torch.autocast(logits.device.type, enabled=False):
-            logits = as_pixels(logits, valid)
-            shape = logits[:, 0].shape
-            pixel_loss = self.pixel_loss(logits, target.reshape(shape), ids.reshape(shape))
+            pixel_loss = self.pixel_loss(logits, target, ids)
             if self.per_image:
-                weights = weights_by_image(ids, valid, num_classes)
-                pixel_loss = pixel_loss * weights.reshape(shape)
+                pixel_loss = pixel_loss * base.weights_by_image(ids, valid, images, num_classes)
             divisor = (self.class_weights[ids] * valid).sum() if self.weighted else valid.sum()
             return pixel_loss.sum(), divisor
 
@@ -233,13 +221,8 @@ class OhemCrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss; arguments and result as those of `SegmentationLoss`."""
-        check(logits, target)
-        target = target.long()
-        valid = target != IGNORE_INDEX
+        logits, target, valid = base.flat_pixels(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            logits = as_pixels(logits, valid)
-            shape = logits[:, 0].shape
-            target, valid = target.reshape(shape), valid.reshape(shape)
             loss = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
             with torch.no_grad():
                 hardest = torch.where(valid, loss, -1).flatten().sort(descending=True).values
@@ -248,7 +231,7 @@ class OhemCrossEntropyLoss(nn.Module):
                 # Not >=, which would leave out losses that are not numbers.
                 kept = valid & ~(loss < least.clamp(max=-math.log(self.threshold)))
             sums = (torch.where(kept, loss, 0).sum(), kept.sum())
-            total, divisor = over_processes(sums) if self.training else sums
+            total, divisor = base.over_processes(sums) if self.training else sums
             return total / divisor.clamp(min=1)
 
 

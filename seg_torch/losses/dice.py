@@ -10,18 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seg_torch.errors import InputError
-from seg_torch.labels import IGNORE_INDEX
-from seg_torch.losses.base import (
-    SegmentationLoss,
-    Sums,
-    as_pixels,
-    check,
-    mean_over_present,
-    weights_by_image,
-)
+from seg_torch.losses import base
 
 
-class DiceLoss(SegmentationLoss):
+class DiceLoss(base.SegmentationLoss):
     """Soft multi-class Dice loss.
 
     1 - mean_c (2 sum(p_c t_c) + smooth) / (sum(p_c) + sum(t_c) + smooth), where p are the softmax
@@ -48,21 +40,19 @@ class DiceLoss(SegmentationLoss):
         self.has_one_sum = self.per_image
         self.num_sums = 2 if self.per_image else 3
 
-    def sums(self, logits: Tensor, target: Tensor) -> Sums:
+    def sums(self, logits: Tensor, target: Tensor) -> base.Sums:
         """Add up where the two agree, the probabilities and the labels, each [C]; or weighted."""
-        check(logits, target)
-        valid = target != IGNORE_INDEX
-        ids = target.long().masked_fill(~valid, 0)
+        images, num_classes = logits.shape[:2]
+        logits, target, valid = base.flat_pixels(logits, target)
+        ids = target.masked_fill(~valid, 0)
         with torch.autocast(logits.device.type, enabled=False):
-            logits = as_pixels(logits, valid)
-            shape = logits[:, 0].shape
             if not self.per_image:
-                return _DiceSums.apply(logits, ids.reshape(shape), valid.reshape(shape))
-            weights = weights_by_image(ids, valid, logits.shape[1]) * valid
-            loss = F.cross_entropy(logits, ids.reshape(shape), reduction="none")  # -log p
-            return (weights.reshape(shape) * torch.exp(-loss)).sum(), weights.sum()
+                return _DiceSums.apply(logits, ids, valid)
+            weights = base.weights_by_image(ids, valid, images, num_classes) * valid
+            loss = F.cross_entropy(logits, ids, reduction="none")  # -log p
+            return (weights * torch.exp(-loss)).sum(), weights.sum()
 
-    def from_sums(self, sums: Sums) -> Tensor:
+    def from_sums(self, sums: base.Sums) -> Tensor:
         """Compute the loss, in [0, 1]."""
         if self.per_image:
             # Over all classes, probabilities and labels both add up to one a pixel.
@@ -72,7 +62,7 @@ class DiceLoss(SegmentationLoss):
             return (denominator - numerator) / torch.where(denominator > 0, denominator, 1)
         intersection, predicted, labelled = sums
         dice = (2 * intersection + self.smooth) / (predicted + labelled + self.smooth)
-        return mean_over_present(1 - dice, labelled)
+        return base.mean_over_present(1 - dice, labelled)
 
 
 class _DiceSums(torch.autograd.Function):
@@ -83,7 +73,7 @@ class _DiceSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, ids: Tensor, valid: Tensor) -> Sums:
+    def forward(context: Any, logits: Tensor, ids: Tensor, valid: Tensor) -> base.Sums:
         num_classes = logits.shape[1]
         probabilities = logits.softmax(1).masked_fill_(~valid.unsqueeze(1), 0)
         right = probabilities.gather(1, ids.unsqueeze(1))
@@ -142,10 +132,10 @@ class TverskyLoss(DiceLoss):
             )
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
 
-    def from_sums(self, sums: Sums) -> Tensor:
+    def from_sums(self, sums: base.Sums) -> Tensor:
         """Compute the loss, in [0, 1]."""
         true, predicted, labelled = sums
         wrong = self.alpha * (predicted - true) + self.beta * (labelled - true)
         loss = wrong / torch.where(labelled > 0, true + wrong + self.smooth, 1)
         # The slope of a power below 1 is infinite at 0.
-        return mean_over_present(loss.clamp(min=1e-7) ** (1 / self.gamma), labelled)
+        return base.mean_over_present(loss.clamp(min=1e-7) ** (1 / self.gamma), labelled)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seg_torch.labels import IGNORE_INDEX
-from seg_torch.losses.base import as_pixels, check, mean_over_present
+from seg_torch.losses.base import flat_pixels, mean_over_present
 
 
 class LovaszSoftmaxLoss(nn.Module):
@@ -20,13 +19,10 @@ class LovaszSoftmaxLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss, in [0, 1]; arguments and result as those of `SegmentationLoss`."""
-        check(logits, target)
-        valid = target != IGNORE_INDEX
+        logits, target, valid = flat_pixels(logits, target)
         losses, pixels = [], []
         with torch.autocast(logits.device.type, enabled=False):
-            probabilities = as_pixels(logits, valid).softmax(dim=1)
-            shape = probabilities[:, 0].shape
-            target, valid = target.reshape(shape), valid.reshape(shape)
+            probabilities = logits.softmax(dim=1)
             for class_id in range(logits.shape[1]):  # class by class: a C-th of the memory
                 is_class = target == class_id
                 errors = (is_class.float() - probabilities[:, class_id]).abs()

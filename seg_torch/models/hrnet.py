@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import check_choice
+from seg_torch.models.encoder import EncoderModel
 from seg_torch.models.padding import ceil_div, pad_to_multiple
-from seg_torch.models.weights import image_statistics, timm_model
+from seg_torch.models.weights import timm_model
 
 
-class HRNetV2(nn.Module):
+class HRNetV2(EncoderModel):
     """Four parallel branches, brought to the finest resolution and concatenated.
 
     Source: Sun, Zhao, Jiang, Cheng, Xiao, Liu, Mu, Wang, Liu & Wang, High-Resolution
@@ -25,18 +26,12 @@ class HRNetV2(nn.Module):
         encoder: timm's HRNet, giving its branches at strides 4, 8, 16 and 32.
         num_classes: Number of classes K.
         extra_background: See `hrnet`.
-
-    Attributes:
-        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
-        std: Their standard deviations.
     """
 
     def __init__(
         self, encoder: nn.Module, num_classes: int, extra_background: bool = False
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mean, self.std = image_statistics(encoder)
+        super().__init__(encoder)
         self.extra_background = extra_background
         channels = sum(cast(FeatureInfo, encoder.feature_info).channels())
         self.head = nn.Sequential(

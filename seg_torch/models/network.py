@@ -4,7 +4,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
-from seg_torch.models.cpu import FastDepthwiseGradients
+from seg_torch.models import cpu
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +71,12 @@ class Network(nn.Module):
         if self.training and self.compiled is not None and target is None:
             self.compiled_shape = self.compiled_shape or x.shape
             run = self.compiled if x.shape == self.compiled_shape else _apply
-        on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-        with FastDepthwiseGradients() if on_cpu else nullcontext():
+        with cpu.fast_gradients(x.device):
             out = run(self.model, *inputs)
         return {"out": out} if isinstance(out, Tensor) else out
 
     def compile_for_training(self, mode: str) -> None:
-        """Lets the first batch that is trained on compile the model, for batches of its shape.
+        """Let the first batch that is trained on compile the model, for batches of its shape.
 
         Batches of another shape, evaluation, and a loss of the model's own run it as it is. So does
         a copy of it.
@@ -124,7 +123,7 @@ def named_compile_errors() -> Iterator[None]:
 
 
 def check_channels(network: Network, channels: int) -> None:
-    """Refuses a model that does not take images of so many channels.
+    """Refuse a model that does not take images of so many channels.
 
     Raises:
         InputError: There are not as many means, or the model fails.

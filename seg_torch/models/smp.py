@@ -3,7 +3,6 @@
 import difflib
 import json
 import logging
-import textwrap
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -12,15 +11,11 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError, check_choice, reason, require
+from seg_torch.models.encoder import image_statistics
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
 from seg_torch.models.padding import pad_to_multiple
-from seg_torch.models.weights import (
-    download_from_hugging_face,
-    image_statistics,
-    read_state_dict,
-    timm_model,
-)
+from seg_torch.models.weights import download_from_hugging_face, read_state_dict, timm_model
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +90,7 @@ def published_smp(config: dict[str, Any], weights: Path) -> SMP:
     try:
         model.model.load_state_dict(state)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"{weights} does not fit its own config.json: {reason}") from error
+        raise InputError(f"{weights} does not fit its own config.json: {reason(error)}") from error
     return model
 
 
@@ -145,13 +139,8 @@ def _library_model(
     architecture: str, encoder: str, num_classes: int, options: dict[str, Any]
 ) -> SMP:
     """Make a model of the library with random weights; `options` are those of its constructor."""
-    try:
-        import segmentation_models_pytorch as library
-    except ImportError as error:
-        raise InputError(
-            f"model=smp needs segmentation_models_pytorch ({error}); install it with "
-            "pip install segmentation-models-pytorch"
-        ) from error
+    require("model=smp", "smp", "segmentation_models_pytorch")
+    import segmentation_models_pytorch as library
 
     architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
     check_choice("model.architecture", architecture, architectures)
@@ -169,8 +158,7 @@ def _library_model(
             architecture, encoder, encoder_weights=None, classes=num_classes, **options
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"cannot make {architecture} with {encoder}: {reason}") from error
+        raise InputError(f"cannot make {architecture} with {encoder}: {reason(error)}") from error
     # These two halve their encoder's features of stride 16 three times more, and once more.
     multiple = {"PAN": 128, "DPT": 32}.get(architecture, library_model.encoder.output_stride)
     return SMP(library_model, multiple)
@@ -197,6 +185,5 @@ def _load_encoder(model: SMP, encoder: str, weights: str | Path) -> None:
     try:
         cast(nn.Module, model.model.encoder).load_state_dict(read_state_dict(file))
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"{file} does not fit the encoder {encoder}: {reason}") from error
+        raise InputError(f"{file} does not fit the encoder {encoder}: {reason(error)}") from error
     log.info("loaded the weights of the encoder %s from %s", encoder, file)

@@ -11,36 +11,26 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import InputError
+from seg_torch.models import cpu
+from seg_torch.models.encoder import EncoderModel
 from seg_torch.models.padding import ceil_div
-from seg_torch.models.weights import image_statistics, timm_model
-
-# Of a batch, with which adding up the weights takes less time than it saves (AVX512-BF16).
-MANY_PIXELS = 384
+from seg_torch.models.weights import timm_model
 
 
-class EncoderDecoder(nn.Module):
-    """What U-Nets have in common: a timm encoder, frozen or not.
+class EncoderDecoder(EncoderModel):
+    """What U-Nets have in common: an encoder whose feature maps halve in size, step by step.
 
     Args:
         encoder: Float [N, 3, H, W] -> list of feature maps, with timm's `feature_info` and
             `pretrained_cfg`; each stride is twice the one before.
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
 
-    Attributes:
-        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
-        std: Their standard deviations.
-
     Raises:
         InputError: The encoder's feature maps do not fit.
     """
 
     def __init__(self, encoder: nn.Module, freeze_encoder: bool) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mean, self.std = image_statistics(encoder)
-        self.freeze_encoder = freeze_encoder
-        encoder.requires_grad_(not freeze_encoder)
-
+        super().__init__(encoder, freeze_encoder)
         feature_info = cast(FeatureInfo, encoder.feature_info)
         self.encoder_channels: list[int] = feature_info.channels()
         self.encoder_strides: list[int] = feature_info.reduction()
@@ -58,14 +48,6 @@ class EncoderDecoder(nn.Module):
                 "channels last or takes one image size only; use a convolutional encoder, such as "
                 "model.encoder=resnet34 or convnext_tiny"
             )
-        self.train()
-
-    def train(self, mode: bool = True) -> "EncoderDecoder":
-        """Set training mode, except for the statistics of a frozen encoder."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
 
 
 class DecoderStage(nn.Module):
@@ -79,32 +61,10 @@ class DecoderStage(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        on_cpu = self.training and x.device.type == "cpu"
-        doubled = (2 * x.shape[2], 2 * x.shape[3])
-        if on_cpu and size == doubled and x[:, 0].numel() >= MANY_PIXELS:
-            convolution, *others = self.convolutions
-            x = _convolve_doubled(x, skip, cast(Tensor, convolution.weight))
-            for module in others:
-                x = module(x)
-            return x
+        if cpu.can_convolve_doubled(self, x, size):
+            return cpu.convolve_doubled(self.convolutions, x, skip)
         x = F.interpolate(x, size=size, mode="nearest")
         return self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
-
-
-def _convolve_doubled(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
-    """Return the 3x3 convolution of `x`, doubled by nearest upsampling, and a skip connection.
-
-    Of the three rows under the kernel, two are the same row of `x`, and so it is with columns. With
-    their weights added up beforehand, this is a transposed convolution of stride 2 that multiplies
-    4 times a pixel instead of 9. The values are the same but for rounding, and a training step of
-    U-Net on a CPU takes a seventh less time. Without gradients there is less to gain, and an
-    exported model is to have the plain way.
-    """
-    # From weights (a, b, c) along one axis to (c, b + c, a + b, a): transposed, they are mirrored.
-    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)
-    transposed = torch.einsum("ar,bs,oirs->ioab", sums, sums, weight[:, : x.shape[1]])
-    out = F.conv_transpose2d(x, transposed, stride=2, padding=1)
-    return out if skip is None else out + F.conv2d(skip, weight[:, x.shape[1] :], padding=1)
 
 
 class UNet(EncoderDecoder):
@@ -119,10 +79,6 @@ class UNet(EncoderDecoder):
         num_classes: Number of classes K.
         decoder_channels: Channels of the decoder's stages, one per halving of the encoder.
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
-
-    Attributes:
-        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
-        std: Their standard deviations.
 
     Raises:
         InputError: The encoder's feature maps or the number of `decoder_channels` do not fit.

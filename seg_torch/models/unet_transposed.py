@@ -40,10 +40,6 @@ class TransposedUNet(EncoderDecoder):
         num_classes: Number of classes K.
         freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
 
-    Attributes:
-        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
-        std: Their standard deviations.
-
     Raises:
         InputError: The encoder's feature maps have other strides.
     """

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
+from seg_torch.models.encoder import EncoderModel
 from seg_torch.models.padding import ceil_div, pad_to_multiple
-from seg_torch.models.weights import image_statistics, timm_model
+from seg_torch.models.weights import timm_model
 
 
 class ResidualConvUnit(nn.Module):
@@ -29,7 +30,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer map, refines the sum and enlarges it."""
+    """Add a finer map, refines the sum and enlarges it."""
 
     def __init__(self, channels: int, has_skip: bool) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Fusion(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Turns the tokens of four layers into a pyramid, and fuses it from coarse to fine.
+    """Turn the tokens of four layers into a pyramid, and fuses it from coarse to fine.
 
     Source: Ranftl, Bochkovskiy & Koltun, Vision Transformers for Dense Prediction (2021), section
     3: strides of 1/4, 1/2, 1 and 2 patches, without the readout token. As in later work (Depth
@@ -119,7 +120,7 @@ class LinearHead(nn.Sequential):
         return super().forward(features[-1])
 
 
-class ViT(nn.Module):
+class ViT(EncoderModel):
     """A vision transformer for images of every size, and a head on tokens of evenly spaced layers.
 
     The tokens are those behind the transformer's last normalisation, as DINOv2 (2023) has them.
@@ -129,32 +130,16 @@ class ViT(nn.Module):
         head: (features float [N, C, h, w] of each layer) -> logits [N, K, scale * h, scale * w],
             with `num_layers` and `scale`.
         freeze_encoder: Keep the encoder's parameters as they are.
-
-    Attributes:
-        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
-        std: Their standard deviations.
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module, freeze_encoder: bool) -> None:
-        super().__init__()
+        super().__init__(encoder, freeze_encoder)
         timm_encoder = cast(Any, encoder)
         depth, count = len(timm_encoder.blocks), cast(int, head.num_layers)
         self.layers = [depth * i // count - 1 for i in range(1, count + 1)]
         timm_encoder.prune_intermediate_layers(self.layers)  # of the classifier
-        self.encoder = encoder
         self.head = head
         self.patch_size: int = timm_encoder.feature_info[0]["reduction"]
-        self.mean, self.std = image_statistics(encoder)
-        self.freeze_encoder = freeze_encoder
-        encoder.requires_grad_(not freeze_encoder)
-        self.train()
-
-    def train(self, mode: bool = True) -> "ViT":
-        """Set training mode, except for a frozen encoder."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute logits.

@@ -5,12 +5,11 @@ import logging
 import os
 import pickletools
 import re
-import textwrap
 import zipfile
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import huggingface_hub
 import safetensors.torch
@@ -22,7 +21,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +98,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = load(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
-            f"{reason if path.stat().st_size else 'the file is empty'}"
+            f"{reason(error) if path.stat().st_size else 'the file is empty'}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content)
@@ -206,7 +204,7 @@ def load_torchvision_weights(
 
 
 def _alone_in(folder: Path) -> FileLock:
-    """Lets one of the processes of a run download, which the others then need not."""
+    """Let one of the processes of a run download, which the others then need not."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "seg_torch.lock")
 
@@ -243,7 +241,7 @@ def download_from_hugging_face(
         ) from error
 
 
-def take_channels(model: nn.Module, channels: int) -> None:
+def adapt_first_conv(model: nn.Module, channels: int) -> None:
     """Let a model of RGB images take others: its first convolution gets as many input channels.
 
     The weights are those of red, green and blue in turn, scaled by 3 / channels, as timm does it;
@@ -293,8 +291,8 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
     except InputError:
         raise
     except Exception as error:  # also what timm's translation of names makes of other names
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
+        message = f"timm cannot make {name!r} with weights {weights}: {reason(error)}"
+        raise InputError(message) from error
     lacking = _random_tensors(model, name, file, given)
     if lacking:
         raise InputError(
@@ -338,15 +336,6 @@ def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[s
 def _plain_name(key: str) -> str:
     """Return the name of a tensor without what timm's feature extractors make of it."""
     return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
-
-
-def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the images that a timm model was trained with.
-
-    Of each channel, for images scaled to [0, 1].
-    """
-    pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
-    return tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"])
 
 
 def _with_active_residuals(model: nn.Module) -> nn.Module:

@@ -167,11 +167,12 @@ def test_choices_are_called_by_name_with_what_was_changed_of_them(tmp_path, comm
     ]
 
 
-def test_a_run_of_an_earlier_version_is_known_by_the_names_of_today(tmp_path, command):
-    """Its configuration has the functions where they were then."""
-    for name, module in (("a", "seg_torch.schedulers"), ("b", "seg_torch.training.schedulers")):
-        make_run(tmp_path / name, scheduler={"_target_": f"{module}.poly", "power": 0.9})
-    assert command("a b")[0] == 0
+def test_a_name_that_has_moved_tells_no_runs_apart(tmp_path, command):
+    poly = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/scheduler/poly.yaml"))
+    make_run(tmp_path / "runs/a", scheduler=poly)
+    before = {**poly, "_target_": "seg_torch.schedulers.poly"}
+    make_run(tmp_path / "runs/b", scheduler=before, seed=1)
+    assert command("runs")[0] == 0
     assert [row["runs"] for row in table(tmp_path)] == ["2"]
 
 

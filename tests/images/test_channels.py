@@ -12,26 +12,25 @@ import tifffile
 import timm
 import torch
 from conftest import run_command
+from models_for_tests import MODELS
 from PIL import Image
-from test_models import MODELS
 from timm.models import adapt_input_conv
 from torch import nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter
 from seg_torch.checkpoints import checkpoint
-from seg_torch.data.check import fingerprint, rgb
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.transforms import ColourJitter, RandomScaleCrop, augment
 from seg_torch.datasets import folder
-from seg_torch.datasets.base import checked_sample
+from seg_torch.datasets.base import as_dataset, checked_sample
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.labels import Labels
 from seg_torch.models import UNet, unet
 from seg_torch.models.network import Network, check_channels
-from seg_torch.models.weights import take_channels
+from seg_torch.models.weights import adapt_first_conv
 
 SMALL = (
     "model.encoder=resnet10t model.decoder_channels=[8,8,8,8,8] model.weights=null logger=none "
@@ -189,12 +188,12 @@ def test_an_image_may_be_several_files(bits, tmp_path):
     assert [pair.name for pair in several.pairs] == [pair.name for pair in one.pairs]
     for expected, found in zip(one, several, strict=True):
         assert torch.equal(found[0], expected[0])
-    before = fingerprint(several)
+    before = several.fingerprint()
     turned = ImageFormat(3, bits, endings, rgb=(2, 1, 0))  # the thumbnails are others
-    assert fingerprint(folder(root, "train", format=turned)) != before
+    assert folder(root, "train", format=turned).fingerprint() != before
     image = np.array(Image.open(root / "images/3_green.png"))
     Image.fromarray(image + 1).save(root / "images/3_green.png")
-    assert fingerprint(several) != before
+    assert several.fingerprint() != before
     (root / "images/3_nir.tif").unlink()
     with pytest.raises(InputError, match=r"3_nir\.tif: no such file"):
         folder(root, "train", format=ImageFormat(3, bits, endings))
@@ -204,7 +203,7 @@ def random_checkpoint(path: Path, format: ImageFormat) -> Path:
     torch.manual_seed(0)
     config = {"encoder": "resnet10t", "weights": None, "decoder_channels": [8, 8, 8, 8, 8]}
     model = unet(2, **config)
-    take_channels(model, format.channels)
+    adapt_first_conv(model, format.channels)
     network = Network(model, [0.3] * format.channels, [0.2] * format.channels)
     labels, config = Labels(("ground", "field")), {"_target_": "seg_torch.models.unet", **config}
     content = {
@@ -394,8 +393,9 @@ def test_a_dataset_of_ones_own_may_call_something_else_its_format():
             sample = torch.zeros(1, 8, 9, dtype=torch.uint8)
             return tv_tensors.Image(sample), tv_tensors.Mask(sample[0])
 
-    image, _ = checked_sample(Photos(), 0)  # grey, which nothing forbids
-    assert rgb(image, Photos()).shape == (8, 9, 3)
+    dataset = as_dataset(Photos())
+    image, _ = checked_sample(dataset, 0)  # grey, which nothing forbids
+    assert dataset.format.shown(as_array(image)).shape == (8, 9, 3)
 
 
 def test_overlays_show_the_chosen_channels():
@@ -422,7 +422,7 @@ def test_every_model_takes_other_channels(name):
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = model(image)["out"]
-        take_channels(model, 6)
+        adapt_first_conv(model, 6)
         after = model(image.repeat(1, 2, 1, 1))["out"]
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
@@ -434,7 +434,7 @@ def test_the_first_convolution_is_widened_as_timm_does_it(channels):
     weights = adapt_input_conv(channels, encoder.conv1[0].weight.detach())
     expected.load_state_dict({**encoder.state_dict(), "conv1.0.weight": weights})
     model = UNet(encoder, 2, freeze_encoder=True)
-    take_channels(model, channels)
+    adapt_first_conv(model, channels)
     image = torch.rand(1, channels, 64, 64)
     for found, wanted in zip(encoder.eval()(image), expected.eval()(image), strict=True):
         assert torch.equal(found, wanted)
@@ -457,13 +457,13 @@ def test_a_model_that_takes_no_other_channels_is_refused():
             )
 
     model = Fixed()
-    take_channels(model, 4)
+    adapt_first_conv(model, 4)
     with pytest.raises(InputError, match="takes no images of 4 channels"):
         check_channels(Network(model, [0.5] * 4, [1] * 4), 4)
     with pytest.raises(InputError, match="takes no images of 4 channels"):
-        take_channels(nn.Conv2d(5, 2, 1), 4)
+        adapt_first_conv(nn.Conv2d(5, 2, 1), 4)
     model = MODELS["eomt"]()
-    take_channels(model, 6)
+    adapt_first_conv(model, 6)
     with pytest.raises(InputError, match="takes no images of 6 channels"):
         check_channels(Network(model, [0.5] * 6, [1] * 6), 6)
 
@@ -484,7 +484,7 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
     write_dataset(tmp_path / "data", 4, 16, write)
     random_checkpoint(tmp_path / "random.ckpt", ImageFormat(4, 16))
     line = "predict input=data/images output=out checkpoint=random.ckpt save=[mask,geotiff]"
-    line += " unknown=0.5001"
+    line += " min_confidence=0.5001"
     assert run_command(f"{line} trainer.accelerator=cpu", tmp_path) == 0
     for i in range(8):
         with rasterio.open(tmp_path / f"out/geotiff/{i}.tif") as file:
@@ -501,7 +501,7 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
 def test_segmenter_takes_arrays_of_its_channels_alone(tmp_path):
     torch.manual_seed(0)
     model = unet(2, "resnet10t", weights=None, decoder_channels=(8,) * 5)
-    take_channels(model, 4)
+    adapt_first_conv(model, 4)
     labels, network = Labels(("ground", "field")), Network(model, [0.5] * 4, [0.2] * 4)
     segmenter = Segmenter(network, labels, device="cpu", format=ImageFormat(4, 16))
     image = noise_over(np.zeros((40, 48), np.uint8), 4, 16, seed=0)
