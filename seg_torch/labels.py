@@ -97,6 +97,10 @@ class Labels:
     def __hash__(self) -> int:
         return hash(self.names)
 
+    def colour(self, class_id: int) -> str:
+        """Return the colour of a class as HTML has it, `#rrggbb`."""
+        return f"#{bytes(self.palette[class_id]).hex()}"
+
     def to_dict(self) -> dict:
         """Return names and palette as plain data, for checkpoints and JSON."""
         return {"names": list(self.names), "palette": self.palette.tolist()}

@@ -1,6 +1,7 @@
 """What several test files need: command lines and their configurations, and promises."""
 
 import ast
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from seg_torch.cli.main import main
+from seg_torch.cli.main import QUIET, main
 from seg_torch.cli.overrides import complete_overrides
 from seg_torch.files import CONFIG_FOLDER
 
@@ -116,6 +117,14 @@ def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str
         text=True,
         timeout=300,
     ).stdout
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_libraries() -> None:
+    """Their loggers are as a command leaves them, whichever test comes first."""
+    # matplotlib tells of the list of fonts that it makes in a new cache folder.
+    for name, level in {**QUIET, "matplotlib": logging.WARNING}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")

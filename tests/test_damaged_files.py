@@ -289,7 +289,7 @@ def test_damaged_images_in_a_folder_are_named_and_the_others_segmented(
     from seg_torch.commands import predict as command
 
     segmenter = Segmenter(Network(nn.Conv2d(3, len(LABELS), 1)), LABELS, device="cpu")
-    monkeypatch.setattr(command, "_segmenters", lambda cfg, device: [segmenter])
+    monkeypatch.setattr(command, "load_segmenters", lambda cfg, device: {"model": segmenter})
     source, sizes = tmp_path / "in", {}
     source.mkdir()
     for name, content in all_damaged(80):

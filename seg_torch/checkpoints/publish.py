@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +21,10 @@ from PIL import Image
 
 from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS
 from seg_torch.checkpoints.trusted import nodes
+from seg_torch.drawing.page import render
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
+from seg_torch.files import write_atomically, write_text
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.version import __version__
@@ -84,8 +84,8 @@ def write_model(
         write_atomically(folder / EXAMPLE, partial(example.save, quality=90))
     labels = Labels.from_dict(description["labels"])
     write_atomically(folder / COLOURS, legend(labels).save)
-    card = "\n".join(_card(name, description, labels, results, example is not None, license))
-    write_atomically(folder / CARD, lambda path: Path(path).write_text(card, encoding="utf-8"))
+    card = _card(name, description, labels, results, example is not None, license)
+    write_text(folder / CARD, card)
 
 
 def upload(folder: Path, name: str, private: bool, message: str) -> str:
@@ -174,8 +174,8 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    # Names of classes are for people to read, in whatever alphabet.
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 # The model card
@@ -188,11 +188,9 @@ def _card(
     scores: dict[str, Any] | None,
     example: bool,
     license: str | None,
-) -> Iterator[str]:
-    """Yield the lines of README.md."""
+) -> str:
+    """Return README.md."""
     architecture = _last_name(description["model"])
-    preprocessing = description["preprocessing"]
-    channels, size = len(preprocessing["mean"]), preprocessing["resize"]
     dataset = _last_name(description["data"].get("dataset", {}))
     shown = {key: scores[key] for key in SHOWN if scores and scores.get(key) is not None}
     results = [
@@ -214,34 +212,24 @@ def _card(
         model_name=name,
         eval_results=results or None,
     )
-    yield from ("---", data.to_yaml(), "---", "", f"# {name.split('/')[-1]}", "")
-    seen = f"that it sees at {size[0]} x {size[1]}" if size else "and any size"
-    yield f"Semantic segmentation with {len(labels)} classes: `{architecture}` of seg_torch, for"
-    yield f"images of {channels} channels {seen}."
-    if example:
-        yield from ("", f"![An image and its segmentation]({EXAMPLE})")
-    path = f"{HUB_SCHEME}{name}" if "/" in name else name
-    yield from ("", "## Use", "", "```python")
-    yield from ("from seg_torch import Segmenter  # pip install segwright", "")
-    yield f'segmenter = Segmenter.load("{path}")'
-    yield from ('segmenter.predict("photo.jpg").save("out")', "```", "")
-    yield f"Or `seg-torch predict checkpoint={path} input=photos output=out`."
-    if shown:
-        yield from ("", f"## Scores on the test images of `{dataset}`", "", "| | |", "|---|---|")
-        yield from (f"| {SHOWN[key]} | {value:.4f} |" for key, value in shown.items())
-    yield from ("", "## Classes", "", f"![Their colours]({COLOURS})", "")
-    yield from _class_table(labels, None if scores is None else scores["per_class"])
-
-
-def _class_table(labels: Labels, scores: dict[str, Any] | None) -> Iterator[str]:
-    last = "" if scores is None else " IoU |"
-    yield from (f"| id | class | colour |{last}", f"|---|---|---|{'---|' if last else ''}")
-    for i, (name, colour) in enumerate(zip(labels.names, labels.palette.tolist(), strict=True)):
-        if scores is not None:
-            iou = scores.get(name, {}).get("iou")
-            last = f" {'absent' if iou is None else f'{iou:.4f}'} |"
-        text = name.replace("`", "'").replace("|", "\\|")  # means nothing to Markdown in `...`
-        yield f"| {i} | `{text}` | `#{bytes(colour).hex()}` |{last}"
+    iou = None
+    if scores is not None:
+        iou = [scores["per_class"].get(label, {}).get("iou") for label in labels.names]
+    return render(
+        "card.md",
+        head=data.to_yaml(),
+        name=name,
+        path=f"{HUB_SCHEME}{name}" if "/" in name else name,
+        architecture=architecture,
+        channels=len(description["preprocessing"]["mean"]),
+        size=description["preprocessing"]["resize"],
+        labels=labels,
+        example=EXAMPLE if example else None,
+        colours=COLOURS,
+        dataset=dataset,
+        scores={SHOWN[key]: value for key, value in shown.items()},
+        iou=iou,
+    )
 
 
 def _last_name(config: dict[str, Any]) -> str:

@@ -29,10 +29,10 @@ from seg_torch.files import CONFIG_FOLDER
 from seg_torch.version import __version__
 
 # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold the
-# same scores (sync_dist).
+# same scores (sync_dist). The loader is resumable, by the data module's state.
 NOTES = (
     "treespec|smaller than the logging|not have many workers|in eval mode at|sync_dist=True"
-    "|exists and is not empty"
+    "|exists and is not empty|dataloader is not resumable"
 )
 # Lightning advertises, timm tells of weights what seg_torch tells in one line, and httpx of every
 # request of huggingface_hub.

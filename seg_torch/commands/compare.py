@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.bootstrap import (
     METHOD,
@@ -146,7 +147,8 @@ def read_run(folder: Path, split: str) -> Run | None:
         return None
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        stored = OmegaConf.load(folder / "config.yaml")
+        config = with_current_names(OmegaConf.to_container(stored))
         history = read_table(folder / "metrics.csv", COLUMNS)
         times = read_table(folder / "times.csv", TIMES)
     except (ValueError, KeyError, OSError) as error:

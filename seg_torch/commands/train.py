@@ -14,7 +14,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
 from seg_torch.models.network import named_compile_errors
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training import build, run
 from seg_torch.training.signals import StopOnSignal
 from seg_torch.training.trainer import build_trainer
@@ -51,7 +51,9 @@ def train(cfg: DictConfig) -> float | None:
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
         best = build.load_best(network, trainer, folder, processes)
-        inference = Inference(network, len(data.labels), data.resize, precision="32-true")
+        inference = Inference(
+            network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
+        )
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
         score(trainer, scorer, data, folder, "test")
     return best

@@ -1,9 +1,13 @@
-"""Samples that are decoded once and kept, in memory or in a file."""
+"""Samples that are decoded once and kept: in memory, for all processes of a machine, or on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable
 from multiprocessing import reduction
 from pathlib import Path
@@ -12,12 +16,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
+from lightning import Trainer
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from seg_torch.data.check import cache_folder
+from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
+from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.hardware import total_memory
+from seg_torch.version import __version__
+
+log = logging.getLogger(__name__)
 
 
 class CachedSamples(Dataset):
@@ -25,25 +37,25 @@ class CachedSamples(Dataset):
 
     Args:
         content: uint8 [bytes], of each sample the image [H, W, C] and the mask [H, W].
-        places: int64 [N, 7], of each sample the offset, the bytes of a value of its image (1, or 4
+        layout: int64 [N, 7], of each sample the offset, the bytes of a value of its image (1, or 4
             for float32), H, W, C of its image, H, W of its mask.
         file: The open file that `content` is mapped from; `None` for memory.
     """
 
-    def __init__(self, content: torch.Tensor, places: np.ndarray, file: BinaryIO | None) -> None:
-        self.content, self.places, self.file = content, places, file
+    def __init__(self, content: torch.Tensor, layout: np.ndarray, file: BinaryIO | None) -> None:
+        self.content, self.layout, self.file = content, layout, file
 
     def __reduce__(self) -> Any:
         if self.file is None:  # PyTorch moves the tensor to memory that all workers share
-            return CachedSamples, (self.content, self.places, None)
+            return CachedSamples, (self.content, self.layout, None)
         # A worker that is not forked gets the open file, which may have no name any more.
         return _map_descriptor, (reduction.DupFd(self.file.fileno()),)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.layout)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        offset, itemsize, *sizes = self.places[index].tolist()
+        offset, itemsize, *sizes = self.layout[index].tolist()
         shapes = sizes[:3], sizes[3:]
         lengths = [itemsize * int(np.prod(shapes[0])), int(np.prod(shapes[1]))]
         image, mask = self.content[offset : offset + sum(lengths)].split(lengths)
@@ -52,19 +64,57 @@ class CachedSamples(Dataset):
         return tv_tensors.Image(pixels), tv_tensors.Mask(mask.view(shapes[1]))
 
 
-def samples_in_memory(samples: Dataset) -> CachedSamples:
+def fits_memory(samples: ResizedSamples) -> bool:
+    """Whether all samples take less than a 16th of the memory, if they are like the first one."""
+    size = sum(part.nbytes for part in samples[0]) * len(samples)
+    return size < total_memory(torch.device("cpu")) / 16
+
+
+def in_memory(samples: ResizedSamples) -> CachedSamples:
     """Read all samples into memory."""
     # One array, since each tensor that is sent to a spawned worker takes up a file descriptor.
     content = bytearray()
-    places = _append(samples, content.extend)
-    return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), places, None)
+    layout = _append(samples, content.extend)
+    return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), layout, None)
 
 
-def samples_on_disk(samples: Dataset, folder: Path) -> CachedSamples:
-    """Write all samples to a file in a folder of their own, unless it is there, and maps it.
+def shared_by_processes(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
+    """Read all samples into memory that all processes of a machine share.
 
-    Of several processes that need them at once, one writes and the others wait.
+    One process of each machine reads the images, and all of them map its file.
     """
+    if trainer is None or trainer.num_devices == 1:
+        return in_memory(samples)
+    # Machines may share the folder of temporary files, too.
+    name = f"seg_torch-{trainer.strategy.broadcast(uuid.uuid4().hex)}-{trainer.node_rank}"
+    path = Path(tempfile.gettempdir(), name)
+    if trainer.local_rank == 0:
+        write_samples(samples, path)
+    trainer.strategy.barrier()
+    cached = _map_file(path.open("rb"))
+    trainer.strategy.barrier()
+    if trainer.local_rank == 0:
+        path.unlink()  # the memory stays mapped, and whatever ends the run frees it
+    return cached
+
+
+def on_disk(samples: ResizedSamples) -> CachedSamples:
+    """Write all samples to a file, unless an earlier run did, and map it into memory.
+
+    The file lies in a folder that is named after the files that the samples are decoded from. Of
+    several processes that need them at once, one writes and the others wait.
+
+    Raises:
+        InputError: The samples are not decoded from files.
+    """
+    files = samples.dataset.fingerprint()
+    if files is None:
+        raise InputError("data.cache=disk: this dataset is not read from files; use ram")
+    sizes = samples.size, samples.size is not None and samples.resize_labels
+    key = repr((files, sizes, __version__))
+    folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+    if not folder.exists():
+        log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "samples.bin"
     with FileLock(folder / "lock"):
@@ -72,23 +122,18 @@ def samples_on_disk(samples: Dataset, folder: Path) -> CachedSamples:
             for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed
                 partial.unlink()
             write_samples(samples, path)
-    return map_samples(path)
+    return _map_file(path.open("rb"))
 
 
-def write_samples(samples: Dataset, path: Path) -> None:
-    """Write all samples to a file, in which their places and the number of them come last."""
+def write_samples(samples: ResizedSamples, path: Path) -> None:
+    """Write all samples to a file, in which their layout and the number of them come last."""
 
     def write(name: str) -> None:
         with open(name, "wb") as file:
-            places = _append(samples, file.write)
-            file.write(places.tobytes() + np.int64(len(places)).tobytes())
+            layout = _append(samples, file.write)
+            file.write(layout.tobytes() + np.int64(len(layout)).tobytes())
 
     write_atomically(path, write)
-
-
-def map_samples(path: str | Path) -> CachedSamples:
-    """Map a file of samples into memory: what is read of it is shared by all processes."""
-    return _map_file(open(path, "rb"))
 
 
 def _map_descriptor(descriptor: Any) -> CachedSamples:
@@ -96,15 +141,16 @@ def _map_descriptor(descriptor: Any) -> CachedSamples:
 
 
 def _map_file(file: BinaryIO) -> CachedSamples:
+    """Map a file of samples into memory: what is read of it is shared by all processes."""
     content = np.memmap(file, np.uint8, "c")  # copy on write, for a transform that works in place
     (count,) = content[-8:].view(np.int64)
-    places = content[-8 - 56 * count : -8].view(np.int64).reshape(count, 7)
-    return CachedSamples(torch.from_numpy(content), places, file)
+    layout = content[-8 - 56 * count : -8].view(np.int64).reshape(count, 7)
+    return CachedSamples(torch.from_numpy(content), layout, file)
 
 
-def _append(samples: Any, write: Callable[[bytes], object]) -> np.ndarray:
-    """Write the samples one after the other, and returns where each is."""
-    places, offset = [], 0
+def _append(samples: ResizedSamples, write: Callable[[bytes], object]) -> np.ndarray:
+    """Write the samples one after the other, and return their layout."""
+    layout, offset = [], 0
     for image, mask in track(
         in_threads(samples.__getitem__, range(len(samples))),
         "Decoding",
@@ -117,8 +163,8 @@ def _append(samples: Any, write: Callable[[bytes], object]) -> np.ndarray:
         gap = bytes(-offset % 4)  # float32 begin at multiples of 4
         write(gap)
         offset += len(gap)
-        places.append((offset, parts[0].itemsize, *parts[0].shape, *parts[1].shape))
+        layout.append((offset, parts[0].itemsize, *parts[0].shape, *parts[1].shape))
         for part in parts:
             write(part.tobytes())
             offset += part.nbytes
-    return np.array(places, np.int64)
+    return np.array(layout, np.int64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from html import escape
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seg_torch.data.check import Check, Problem, rgb
+from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS, checked_sample, sample_name
-from seg_torch.drawing.page import figure, grid, key, page, table
+from seg_torch.datasets.base import SPLITS, BaseDataset, checked_sample
+from seg_torch.drawing.page import Figure, figure, render
 from seg_torch.drawing.visualize import overlay
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
-from seg_torch.images.format import RGB, ImageFormat
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.files import write_json, write_text
+from seg_torch.images.format import RGB, ImageFormat, as_array
+from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import class_weights
 
 # Correlation of two thumbnails. An image that was re-encoded, halved or made 15 % brighter reaches
@@ -36,7 +34,7 @@ def inspect_dataset(
     output_dir: str | Path | None = None,
     format: ImageFormat = RGB,
 ) -> dict[str, Any]:
-    """Read every sample of a dataset's splits and report what is in them.
+    """Read every sample of a dataset's splits and find out what is in them.
 
     Args:
         dataset: `dataset(split=...)` or, with `root`, `dataset(root=..., split=...)` gives the
@@ -61,8 +59,14 @@ def inspect_dataset(
           whether the pixels are `exact`ly the same, and the correlation (`similarity`).
     """
     place = None if root is None else str(root)
-    data = SegmentationDataModule(dataset, place, **format.settings())
-    checks: dict[str, Check] = {}
+    return inspect_data(SegmentationDataModule(dataset, place, **format.settings()), output_dir)
+
+
+def inspect_data(
+    data: SegmentationDataModule, output_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Do what `inspect_dataset` does for the data of a command."""
+    checks: dict[str, DatasetStatistics] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
     for split in SPLITS:
@@ -71,44 +75,38 @@ def inspect_dataset(
                 notes.append("There are no test images of their own: val stands in for test.")
                 continue
             checks[split] = data.checked(split)
-            found = checks[split].problems
+            of_split = checks[split].problems
         except InputError as error:
-            found = [Problem("", text, {}) for text in error.problems or [str(error)]]
-        problems |= {problem.message: problem for problem in found}
-    samples = {split: data.originals(split) for split in checks}
-    report: dict[str, Any] = {
-        "dataset": "" if root is None else str(Path(root).expanduser().absolute()),
+            of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
+        problems |= {problem.message: problem for problem in of_split}
+    originals = {split: data.dataset(split).base_dataset for split in checks}
+    labels = data.labels if checks else None
+    findings: dict[str, Any] = {
+        "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
         "refused": bool(problems),
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,
-        **_contents(checks, data.labels if checks else None),
-        "duplicates": _duplicates(checks, samples),
+        **_contents(checks, () if labels is None else labels.names),
+        "duplicates": _duplicates(checks, originals),
     }
-    notes += _notes(report)
+    notes += _notes(findings)
     if output_dir is not None:
-        texts = {"json": json.dumps(report, indent=1), "html": _page(report, checks, samples)}
-        for kind, text in texts.items():
-            # File names may be any bytes.
-            content = text.encode("utf-8", "surrogateescape")
-            write_atomically(Path(output_dir, f"inspect.{kind}"), _writer(content))
-    return report
+        write_json(Path(output_dir, "inspect.json"), findings)
+        page = _page(findings, checks, originals, labels)
+        write_text(Path(output_dir, "inspect.html"), page)
+    return findings
 
 
-def _writer(content: bytes) -> Callable[[str], object]:
-    return lambda path: Path(path).write_bytes(content)
-
-
-def _contents(checks: dict[str, Check], labels: Labels | None) -> dict[str, Any]:
-    """Return the parts of the report that are numbers of images and pixels."""
+def _contents(checks: dict[str, DatasetStatistics], names: Sequence[str]) -> dict[str, Any]:
+    """Return the findings that are numbers of images and pixels."""
     splits = {
         split: {
-            "images": len(found.digests),
-            "pixels": int(found.pixels.sum()),
-            "unlabelled_pixels": int(found.pixels[IGNORE_INDEX]),
+            "images": len(check.digests),
+            "pixels": int(check.pixels.sum()),
+            "unlabelled_pixels": int(check.pixels[IGNORE_INDEX]),
         }
-        for split, found in checks.items()
+        for split, check in checks.items()
     }
-    names = () if labels is None else labels.names
     mean = std = None
     weights: list[float | None] = [None] * len(names)
     if "train" in checks and splits["train"]["pixels"]:
@@ -116,8 +114,8 @@ def _contents(checks: dict[str, Check], labels: Labels | None) -> dict[str, Any]
         weights = class_weights(torch.from_numpy(checks["train"].pixels[: len(names)])).tolist()
     classes = {
         name: {
-            "pixels": {split: int(found.pixels[i]) for split, found in checks.items()},
-            "images": {split: int(found.images[i]) for split, found in checks.items()},
+            "pixels": {split: int(check.pixels[i]) for split, check in checks.items()},
+            "images": {split: int(check.images[i]) for split, check in checks.items()},
             "weight": weights[i],
         }
         for i, name in enumerate(names)
@@ -125,7 +123,9 @@ def _contents(checks: dict[str, Check], labels: Labels | None) -> dict[str, Any]
     return {"splits": splits, "classes": classes, "mean": mean, "std": std}
 
 
-def _duplicates(checks: dict[str, Check], samples: dict[str, Any]) -> list[dict[str, Any]]:
+def _duplicates(
+    checks: dict[str, DatasetStatistics], originals: dict[str, BaseDataset]
+) -> list[dict[str, Any]]:
     """Return for each image of a split the one most like it in each earlier split, if any is."""
     duplicates = []
     vectors = {split: _normalised(check.thumbnails) for split, check in checks.items()}
@@ -136,17 +136,19 @@ def _duplicates(checks: dict[str, Check], samples: dict[str, Any]) -> list[dict[
             for j, i in enumerate(similarity.argmax(axis=0).tolist(), start):
                 value = float(similarity[i, j - start])
                 twin = same.get(bytes(checks[second].digests[j]))
-                if twin is not None or value > NEAR:
-                    pair = {first: i if twin is None else twin, second: j}
-                    duplicates.append(
-                        {
-                            "splits": [*pair],
-                            "indices": [*pair.values()],
-                            "names": [sample_name(samples[s], k, "image") for s, k in pair.items()],
-                            "exact": twin is not None,
-                            "similarity": round(value, 4) if twin is None else 1.0,
-                        }
-                    )
+                if twin is None and value <= NEAR:
+                    continue
+                pair = {first: i if twin is None else twin, second: j}
+                names = [originals[s].name(index, "image") for s, index in pair.items()]
+                duplicates.append(
+                    {
+                        "splits": [*pair],
+                        "indices": [*pair.values()],
+                        "names": names,
+                        "exact": twin is not None,
+                        "similarity": round(value, 4) if twin is None else 1.0,
+                    }
+                )
     return duplicates
 
 
@@ -162,9 +164,9 @@ def _normalised(thumbnails: np.ndarray) -> np.ndarray:
     return np.where(contrast > 2, vectors / np.maximum(length, 1), 0)
 
 
-def _notes(report: dict[str, Any]) -> list[str]:
+def _notes(findings: dict[str, Any]) -> list[str]:
     """Return what the numbers say, in sentences."""
-    splits, classes, notes = report["splits"], report["classes"], []
+    splits, classes, notes = findings["splits"], findings["classes"], []
     unlabelled = [
         f"{_percent(counts['unlabelled_pixels'] / counts['pixels'])} of {split}"
         for split, counts in splits.items()
@@ -185,7 +187,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         if split == "train":
             known -= set(absent)
     for first, second in combinations(splits, 2):
-        exact = [d["exact"] for d in report["duplicates"] if d["splits"] == [first, second]]
+        exact = [d["exact"] for d in findings["duplicates"] if d["splits"] == [first, second]]
         if exact:
             notes.append(
                 f"{len(exact)} of {splits[second]['images']} images of {second} are in {first}, "
@@ -199,11 +201,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
-def class_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def class_cells(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """Return share of the pixels and number of images of a class by split, and its weight."""
     cells = []
     for split, pixels in row["pixels"].items():
-        share = _percent(pixels / max(report["splits"][split]["pixels"], 1))
+        share = _percent(pixels / max(findings["splits"][split]["pixels"], 1))
         cells.append(f"{share}\n{row['images'][split]:,}" if pixels else "never")
     return [*cells, "" if row["weight"] is None else f"{row['weight']:.4g}"]
 
@@ -211,75 +213,47 @@ def class_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 # The page
 
 
-def _page(report: dict[str, Any], checks: dict[str, Check], samples: dict[str, Any]) -> str:
-    """Return the report as HTML, with images of some samples and of the duplicates."""
-    problems, duplicates = report["problems"], report["duplicates"]
-    verdict = "No problems: ready to train."
-    parts = []
-    if problems:
-        verdict = f"Training would be refused: {len(problems)} problem{'s' * (len(problems) > 1)}."
-        rows = [
-            (escape(p["message"]), "\n".join(f"{v}: {n:,}" for v, n in p["pixels"].items()))
-            for p in problems
-        ]
-        parts = ["<h2>Problems</h2>", table(("problem", "value: pixels"), rows)]
-    parts.insert(0, f'<p class="verdict{" bad" * bool(problems)}">{verdict}</p>')
-    parts += [f"<p>{escape(note)}</p>" for note in report["notes"]]
-    if duplicates:
-        most = sorted(duplicates, key=lambda d: -d["similarity"])[:DUPLICATES]
-        parts += ["<h2>Duplicates</h2>", f"<p>The nearest {len(most)} of {len(duplicates)}.</p>"]
-        parts.append(grid(_duplicate_figure(d, samples) for d in most))
-    for split, found in checks.items():
-        parts += [f"<h2>Samples of {split}</h2>", _sample_figures(samples[split], found)]
-    if checks:
-        parts += ["<h2>Classes</h2>", "<p>Share of the pixels, and images with the class.</p>"]
-        parts.append(_class_table(report, next(iter(samples.values())).labels))
-    if report["mean"]:
-        parts += ["<h2>Settings from the training images</h2>", _settings(report)]
-    return page(f"Dataset {report['dataset']}", parts)
-
-
-def _class_table(report: dict[str, Any], labels: Labels) -> str:
-    header = [f"{split}: {c['images']:,} images" for split, c in report["splits"].items()]
-    rows = enumerate(report["classes"].values())
-    cells = [[key(labels, i), *class_cells(report, row)] for i, row in rows]
-    return table(["class", *header, "weight"], cells)
-
-
-def _settings(report: dict[str, Any]) -> str:
-    values = {f"preprocessing.{key}": report[key] for key in ("mean", "std")}
-    weights = [row["weight"] for row in report["classes"].values()]
-    values["loss=weighted_ce loss.weights"] = weights
-    lines = [f"{key}=[{','.join(f'{v:.4f}' for v in vs)}]" for key, vs in values.items()]
-    return (
-        "<p>Mean and standard deviation are for models without published weights; others bring "
-        "their own. The weights are those that loss=weighted_ce takes by itself.</p>"
-        f"<pre>{chr(10).join(lines)}</pre>"
+def _page(
+    findings: dict[str, Any],
+    checks: dict[str, DatasetStatistics],
+    originals: dict[str, BaseDataset],
+    labels: Any,
+) -> str:
+    """Return the findings as HTML, with images of some samples and of the duplicates."""
+    pairs = sorted(findings["duplicates"], key=lambda pair: -pair["similarity"])[:DUPLICATES]
+    splits = findings["splits"].items()
+    return render(
+        "inspect.html",
+        title=f"Dataset {findings['dataset']}",
+        findings=findings,
+        labels=labels,
+        duplicates=[_duplicate_figure(pair, originals) for pair in pairs],
+        samples=[(split, *_samples(originals[split], checks[split])) for split in checks],
+        header=["class", *(f"{split}: {c['images']:,} images" for split, c in splits), "weight"],
+        rows=[class_cells(findings, row) for row in findings["classes"].values()],
     )
 
 
-def _duplicate_figure(duplicate: dict[str, Any], samples: dict[str, Any]) -> str:
-    places = zip(duplicate["splits"], duplicate["indices"], strict=True)
-    images = [
-        Image.fromarray(rgb(samples[split][index][0], samples[split])) for split, index in places
-    ]
-    names = [
-        f"{split}: {Path(name).name}"
-        for split, name in zip(duplicate["splits"], duplicate["names"], strict=True)
-    ]
+def _duplicate_figure(duplicate: dict[str, Any], originals: dict[str, BaseDataset]) -> Figure:
+    images, names = [], []
+    for split, index, name in zip(
+        duplicate["splits"], duplicate["indices"], duplicate["names"], strict=True
+    ):
+        dataset = originals[split]
+        images.append(Image.fromarray(dataset.format.shown(as_array(dataset[index][0]))))
+        names.append(f"{split}: {Path(name).name}")
     how = "the same pixels" if duplicate["exact"] else f"correlation {duplicate['similarity']}"
     return figure(images, f"{', '.join(names)} ({how})")
 
 
-def _sample_figures(samples: Any, found: Check) -> str:
-    """Return a few samples, evenly spaced, beside their overlays, with a legend."""
-    usable = np.flatnonzero(found.digests != b"").tolist()
-    figures, shown = [], set()
+def _samples(dataset: BaseDataset, statistics: DatasetStatistics) -> tuple[list[Figure], list[int]]:
+    """Return a few samples beside their overlays, evenly spaced, and the classes in them."""
+    usable = np.flatnonzero(statistics.digests != b"").tolist()
+    figures, class_ids = [], set[int]()
     for index in usable[:: -(-len(usable) // SAMPLES) or 1]:
-        image, mask = checked_sample(samples, index)
-        shown |= set(mask.unique().tolist())
-        pixels = rgb(image, samples)
-        images = [Image.fromarray(pixels), overlay(pixels, mask.numpy(), samples.labels)]
-        figures.append(figure(images, Path(sample_name(samples, index, "image")).name))
-    legend = " ".join(key(samples.labels, i) for i in sorted(shown - {IGNORE_INDEX}))
-    return f"{grid(figures)}<p>{legend}</p>"
+        image, mask = checked_sample(dataset, index)
+        class_ids |= set(mask.unique().tolist())
+        pixels = dataset.format.shown(as_array(image))
+        images = [Image.fromarray(pixels), overlay(pixels, mask.numpy(), dataset.labels)]
+        figures.append(figure(images, Path(dataset.name(index, "image")).name))
+    return figures, sorted(class_ids - {IGNORE_INDEX})

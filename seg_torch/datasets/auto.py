@@ -119,10 +119,8 @@ def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], st
             if any("segments_info" in annotation for annotation in content["annotations"]):
                 return coco_panoptic, f"the segments_info in {file}"
             return coco, f"the images, annotations and categories in {file}"
-    names = sorted(path.name for path in home.iterdir())
-    more = ", ..." if len(names) > 8 else ""
     raise InputError(
-        f"data=auto: {home} holds {', '.join(names[:8])}{more} and is in none of the formats that "
+        f"data=auto: {home} holds {base.first_names(home)} and is in none of the formats that "
         f"are known:\n{FORMATS}\nIf it is a dataset that has a name of its own, give data=NAME; "
         "docs/datasets.md lists them."
     )

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch.datasets import base
 from seg_torch.images.resize import resize_image, resize_mask
 
 
@@ -53,7 +53,7 @@ def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place:
     return EightFold(samples, side) if split == "train" else samples
 
 
-class EightFold(Dataset):
+class EightFold(base.BaseDataset):
     """All samples unchanged, then all of them in each of seven variants: 8 x n samples.
 
     Images are resized to `side` x `side` first. The variants compute what TensorFlow computes
@@ -69,11 +69,10 @@ class EightFold(Dataset):
 
     Attributes:
         dataset: The original samples.
-        labels: Their classes.
     """
 
     def __init__(self, dataset: Any, side: int) -> None:
-        self.dataset = dataset
+        self.dataset = base.as_dataset(dataset)
         self.size = (side, side)
         self.labels = dataset.labels
 
@@ -88,9 +87,13 @@ class EightFold(Dataset):
         return tv_tensors.Image(image), tv_tensors.Mask(self._mask(mask, VARIANTS[variant]))
 
     @property
-    def pairs(self) -> list[Any]:
-        """The files of each sample, where the original samples are files."""
-        return [*self.dataset.pairs] * len(VARIANTS)
+    def base_dataset(self) -> base.BaseDataset:
+        """The original samples."""
+        return self.dataset
+
+    def name(self, index: int, kind: str = "mask") -> str:
+        """Return what the original sample is called."""
+        return self.dataset.name(index % len(self.dataset), kind)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [side, side]."""

@@ -39,7 +39,7 @@ def polygon_features(mask: np.ndarray, labels: Labels) -> Iterator[dict[str, Any
     for class_id, pixels in enumerate(Image.fromarray(mask).histogram()[:IGNORE_INDEX]):
         if not pixels:
             continue
-        name, colour = labels.names[class_id], f"#{bytes(labels.palette[class_id]).hex()}"
+        name, colour = labels.names[class_id], labels.colour(class_id)
         for rings, area in _polygons(mask == class_id):
             properties = {"class_id": class_id, "name": name, "colour": colour, "area": area}
             geometry = {"type": "Polygon", "coordinates": rings}

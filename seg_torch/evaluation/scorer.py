@@ -12,7 +12,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from seg_torch import hardware
-from seg_torch.data.module import EvaluationGroup, SegmentationDataModule
+from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.sampling import EvaluationGroup
 from seg_torch.evaluation.results import Results
 from seg_torch.labels import Labels
 from seg_torch.metrics import (

@@ -22,7 +22,7 @@ from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference, parse_tta
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.trainer import build_trainer
 
 
@@ -75,8 +75,8 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes.first(lambda: len(data.dataset(cfg.split)))  # which fetches it, if it can
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
-    settings = (data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision))
-    inference = Inference(model.network, len(model.labels), *settings)
+    settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
+    inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)
     return Setup(trainer, scorer, data, folder, model)
 

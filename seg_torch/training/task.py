@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.data.module import EvaluationGroup, Sample
+from seg_torch.data.sampling import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.losses import ModelLoss, upsampled_loss
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference, decide
+from seg_torch.prediction.inference import Inference, InferenceSettings, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
@@ -84,7 +84,9 @@ class SegmentationTask(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         resize = None if data is None else data.resize
         precision = str(self.trainer.precision)
-        self.inference = Inference(self.network, len(self.labels), resize, precision=precision)
+        self.inference = Inference(
+            self.network, len(self.labels), resize, InferenceSettings(precision=precision)
+        )
 
     def configure_model(self) -> None:
         shard(self)

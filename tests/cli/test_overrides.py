@@ -4,6 +4,10 @@ import importlib.util
 
 from omegaconf import OmegaConf
 
+from seg_torch.cli import overrides
+from seg_torch.commands import COMMANDS
+from seg_torch.files import CONFIG_FOLDER
+
 
 def test_d26_null_and_absent_choices_mean_none(command, stub):
     seen = []
@@ -72,3 +76,53 @@ def test_optuna_without_its_package_says_what_to_install(command, stub, monkeypa
     code, message = command("train -m hydra/sweeper=optuna")
     assert code == 2
     assert "pip install 'segwright[sweep]'" in message
+
+
+def test_old_names_of_settings_and_choices_are_taken_and_the_new_ones_are_said(
+    command, stub, monkeypatch
+):
+    seen = []
+    stub(seen.append)
+    assert command("train loss=own") == (0, "loss=own is now loss=model\n")
+    assert seen.pop().loss._target_ == "seg_torch.losses.ModelLoss"
+    monkeypatch.setattr(overrides, "RENAMED", {"rate": "optimizer.lr", "loss=own": "ce"})
+    assert command("train rate=0.5") == (0, "rate=0.5 is now optimizer.lr=0.5\n")
+    assert seen[-1].optimizer.lr == 0.5
+    code, message = command("train -m loss=dice,own ++rate=0.25,0.5 output_dir=sweep")
+    assert code == 0
+    assert message.splitlines() == [
+        "loss=dice,own is now loss=dice,ce",
+        "++rate=0.25,0.5 is now ++optimizer.lr=0.25,0.5",
+    ]
+    assert [cfg.optimizer.lr for cfg in seen[1:]] == [0.25, 0.5, 0.25, 0.5]
+    assert seen[-1].loss._target_ == "seg_torch.losses.CrossEntropyLoss"
+    code, message = command("train rate=1 optimizer.lr=2")
+    assert code == 2
+    assert "rate is the old name of optimizer.lr; give one of them" in message
+    assert command("train run/rate=1")[0] == 2, "a longer name is another one"
+
+
+def test_no_command_has_both_names_of_a_setting_or_choice():
+    pages = [OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml") for command in COMMANDS]
+    for old, new in overrides.RENAMED.items():
+        group, _, choice = old.partition("=")
+        if choice:
+            assert (CONFIG_FOLDER / group / f"{new}.yaml").is_file()
+            assert not (CONFIG_FOLDER / group / f"{choice}.yaml").exists()
+        else:
+            assert not any({old, new} <= page.keys() for page in pages)
+
+
+def test_only_the_first_process_says_that_a_name_is_old(monkeypatch, capsys):
+    monkeypatch.setattr(overrides, "RENAMED", {"rate": "optimizer.lr"})
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert overrides.complete_overrides("evaluate", ["rate=1"]) == ["optimizer.lr=1"]
+    assert capsys.readouterr().err == ""
+
+
+def test_bare_paths_are_the_runs_of_compare_and_the_checkpoint_of_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    complete = overrides.complete_overrides
+    assert complete("compare", ["a", "lr=0.1", "split=val"]) == ["runs=['a','lr=0.1']", "split=val"]
+    assert complete("report", ["it's.ckpt"]) == [r"checkpoint='it\'s.ckpt'"]

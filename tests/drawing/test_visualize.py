@@ -1,18 +1,14 @@
-"""Images of masks and scores: overlays, legends, sheets, curves and the confusion matrix."""
+"""Images of masks: overlays, legends and sheets."""
 
-import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
 
 from seg_torch.datasets.published.camvid32 import CAMVID32_LABELS
 from seg_torch.drawing.visualize import (
-    additive_overlay,
     legend,
     overlay,
     sample_sheet,
-    save_confusion_matrix,
-    save_curves,
     save_overlay,
     side_by_side,
 )
@@ -20,22 +16,6 @@ from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
 LABELS = Labels(("a", "b"), np.array([(100, 200, 0), (255, 255, 255)]))
-
-
-@pytest.fixture
-def figure(monkeypatch):
-    """`figure(function, ...)`: the matplotlib figure that the function saves."""
-    saved = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path: saved.append(self))
-    monkeypatch.setattr(
-        "seg_torch.drawing.visualize.write_atomically", lambda path, write: write(path)
-    )
-
-    def figure(function, *arguments):
-        function(*arguments, "figure.png")
-        return saved.pop()
-
-    return figure
 
 
 def test_the_overlay_is_a_weighted_mean_and_leaves_ignored_pixels():
@@ -64,20 +44,6 @@ def test_an_overlay_that_no_jpeg_can_hold_is_refused_and_nothing_is_written(tmp_
     with pytest.raises(InputError, match="65501 x 1 pixels, 65500 a side at most: leave overlay"):
         save_overlay(str(tmp_path / "long.jpg"), image, mask, LABELS, quality=92)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_additive_overlay_is_image_plus_six_tenths_of_the_colours():
-    image = np.full((1, 3, 3), 100, np.uint8)
-    mask = np.array([[0, 1, 255]], np.uint8)
-    # 100 + 0.6 * 100 = 160, 100 + 0.6 * 200 = 220, 100 + 0; 100 + 0.6 * 255 = 253; ignored: 100.
-    expected = [[[160, 220, 100], [253, 253, 253], [100, 100, 100]]]
-    assert np.asarray(additive_overlay(image, mask, LABELS)).tolist() == expected
-
-
-def test_the_additive_overlay_saturates():
-    image = np.full((1, 2, 3), 200, np.uint8)
-    added = additive_overlay(image, np.array([[0, 1]], np.uint8), LABELS)
-    assert np.asarray(added).tolist() == [[[255, 255, 200], [255, 255, 255]]]
 
 
 def test_the_legend_of_camvid_has_32_swatches_in_2_rows_of_16():
@@ -121,33 +87,3 @@ def test_a_sample_sheet_has_a_row_per_sample_and_names_the_classes_in_it():
     key = sheet[24 + 32 + 4 + 128 + 4 :]
     assert (key == (100, 200, 0)).all(-1).any()
     assert len(key) == 24 + 6  # one line: class b does not occur
-
-
-def test_curves_have_points_only_where_there_are_values(figure):
-    history = [{"epoch": i, "train_loss": 3.0 - i, "val_loss": None} for i in range(4)]
-    history[1] |= {"val_loss": 2.5, "val_mean_iou": 0.5}
-    history[3] |= {"val_loss": 1.5, "val_mean_iou": 0.75}
-    loss, score = figure(save_curves, history).axes
-    points = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
-    assert points["training"] == [[0, 3], [1, 2], [2, 1], [3, 0]]
-    assert points["validation"] == [[1, 2.5], [3, 1.5]]
-    assert [line.get_xydata().tolist() for line in score.lines] == [[[1, 0.5], [3, 0.75]]]
-
-
-def test_the_confusion_matrix_shows_the_share_of_each_label(figure):
-    axes = figure(save_confusion_matrix, np.array([[3, 1], [0, 0]]), LABELS).axes[0]
-    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
-    assert {text.get_position(): text.get_text() for text in axes.texts} == {
-        (0, 0): ".75",
-        (1, 0): ".25",
-    }
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".pdf"])
-def test_figures_are_files_of_the_format_that_the_suffix_names(tmp_path, suffix):
-    save_confusion_matrix(np.eye(2, dtype=int), LABELS, tmp_path / f"matrix{suffix}")
-    save_curves([{"epoch": 0, "train_loss": 1.0}], tmp_path / f"curves{suffix}")
-    starts = {path.read_bytes()[:4] for path in tmp_path.iterdir()}
-    assert starts == {b"\x89PNG" if suffix == ".png" else b"%PDF"}
-    assert len(list(tmp_path.iterdir())) == 2

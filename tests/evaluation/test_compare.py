@@ -165,6 +165,15 @@ def test_choices_are_called_by_name_with_what_was_changed_of_them(tmp_path, comm
     ]
 
 
+def test_a_name_that_has_moved_tells_no_runs_apart(tmp_path, command):
+    poly = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/scheduler/poly.yaml"))
+    make_run(tmp_path / "runs/a", scheduler=poly)
+    before = {**poly, "_target_": "seg_torch.schedulers.poly"}
+    make_run(tmp_path / "runs/b", scheduler=before, seed=1)
+    assert command("runs")[0] == 0
+    assert [row["runs"] for row in table(tmp_path)] == ["2"]
+
+
 def test_only_settings_that_change_a_result_are_told_apart(tmp_path, command):
     make_run(
         tmp_path / "runs/lr=0.1", optimizer={"lr": 0.1}, model={"encoder": "a", "weights": None}

@@ -26,7 +26,7 @@ from torchvision import tv_tensors
 from seg_torch import Segmenter, datasets
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
-from seg_torch.data.module import EpochSampler
+from seg_torch.data.sampling import EpochSampler
 from seg_torch.datasets.eightfold import VARIANTS, EightFold
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.labels import Labels
@@ -496,7 +496,8 @@ def test_only_the_training_split_is_eightfold(tmp_path):
     ]
     assert sizes == [8 * 4, 2, 2]
     train = datasets.eightfold(datasets.clothing, "train", 32, root=tmp_path)
-    assert [pair.name for pair in train.pairs] == 8 * [pair.name for pair in train.dataset.pairs]
+    names = [train.name(index, "name") for index in range(len(train))]
+    assert names == 8 * [pair.name for pair in train.dataset.pairs]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

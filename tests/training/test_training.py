@@ -33,6 +33,7 @@ from seg_torch.commands.predict import predict
 from seg_torch.commands.train import train
 from seg_torch.datasets import shapes, write_folder
 from seg_torch.errors import InputError, StoppedError
+from seg_torch.evaluation.scorer import Scorer
 from seg_torch.prediction.inference import upsample
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.callbacks import EpochLine, History
@@ -187,6 +188,7 @@ def finish(process: Forked, code: int = 0) -> str:
     found, output = process.finish()
     assert found == code, output
     assert "Traceback" not in output
+    assert "not resumable" not in output  # as Lightning says of any loader that it does not know
     return output
 
 
@@ -313,10 +315,10 @@ def test_a_job_that_slurm_stops_goes_on_by_the_same_command(undisturbed, tmp_pat
 
 # Where a signal comes, from which epoch on (counted from 0), and the steps that are saved by then.
 MOMENTS = (
-    ("validation_step", 1, 6),
-    ("on_train_epoch_end", 1, 6),
-    ("on_train_epoch_end", 2, 9),
-    ("test_step", 0, 9),
+    (SegmentationTask, "validation_step", 1, 6),
+    (SegmentationTask, "on_train_epoch_end", 1, 6),
+    (SegmentationTask, "on_train_epoch_end", 2, 9),
+    (Scorer, "test_step", 0, 9),
 )
 
 
@@ -324,8 +326,8 @@ MOMENTS = (
 def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeypatch):
     options = ("trainer.max_epochs=3", "scheduler=plateau", "scheduler.patience=0")
     train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
-    for moment, epoch, steps in MOMENTS:
-        plain = getattr(SegmentationTask, moment)
+    for module, moment, epoch, steps in MOMENTS:
+        plain = getattr(module, moment)
 
         def signalled(task, *arguments, plain=plain, epoch=epoch):
             if task.current_epoch >= epoch and not task.trainer.sanity_checking:
@@ -334,7 +336,7 @@ def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeyp
 
         folder = tmp_path / f"{moment}_{epoch}"
         with monkeypatch.context() as patch:
-            patch.setattr(SegmentationTask, moment, signalled)
+            patch.setattr(module, moment, signalled)
             with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
                 train(small("train", f"output_dir={folder}", *options))
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -356,9 +358,8 @@ def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
 ):
     trained: list[dict[str, np.ndarray]] = []  # after each step
     used: dict[str, list] = {"validated": [], "drawn": [], "scored": []}
-    step, validate, test = (
-        getattr(SegmentationTask, n) for n in ("optimizer_step", "validation_step", "test_step")
-    )
+    step, validate = SegmentationTask.optimizer_step, SegmentationTask.validation_step
+    test = Scorer.test_step
 
     def stepped(task, *arguments):
         step(task, *arguments)
@@ -379,7 +380,7 @@ def test_with_ema_the_averaged_weights_are_validated_drawn_saved_and_scored(
 
     monkeypatch.setattr(SegmentationTask, "optimizer_step", stepped)
     monkeypatch.setattr(SegmentationTask, "validation_step", validated)
-    monkeypatch.setattr(SegmentationTask, "test_step", scored)
+    monkeypatch.setattr(Scorer, "test_step", scored)
     monkeypatch.setattr("seg_torch.training.callbacks.SampleSheet.on_validation_end", drawn)
     train(small("train", "ema=0.75", "loss=weighted_ce"))
 

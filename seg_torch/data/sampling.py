@@ -1,0 +1,182 @@
+"""Samples, the order in which they come, and the batches that they make.
+
+Three rules make runs repeatable and scores exact:
+
+* The order of the training images depends on (seed, epoch) alone and the augmentation of an image
+  on (seed, epoch, index) alone: not on the number of workers, nor on where a run was interrupted.
+* Every process scores its own share of the evaluation images, none twice.
+* Evaluation never resizes labels; images of one size go through the model together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+
+from seg_torch.datasets import base
+from seg_torch.errors import InputError
+from seg_torch.images.resize import resize_image, resize_mask
+
+Sample = tuple[torch.Tensor, torch.Tensor]
+# Images [n, C, H, W] of one size, masks [n, h, w], and their numbers in the dataset.
+EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
+
+
+class ResizedSamples(Dataset):
+    """Checked samples at the size that the network is to see."""
+
+    def __init__(
+        self, dataset: base.BaseDataset, size: Sequence[int] | None, resize_labels: bool
+    ) -> None:
+        self.dataset, self.size, self.resize_labels = dataset, size, resize_labels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = base.checked_sample(self.dataset, index)
+        if self.size is not None:
+            image = tv_tensors.Image(resize_image(image, self.size))
+            if self.resize_labels:
+                mask = tv_tensors.Mask(resize_mask(mask, self.size))
+        return image, mask
+
+
+class NumberedSamples(Dataset):
+    """Samples (image, mask, number in the dataset): scores are also those of each image."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return *self.samples[index], index
+
+
+class AugmentedSamples(Dataset):
+    """Augmented samples, by the (epoch, index) that `EpochSampler` yields."""
+
+    def __init__(self, samples: Any, augment: Callable[..., Any] | None, seed: int) -> None:
+        self.samples, self.augment, self.seed = samples, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        sample = self.samples[index]
+        if self.augment is None:
+            return sample
+        entropy = np.random.SeedSequence([self.seed, epoch, index])
+        generator = torch.default_generator  # torch.manual_seed takes longer, for the GPUs' sake
+        state = generator.get_state()
+        try:
+            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+            return self.augment(*sample)
+        finally:
+            generator.set_state(state)
+
+
+@dataclass(eq=False)
+class EpochSampler(Sampler):
+    """Training batches of (epoch, index), in an order that depends on (seed, epoch) alone.
+
+    All processes get the same number of batches and all batches have the same size; the images that
+    are left over differ from epoch to epoch. A dataset smaller than one step is repeated.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per process and step.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world: Number of processes.
+        epoch: The first epoch.
+        start: Batches of the first epoch to leave out, since a resumed run has seen them.
+    """
+
+    length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """Return itself: Lightning calls `set_epoch` on the `sampler` of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless it is the present one."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        return max(1, self.length // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(self.length)
+        # A dataset smaller than one step of all processes: each takes what there is, the last
+        # ones beginning anew, so that no process is without a batch.
+        size = min(self.batch_size, -(-self.length // self.world))
+        order = np.resize(order, len(self) * size * self.world)
+        for batch in order[self.rank :: self.world].reshape(len(self), size)[self.start :]:
+            yield [(self.epoch, int(index)) for index in batch]
+
+
+def evaluation_batches(length: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """Return the batches of one process: each index is in exactly one batch of one process.
+
+    A process without images gets one empty batch. Without any it would skip the loop, and the
+    others would wait for it forever where they add up the confusion matrix.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per batch, at most.
+        rank: Number of this process.
+        world: Number of processes.
+
+    Returns:
+        Lists of indices.
+    """
+    mine = list(range(rank, length, world))
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [[]]
+
+
+def stack(samples: Sequence[Sample]) -> Sample:
+    """Return training samples as (images uint8 [N, C, H, W], masks uint8 [N, H, W]).
+
+    Raises:
+        InputError: The images have several sizes.
+    """
+    sizes = sorted({tuple(image.shape[-2:]) for image, _ in samples})
+    if len(sizes) > 1:
+        raise InputError(
+            f"images of several sizes in one batch ({sizes[0]} and {sizes[-1]}): set "
+            "data.augment.crop=[height,width], data.resize=[height,width] or data.batch_size=1"
+        )
+    images, masks = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(masks)
+
+
+def group_by_size(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
+) -> list[EvaluationGroup]:
+    """Return evaluation samples (image, mask, number) as batches of one size each."""
+    groups: dict[tuple, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}
+    for sample in samples:
+        groups.setdefault((sample[0].shape, sample[1].shape), []).append(sample)
+    return [
+        (*stack([(image, mask) for image, mask, _ in group]), [number for *_, number in group])
+        for group in groups.values()
+    ]

@@ -1,0 +1,46 @@
+"""The processes that prepare batches: how many, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from threading import Thread
+
+from seg_torch.hardware import available_cpus, reuse_memory
+
+
+def number_of_workers(cached: bool, device: str, processes: int) -> int:
+    """Return how many worker processes suit this machine.
+
+    Args:
+        cached: Whether the samples are kept decoded.
+        device: Kind of the device that the network runs on, such as "cpu".
+        processes: Those of this machine that have workers of their own.
+    """
+    if cached and device == "cpu":
+        return 0  # there is nothing to wait for, and the network needs the CPUs
+    return min(8, max(1, available_cpus() // processes))
+
+
+def start_worker(worker: int) -> None:
+    """Let a worker process keep its memory, and work on after Ctrl-C.
+
+    For a sample it allocates some megabytes, which the system would clear again and again. The
+    terminal sends Ctrl-C to it, too, and so does Slurm with SIGUSR1 and SIGTERM. The run finishes
+    its step before it stops. When it ends, its own SIGTERM ends a worker; dying of it would be
+    reported as an error.
+    """
+    reuse_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass  # it came from elsewhere
+    os._exit(0)

@@ -1,0 +1,234 @@
+"""What the data module gives to training and evaluation, and where it goes on."""
+
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from batches import epoch, equal, loader_at, small_shapes, trainer_stub
+from hydra.utils import instantiate
+from torchvision import tv_tensors
+
+from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.transforms import augment
+from seg_torch.errors import InputError
+
+
+def test_samples_depend_on_seed_and_epoch_not_on_workers_or_global_state():
+    def module(**arguments):
+        arguments = {"num_workers": 0, "seed": 1, **arguments}
+        return SegmentationDataModule(
+            small_shapes, batch_size=2, augment=augment(crop=(32, 32)), **arguments
+        )
+
+    torch.manual_seed(5)
+    reference = epoch(module(), 3)
+    torch.manual_seed(6)
+    before = torch.random.get_rng_state()
+    assert equal(epoch(module(), 3), reference)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert equal(epoch(module(num_workers=2), 3), reference)
+    assert equal(epoch(module(cache="ram"), 3), reference)
+    assert not equal(epoch(module(), 4), reference)
+    assert not equal(epoch(module(seed=2), 3), reference)
+
+
+def test_the_seed_of_a_run_is_that_of_its_data(compose):
+    for data in ("data=shapes", "data=voc"):
+        assert instantiate(compose("train", "seed=3", data).data).seed == 3
+
+
+@pytest.mark.promise(13)
+def test_resize_changes_images_but_never_evaluation_labels():
+    module = SegmentationDataModule(small_shapes, num_workers=0, resize=(16, 24))
+    images, masks = next(iter(module.train_dataloader()))
+    assert images.shape[-2:] == masks.shape[-2:] == (16, 24)
+    [(images, masks, _)] = next(iter(module.val_dataloader()))
+    assert images.shape[-2:] == (16, 24)
+    assert torch.equal(masks[0], small_shapes("val")[0][1])
+
+
+def test_images_of_several_sizes_in_a_batch_are_refused_with_the_way_out():
+    class Mixed:
+        labels = small_shapes("train").labels
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            size = (32, 32 + index)
+            zeros = torch.zeros(3, *size, dtype=torch.uint8)
+            return tv_tensors.Image(zeros), tv_tensors.Mask(zeros[0])
+
+    module = SegmentationDataModule(lambda split: Mixed(), num_workers=0, batch_size=4)
+    with pytest.raises(InputError, match=r"data\.augment\.crop"):
+        next(iter(module.train_dataloader()))
+
+
+@pytest.mark.promise(18)
+def test_pixel_counts_equal_numpys():
+    module = SegmentationDataModule(small_shapes, num_workers=0)
+    masks = np.stack([np.asarray(small_shapes("train")[i][1]) for i in range(11)])
+    assert module.pixel_counts().tolist() == [int((masks == i).sum()) for i in range(6)]
+
+
+def test_an_empty_split_is_refused():
+    module = SegmentationDataModule(lambda root, split: [], root="photos")
+    with pytest.raises(InputError, match="photos: no samples for split=val"):
+        module.dataset("val")
+
+
+@pytest.mark.promise(1)
+def test_d11_a_bad_label_is_refused_by_the_worker_that_reads_it():
+    class Bad:
+        labels = small_shapes("train").labels
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            mask = torch.full((32, 32), 5 + index, dtype=torch.uint8)
+            return tv_tensors.Image(torch.zeros(3, 32, 32, dtype=torch.uint8)), tv_tensors.Mask(
+                mask
+            )
+
+    module = SegmentationDataModule(lambda split: Bad(), num_workers=1, batch_size=2)
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        with pytest.raises(InputError, match=r"Bad\[1\]: mask values \[6\]; allowed are 0 to 5"):
+            list(loader)
+
+
+def test_d23_evaluation_has_a_batch_size_of_its_own():
+    def first_batch(**arguments):
+        module = SegmentationDataModule(small_shapes, batch_size=8, num_workers=0, **arguments)
+        module.trainer = trainer_stub()
+        return next(iter(module.val_dataloader().batch_sampler))
+
+    assert len(first_batch()) == 4
+    assert len(first_batch(eval_batch_size=3)) == 3
+    with pytest.raises(InputError, match=r"data\.eval_batch_size=-1"):
+        first_batch(eval_batch_size=-1)
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
+    module = SegmentationDataModule(
+        small_shapes,
+        batch_size=2,
+        eval_batch_size=2,
+        augment=augment(crop=(24, 24)),
+        cache=cache,
+        num_workers=0,
+        resize=(40, 40),
+    )
+    rank = 1
+    module.trainer = trainer_stub(num_devices=2, local_rank=rank)
+    module.trainer.num_devices = 1  # of each of two machines
+    train = [[*batch] for batch in loader_at(module, epoch=3)]
+    val = [[*group[:2]] for groups in module.val_dataloader() for group in groups]
+    for split, batches in (("train", train), ("val", val)):
+        for index, (images, masks) in enumerate(batches):
+            _, samples = module.rebuild_batch(split, 3, index, rank)
+            assert torch.equal(torch.stack([image for image, _ in samples]), images)
+            assert torch.equal(torch.stack([mask for _, mask in samples]), masks)
+
+
+# Resuming
+
+
+class Numbered:
+    """Images that say their own index."""
+
+    labels = small_shapes("train").labels
+
+    def __init__(self, split):
+        self.length = 14 if split == "train" else 3
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        image = torch.full((3, 4, 4), index, dtype=torch.uint8)
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.zeros(4, 4, dtype=torch.uint8))
+
+
+class Recorder(lightning.LightningModule):
+    """Records the images of each step, and saves a checkpoint at each of the hooks."""
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.folder = folder
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def save(self, name):
+        if self.folder is not None:
+            self.trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def training_step(self, batch, index):
+        self.seen.append((self.current_epoch, batch[0][:, 0, 0, 0].tolist()))
+        if len(self.seen) == 11:
+            self.save("during-step-11")
+        return self.weight * 1.0
+
+    def validation_step(self, batch, index):
+        self.save(f"during-validation-{len(self.seen)}-{index}")
+
+    def on_train_batch_end(self, *args):
+        self.save(f"after-step-{len(self.seen)}")
+
+    def on_validation_end(self):
+        self.save(f"after-validation-{len(self.seen)}")
+
+    def on_train_epoch_end(self):
+        self.save(f"after-epoch-{len(self.seen)}")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path | None = None, resume: Path | None = None) -> list[tuple[int, list[int]]]:
+    """Trains three epochs of seven batches with two workers; what was seen."""
+    recorder = Recorder(folder)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    data = SegmentationDataModule(Numbered, batch_size=2, eval_batch_size=1, num_workers=2, seed=3)
+    trainer.fit(recorder, datamodule=data, ckpt_path=resume, weights_only=True)
+    return recorder.seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, fit(folder)
+
+
+# name of the checkpoint: steps whose result it contains
+CHECKPOINTS = {
+    "after-step-3": 3,
+    "after-validation-7": 7,
+    "after-epoch-7": 7,
+    "after-step-9": 9,
+    "during-step-11": 10,
+    "during-validation-14-1": 14,
+    "after-epoch-14": 14,
+}
+
+
+@pytest.mark.promise(22)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_d02_a_resumed_run_sees_what_an_undisturbed_one_would_have_seen(undisturbed, name):
+    folder, seen = undisturbed
+    assert [epoch for epoch, _ in seen] == [0] * 7 + [1] * 7 + [2] * 7
+    for steps in (seen[:7], seen[7:14], seen[14:]):
+        assert sorted(index for _, batch in steps for index in batch) == [*range(14)]
+    assert fit(resume=folder / f"{name}.ckpt") == seen[CHECKPOINTS[name] :]

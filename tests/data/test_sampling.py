@@ -1,0 +1,55 @@
+"""Order, shards and batches."""
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from seg_torch.data.sampling import EpochSampler, evaluation_batches, group_by_size
+
+
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
+    shards = [list(EpochSampler(23, 3, 0, rank, world)) for rank in range(world)]
+    assert {len(batch) for shard in shards for batch in shard} == {3}
+    assert {len(shard) for shard in shards} == {23 // (3 * world)}
+    seen = [index for shard in shards for batch in shard for _, index in batch]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.promise(27)
+def test_a_dataset_smaller_than_a_batch_still_gives_each_process_one():
+    assert [len(b) for b in EpochSampler(3, 8, 0, 0, 1)] == [3]
+    assert [len(list(EpochSampler(1, 8, 0, rank, 2))) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.promise(5, 27)
+@pytest.mark.parametrize(("length", "world"), [(5, 2), (1, 3), (8, 2), (7, 4)])
+def test_every_image_is_evaluated_exactly_once(length, world):
+    shards = [evaluation_batches(length, 2, rank, world) for rank in range(world)]
+    assert all(shards), "a process without a batch would leave the others waiting"
+    assert sorted(i for shard in shards for batch in shard for i in batch) == [*range(length)]
+
+
+def test_evaluation_groups_by_size_keeps_labels_at_theirs_and_tells_which_is_which():
+    def item(size, number):
+        mask = tv_tensors.Mask(torch.full((20, 20), number))
+        return tv_tensors.Image(torch.zeros(3, *size)), mask, number
+
+    groups = group_by_size([item((8, 9), 4), item((9, 8), 5), item((8, 9), 6)])
+    assert [(i.shape, m.shape, numbers) for i, m, numbers in groups] == [
+        ((2, 3, 8, 9), (2, 20, 20), [4, 6]),
+        ((1, 3, 9, 8), (1, 20, 20), [5]),
+    ]
+    for _, masks, numbers in groups:
+        assert masks[:, 0, 0].tolist() == numbers
+
+
+def test_d02_a_sampler_leaves_out_the_start_of_its_first_epoch_only():
+    full = EpochSampler(14, 2, 0, epoch=4)
+    resumed = EpochSampler(14, 2, 0, epoch=4, start=3)
+    for epoch_number, start in ((4, 3), (4, 3), (5, 0), (4, 0)):
+        full.set_epoch(epoch_number)
+        resumed.set_epoch(epoch_number)
+        assert list(resumed) == list(full)[start:]
+        assert len(resumed) == len(full) == 7
