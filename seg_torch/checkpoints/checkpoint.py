@@ -120,10 +120,10 @@ def run_of(path: str | Path) -> Path | None:
 
 def _published(path: str | Path) -> Path:
     setting = f"checkpoint={path}"
-    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
-    if found is None:
+    match = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
+    if match is None:
         raise InputError(f"{setting}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    name, revision = found.groups()
+    name, revision = match.groups()
     with suppress(Exception):  # such as having no network: then the newest that is in the cache
         HfApi().model_info(name, revision=revision, timeout=10)  # soon says whether there is one
         hf_hub_download(name, CONFIG, revision=revision)

@@ -120,7 +120,7 @@ def match_class_names(names: Sequence[str], wanted: Sequence[str]) -> list[int] 
 
     Names are compared without case and without the synonyms behind a comma. Lists of one length,
     or with a background before it, are also taken for the same where they agree in half of the
-    names and no name is at two places: what differs are other words, such as "window" for
+    names and no name is at two positions: what differs are other words, such as "window" for
     "windowpane".
 
     Args:
@@ -128,16 +128,16 @@ def match_class_names(names: Sequence[str], wanted: Sequence[str]) -> list[int] 
         wanted: Of a dataset.
 
     Returns:
-        For each of `wanted` its place in `names`, or `None` where one is not there.
+        For each of `wanted` its index in `names`, or `None` where one is not there.
     """
-    own, keys = ([_key(name) for name in each] for each in (names, wanted))
-    if set(keys) <= set(own):
-        return [own.index(key) for key in keys]
-    first = len(own) - len(keys)
-    same = sum(a == b for a, b in zip(own[first:], keys, strict=False))
-    moved = any(key in own and own.index(key) != first + i for i, key in enumerate(keys))
+    known, keys = ([_key(name) for name in each] for each in (names, wanted))
+    if set(keys) <= set(known):
+        return [known.index(key) for key in keys]
+    first = len(known) - len(keys)
+    same = sum(a == b for a, b in zip(known[first:], keys, strict=False))
+    moved = any(key in known and known.index(key) != first + i for i, key in enumerate(keys))
     if first in (0, 1) and 2 * same >= len(keys) and not moved:
-        return list(range(first, len(own)))
+        return list(range(first, len(known)))
     return None
 
 
