@@ -1,7 +1,5 @@
 """Datasets to batches."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
