@@ -193,7 +193,7 @@ class Wrapper:
 def test_the_files_of_a_wrapper_are_checked_unless_it_is_a_selection(own):
     (own / "masks/photo_0.png").write_bytes(b"")
     files = datasets.folder(own, "train")
-    every, some = Wrapper(files, [*range(8)] * 2), Wrapper(files, [1, 2])
+    every, some = Wrapper(files, [*range(8)] * 2), Wrapper(files, [2, 3])  # photo_0 is 1
     assert as_dataset(every).base_dataset is files
     assert as_dataset(some).base_dataset.pairs is None
     for samples, problems in ((every, 1), (some, 0)):
