@@ -41,14 +41,14 @@ def compare(graph: Graph, run: Run) -> float:
         expected, before = _timed(partial(graph, images))
         size = f"{height} x {width}"
         try:
-            found, after = _timed(partial(run, images, graph.outputs))
+            result, after = _timed(partial(run, images, graph.outputs))
         except Exception as error:  # there is no end to what the runtimes raise
             raise InputError(
                 f"what was exported does not run on an image of {size}: {reason(error)}"
             ) from error
-        shares.append((found[0] == expected[0]).double().mean().item())
-        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, found)]
-        probabilities = [*chosen, *expected[2:], *found[2:]]
+        shares.append((result[0] == expected[0]).double().mean().item())
+        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, result)]
+        probabilities = [*chosen, *expected[2:], *result[2:]]
         difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
         times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
         row = (size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
@@ -75,10 +75,10 @@ def log_int8_scores(graph: Graph, run: Run, samples: Subset[Any], num_classes: i
         image, mask = samples[i]
         images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
         expected = graph(images)[0]
-        (found,) = run(images, ["classes"])
+        (result,) = run(images, ["classes"])
         before.update(expected, target)
-        after.update(found, target)
-        changes.update(found, expected)
+        after.update(result, target)
+        changes.update(result, expected)
     log.info(
         "int8 on %d validation images: %.2f %% of the pixels as in float32; mean IoU %.4f, "
         "in float32 %.4f",

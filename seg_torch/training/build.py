@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
+from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch.checkpoints import checkpoint
@@ -21,7 +22,6 @@ from seg_torch.models.network import (
     Network,
     check_channels,
     freeze_unused_parameters,
-    synchronise_batchnorm,
 )
 from seg_torch.models.weights import adapt_first_conv, load_matching_weights
 from seg_torch.training.averaging import WeightAverage
@@ -99,9 +99,9 @@ def build_network(
         check_channels(network, data.format.channels)
     freeze_unused_parameters(network)
     if processes.count > 1 and processes.device.type == "cuda":
-        # Without it each GPU normalises its few images by their own statistics. Lightning's own
-        # conversion loses the activations of timm's BatchNorm.
-        synchronise_batchnorm(network)
+        # Without it each GPU normalises its few images by their own statistics. The conversion of
+        # PyTorch, which Lightning calls, would lose the activations of timm's BatchNorm.
+        network = convert_sync_batchnorm(network)
     if mode := cfg.trainer.get("compile"):
         network.compile_for_training(mode)
     return network
