@@ -80,7 +80,7 @@ def _figures(
 ) -> list[Figure]:
     """Return image, label, prediction and errors of each of some images."""
     labels, format, inference = results.labels, setup.data.format, setup.scorer.inference
-    setup.scorer.to(setup.trainer.strategy.root_device)  # which the Trainer left
+    setup.scorer.to(setup.trainer.strategy.root_device).eval()  # as the Trainer had it
     quality, confidence = results.images["label_quality"], results.images["confidence"]
     dataset = setup.data.dataset(setup.data.test_split)
     figures = []
