@@ -1,7 +1,5 @@
 """What is in a dataset, whether it can be trained on, and a page that shows both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path

@@ -124,11 +124,10 @@ class SegmentationDataModule(LightningDataModule):
             InputError: The split has no samples, or the dataset cannot be read.
         """
         if split not in self._datasets:
-            kwargs: dict[str, Any] = {} if self.root is None else {"root": self.root}
+            optional = {"root": self.root, "name": self.dataset_name}
+            kwargs: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
             if self.download:
                 kwargs["download"] = True
-            if self.dataset_name is not None:
-                kwargs["name"] = self.dataset_name
             if self.format != RGB:
                 if "format" not in inspect.signature(self.make_dataset).parameters:
                     raise InputError("data.channels: this dataset is RGB; use data=folder")

@@ -1,7 +1,5 @@
 """The page of seg-torch report: how good a model is and where it fails."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -74,8 +72,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
 
 def _lowest(values: np.ndarray) -> list[int]:
     """Return the indices from the lowest to the highest value, without nan."""
-    order = np.argsort(values, kind="stable")
-    return [int(i) for i in order if np.isfinite(values[i])]
+    return np.argsort(values, kind="stable")[: np.isfinite(values).sum()].tolist()
 
 
 def _figures(

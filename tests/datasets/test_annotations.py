@@ -27,8 +27,8 @@ from seg_torch.commands.train import train
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets.annotations.label_studio import decode_brush
-from seg_torch.datasets.annotations.reading import split_of
 from seg_torch.datasets.auto import recognise
+from seg_torch.datasets.reading import split_of
 from seg_torch.drawing.coco import coco_annotations, write_coco
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
