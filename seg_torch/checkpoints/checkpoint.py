@@ -24,16 +24,9 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from torch import Tensor, nn
 
+from seg_torch.checkpoints import trusted
 from seg_torch.checkpoints.hub import hub_file, read_config
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.checkpoints.trusted import (
-    MAX_SUM,
-    MODELS,
-    SPARE_VALUES,
-    instantiate_trusted,
-    made_within,
-    nodes,
-)
 from seg_torch.errors import InputError, reason
 from seg_torch.images.format import MOST_CHANNELS, RGB, ImageFormat
 from seg_torch.labels import Labels
@@ -127,10 +120,10 @@ def run_of(path: str | Path) -> Path | None:
 
 def _published(path: str | Path) -> Path:
     setting = f"checkpoint={path}"
-    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
-    if found is None:
+    match = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
+    if match is None:
         raise InputError(f"{setting}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    name, revision = found.groups()
+    name, revision = match.groups()
     with suppress(Exception):  # such as having no network: then the newest that is in the cache
         HfApi().model_info(name, revision=revision, timeout=10)  # soon says whether there is one
         hf_hub_download(name, CONFIG, revision=revision)
@@ -206,14 +199,14 @@ def check_description(description: dict[str, Any]) -> None:
         Exception: Of any type.
     """
     plain = (dict, list, tuple, str, int, float, type(None))
-    if not all(isinstance(node, plain) for node in nodes(description)):
+    if not all(isinstance(node, plain) for node in trusted.nodes(description)):
         raise InputError("its description is not plain data")
     Labels.from_dict(description["labels"])
     if not isinstance(description["model"], dict) or not isinstance(description["data"], dict):
         raise InputError("its configurations are no mappings")
     mean, std, resize = (description["preprocessing"][key] for key in ("mean", "std", "resize"))
     if len(mean) != len(std) or not all(
-        isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
+        isinstance(value, int | float) and abs(value) <= trusted.MAX_SUM for value in (*mean, *std)
     ):
         raise InputError("its mean and std are not two lists of numbers of one length")
     format = image_format(description)
@@ -238,17 +231,17 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     description = content[KEY]
     labels = Labels.from_dict(description["labels"])
     config = dict(description["model"])
-    known = str(config.get("_target_")) in MODELS
+    known = str(config.get("_target_")) in trusted.MODELS
     if known or "weights" in config:
         config["weights"] = None  # they are in the checkpoint
-    make = partial(instantiate_trusted, config, trust, MODELS, num_classes=len(labels))
+    make = partial(
+        trusted.instantiate_trusted, config, trust, trusted.MODELS, num_classes=len(labels)
+    )
     state = network_state(content)
     if known:
-        numbers = [node for node in nodes(config) if isinstance(node, int | float)]
-        if not all(abs(n) <= MAX_SUM for n in numbers) or sum(map(abs, numbers)) > MAX_SUM:
-            raise InputError("the checkpoint's model has numbers that no network has")
+        trusted.check_numbers(config)
         # Weights in half precision have two bytes.
-        model = made_within(make, weights.stored_bytes(state) // 2 + SPARE_VALUES)
+        model = trusted.made_within(make, weights.stored_bytes(state) // 2 + trusted.SPARE_VALUES)
     else:
         model = make()
     if not isinstance(model, nn.Module):

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Subset
 
-from seg_torch.checkpoints.exported import Graph, Run
+from seg_torch.checkpoints.exported import Graph, GraphRunner
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError, reason
 from seg_torch.metrics import ConfusionMatrix, scores
@@ -27,7 +27,7 @@ SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are co
 
 
 @torch.no_grad()
-def compare(graph: Graph, run: Run) -> float:
+def compare(graph: Graph, run: GraphRunner) -> float:
     """Print how an exported graph compares, and return the smallest share of equal pixels."""
     table = Table(title="exported against the network")
     for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
@@ -41,14 +41,14 @@ def compare(graph: Graph, run: Run) -> float:
         expected, before = _timed(partial(graph, images))
         size = f"{height} x {width}"
         try:
-            found, after = _timed(partial(run, images, graph.outputs))
+            result, after = _timed(partial(run, images, graph.outputs))
         except Exception as error:  # there is no end to what the runtimes raise
             raise InputError(
                 f"what was exported does not run on an image of {size}: {reason(error)}"
             ) from error
-        shares.append((found[0] == expected[0]).double().mean().item())
-        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, found)]
-        probabilities = [*chosen, *expected[2:], *found[2:]]
+        shares.append((result[0] == expected[0]).double().mean().item())
+        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, result)]
+        probabilities = [*chosen, *expected[2:], *result[2:]]
         difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
         times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
         row = (size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
@@ -68,17 +68,17 @@ def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
 
 
 @torch.no_grad()
-def log_int8_scores(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
+def log_int8_scores(graph: Graph, run: GraphRunner, samples: Subset[Any], num_classes: int) -> None:
     """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
     for i in range(len(samples)):
         image, mask = samples[i]
         images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
         expected = graph(images)[0]
-        (found,) = run(images, ["classes"])
+        (result,) = run(images, ["classes"])
         before.update(expected, target)
-        after.update(found, target)
-        changes.update(found, expected)
+        after.update(result, target)
+        changes.update(result, expected)
     log.info(
         "int8 on %d validation images: %.2f %% of the pixels as in float32; mean IoU %.4f, "
         "in float32 %.4f",

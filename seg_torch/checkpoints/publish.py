@@ -3,8 +3,6 @@
 `seg_torch.checkpoints.checkpoint` reads these files: model.safetensors and config.json.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

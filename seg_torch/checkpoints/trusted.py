@@ -110,6 +110,17 @@ def nodes(config: Any) -> Iterator[Any]:
     raise InputError(f"the checkpoint's configuration has more than {MAX_NODES:,} values")
 
 
+def check_numbers(config: dict[str, Any]) -> None:
+    """Refuse a model's configuration with numbers that no network has.
+
+    Raises:
+        InputError: It has such.
+    """
+    numbers = [abs(node) for node in nodes(config) if isinstance(node, int | float)]
+    if not all(number <= MAX_SUM for number in numbers) or sum(numbers) > MAX_SUM:
+        raise InputError("the checkpoint's model has numbers that no network has")
+
+
 def made_within(make: Callable[[], Any], values: int) -> Any:
     """Make a model, unless its parameters and buffers have more than so many values.
 

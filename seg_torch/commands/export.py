@@ -13,16 +13,8 @@ import numpy as np
 from omegaconf import DictConfig
 from torch.utils.data import Subset
 
-from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints import checkpoint, exported
 from seg_torch.checkpoints.comparison import compare, log_int8_scores
-from seg_torch.checkpoints.exported import (
-    FORMATS,
-    ExportedNetwork,
-    Graph,
-    load_network,
-    open_exported,
-    write,
-)
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.setup import Model, open_data
 from seg_torch.files import PARTIAL
@@ -41,11 +33,11 @@ def export(cfg: DictConfig) -> None:
         InputError: The checkpoint or a setting cannot be used, the model cannot be exported, or
             what was exported differs from it.
     """
-    check_choice("format", cfg.format, FORMATS)
+    check_choice("format", cfg.format, exported.FORMATS)
     if cfg.int8 and cfg.format != "openvino":
         raise InputError(f"int8=true needs format=openvino, not {cfg.format}")
-    network, labels, description = load_network(cfg.checkpoint, cfg.trust)
-    if isinstance(network, ExportedNetwork):
+    network, labels, description = exported.load_network(cfg.checkpoint, cfg.trust)
+    if isinstance(network, exported.ExportedNetwork):
         raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
     format = checkpoint.image_format(description)
     if format.bits != 8:
@@ -56,12 +48,12 @@ def export(cfg: DictConfig) -> None:
     model = Model(cfg.checkpoint, network, labels, resize, format, description)
     samples = _calibration(cfg, model) if cfg.int8 else None
     images = None if samples is None else _images(samples, resize)
-    graph = Graph(network.eval(), resize, cfg.probabilities)
+    graph = exported.Graph(network.eval(), resize, cfg.probabilities)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
         draft = Path(folder, path.name)
-        write(graph, draft, cfg.format, description, images)
-        run, _ = open_exported(draft)
+        exported.write(graph, draft, cfg.format, description, images)
+        run, _ = exported.open_exported(draft)
         same = compare(graph, run)
         if samples is not None:
             log_int8_scores(graph, run, samples, len(labels))
@@ -80,7 +72,7 @@ def _output(cfg: DictConfig, source: Path) -> Path:
     """Return the path of the file; by default beside the checkpoint."""
     if cfg.checkpoint.startswith(checkpoint.HUB_SCHEME) and not cfg.output:
         raise InputError(f"checkpoint={cfg.checkpoint} lies in a cache: give output=FILE")
-    suffix = FORMATS[cfg.format].suffix
+    suffix = exported.FORMATS[cfg.format].suffix
     path = Path(cfg.output) if cfg.output else source.with_name(source.stem + suffix)
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")

@@ -56,7 +56,8 @@ def predict(cfg: DictConfig) -> int:
         batches = processes.first(
             lambda: out.left(plan_batches(files, segmenters, cfg.batch_size), cfg.resume)
         )
-        Pipeline(segmenters, out).run(out.share(batches or []), progress=processes.is_first)
+        batches = out.share(batches or [])
+        Pipeline(segmenters, out).run(batches, progress=processes.is_first)
         processes.wait()
         return out.finish(model.labels) if processes.is_first else 0
 

@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> float | None:
         processes.first(data.check_files)  # and downloads them
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
-        task = build.build_task(cfg, data, network, processes)
+        task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)
         if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
             last = run.last_checkpoint(folder) if state else None

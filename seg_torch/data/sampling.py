@@ -54,9 +54,6 @@ class NumberedSamples(Dataset):
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         return *self.samples[index], index
 
@@ -66,9 +63,6 @@ class AugmentedSamples(Dataset):
 
     def __init__(self, samples: Any, augment: Callable[..., Any] | None, seed: int) -> None:
         self.samples, self.augment, self.seed = samples, augment, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key

@@ -1,7 +1,5 @@
 """A folder of any format: which one it is, and why."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable
@@ -13,12 +11,12 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations.coco import coco, coco_panoptic, is_coco
 from seg_torch.datasets.annotations.label_studio import is_label_studio, label_studio
 from seg_torch.datasets.annotations.labelme import is_labelme, labelme
-from seg_torch.datasets.annotations.reading import read_json
 from seg_torch.datasets.annotations.roboflow import roboflow
 from seg_torch.datasets.annotations.voc_style import cvat, labelme_voc
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
+from seg_torch.datasets.reading import read_json
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)

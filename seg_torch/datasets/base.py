@@ -12,7 +12,8 @@ import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -21,6 +22,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
@@ -135,6 +137,15 @@ def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) ->
     )
 
 
+@contextmanager
+def downloading(dataset: str, root: str | Path) -> Iterator[None]:
+    """Turn what torchvision raises where a download fails into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{dataset} could not be downloaded to {root}: {error}") from None
+
+
 def first_names(folder: Path) -> str:
     """Return the names in a folder, at most eight of them, for a message."""
     names = sorted(path.name for path in folder.iterdir())
@@ -193,12 +204,10 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
             "(name R G B) or none"
         )
-    try:
+    with parsing(path):
         if colours:
             return Labels(tuple(names), np.array(colours)), True
         return Labels(tuple(names)), False
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def published_labels(dataset: str) -> Labels:
@@ -314,14 +323,17 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     """
     with opened(path, "a mask") as image:
         rgb = np.array(image.convert("RGB"))
-    try:
+    with parsing(path):
         return encode_segmap(rgb, palette)
-    except InputError as error:
-        raise InputError(f"{path}: {error}", pixels=error.pixels) from None
 
 
 # In a look-up table: the file must not hold this value. No dataset with a table has 255 classes.
 NOT_ALLOWED = 254
+
+
+def mapped_masks(ids: Mapping[int, int]) -> Callable[[Path], np.ndarray]:
+    """Return a function that reads index masks whose values stand for class ids and 255."""
+    return partial(read_mapped_mask, table=id_table(ids))
 
 
 def id_table(ids: Mapping[int, int]) -> np.ndarray:

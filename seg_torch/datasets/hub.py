@@ -11,9 +11,9 @@ import numpy as np
 from torchvision import tv_tensors
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.datasets.folder import split_names
-from seg_torch.errors import InputError
+from seg_torch.datasets.reading import parsing, read_json, split_of
+from seg_torch.errors import InputError, require
 from seg_torch.images.read import decode_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
@@ -132,10 +132,9 @@ class HubDataset(base.BaseDataset):
 
 def _load(name: str) -> Mapping[str, Any]:
     """Return the tables of a dataset by the names of its splits."""
-    try:
-        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-    except ImportError:
-        raise InputError("data=hf needs a package: pip install datasets") from None
+    require("data=hf", "hf", "datasets")
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
     folder = Path(name).expanduser()
     saved = any((folder / f).exists() for f in ("dataset_dict.json", "dataset_info.json"))
     try:

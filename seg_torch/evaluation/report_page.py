@@ -1,7 +1,5 @@
 """The page of seg-torch report: how good a model is and where it fails."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -74,8 +72,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
 
 def _lowest(values: np.ndarray) -> list[int]:
     """Return the indices from the lowest to the highest value, without nan."""
-    order = np.argsort(values, kind="stable")
-    return [int(i) for i in order if np.isfinite(values[i])]
+    return np.argsort(values, kind="stable")[: np.isfinite(values).sum()].tolist()
 
 
 def _figures(
@@ -83,7 +80,8 @@ def _figures(
 ) -> list[Figure]:
     """Return image, label, prediction and errors of each of some images."""
     labels, format, inference = results.labels, setup.data.format, setup.scorer.inference
-    setup.scorer.to(setup.trainer.strategy.root_device)  # which the Trainer left
+    # The Trainer has left the device, and the network in the mode of training.
+    setup.scorer.to(setup.trainer.strategy.root_device).eval()
     quality, confidence = results.images["label_quality"], results.images["confidence"]
     dataset = setup.data.dataset(setup.data.test_split)
     figures = []

@@ -76,15 +76,15 @@ def published_smp(config: dict[str, Any], weights: Path) -> SMP:
         InputError: As for `smp`; weights that do not fit; images of other than three channels; or
             one class, which is told from the background by a threshold.
     """
-    given = dict(config)
-    if given.get("in_channels", 3) != 3 or not isinstance(given.get("classes"), int):
+    options = dict(config)
+    if options.get("in_channels", 3) != 3 or not isinstance(options.get("classes"), int):
         raise InputError("its config.json is not of a model for RGB images and some classes")
-    if given["classes"] < 2:
+    if options["classes"] < 2:
         raise InputError("it has one class, told by a threshold; two or more are needed")
     left_out = ("_model_class", "encoder_name", "encoder_weights", "classes", "in_channels")
-    architecture, encoder, _, num_classes, _ = (given.pop(key, None) for key in left_out)
-    given.update(activation=None, aux_params=None)
-    model = _library_model(str(architecture), str(encoder), num_classes, given)
+    architecture, encoder, _, num_classes, _ = (options.pop(key, None) for key in left_out)
+    options.update(activation=None, aux_params=None)
+    model = _library_model(str(architecture), str(encoder), num_classes, options)
     state = read_state_dict(weights)
     state = {k: v for k, v in state.items() if not k.startswith("classification_head.")}
     try:
@@ -129,9 +129,9 @@ def smp(
     options = {"num_classes": 0} if is_dpt else {"features_only": True}
     timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
     model.mean, model.std = image_statistics(timm_encoder)
-    given = timm_encoder.state_dict()  # may have stages that the library cuts off
-    own: Any = cast(Any, model.model.encoder).model
-    own.load_state_dict({name: given[name] for name in own.state_dict()})
+    state = timm_encoder.state_dict()  # may have stages that the library cuts off
+    inner: Any = cast(Any, model.model.encoder).model
+    inner.load_state_dict({name: state[name] for name in inner.state_dict()})
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.hub import HUB
 from seg_torch.datasets.published.voc import VOC_LABELS
@@ -42,16 +42,17 @@ def load_segmenters(cfg: DictConfig, device: torch.device) -> dict[str, Segmente
     Raises:
         InputError: One cannot be loaded, or they take images of different formats.
     """
-    segmenters = {model_name(cfg): load_segmenter(cfg, device)}
-    if cfg.compare_with is not None:
-        options, name = _options(cfg, device), str(cfg.compare_with)
-        if name in PRETRAINED:
-            segmenters[name] = Segmenter.pretrained(name, **options)
-        else:
-            segmenters[name] = Segmenter.load(name, trust=cfg.trust, **options)
-        if len({segmenter.format for segmenter in segmenters.values()}) > 1:
-            raise InputError(f"compare_with={name}: this model takes images of other channels")
-    return segmenters
+    first = load_segmenter(cfg, device)
+    if cfg.compare_with is None:
+        return {model_name(cfg): first}
+    if cfg.compare_with in PRETRAINED:
+        second = Segmenter.pretrained(cfg.compare_with, **_options(cfg, device))
+    else:
+        config: Any = OmegaConf.merge(cfg, {"checkpoint": cfg.compare_with})
+        second = load_segmenter(config, device)
+    if second.format != first.format:
+        raise InputError(f"compare_with={cfg.compare_with}: it takes images of other channels")
+    return {model_name(cfg): first, str(cfg.compare_with): second}
 
 
 def model_name(cfg: DictConfig) -> str:

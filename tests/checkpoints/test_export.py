@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from seg_torch import Labels, Segmenter
 from seg_torch.checkpoints import checkpoint, exported
 from seg_torch.checkpoints.exported import Graph, load_network, open_exported, write
-from seg_torch.commands import export as command
 from seg_torch.datasets import shapes
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.errors import InputError
@@ -254,7 +253,7 @@ def test_a_file_that_differs_from_its_network_does_not_take_the_place_of_another
         run, about = good(path)
         return (lambda *arguments: [o.roll(1, -1) for o in run(*arguments)]), about
 
-    monkeypatch.setattr(command, "open_exported", shifted)
+    monkeypatch.setattr(exported, "open_exported", shifted)
     line = f"export checkpoint=a.ckpt output=old.onnx trust=[{__name__}]"
     assert run_command(line, folder) == 2
     assert "% of the pixels differ" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from models_for_tests import (
     strided,
 )
 from omegaconf import OmegaConf
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from seg_torch import Segmenter
@@ -34,7 +35,7 @@ from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 from seg_torch.models import smp
-from seg_torch.models.network import Network, freeze_unused_parameters, synchronise_batchnorm
+from seg_torch.models.network import Network, freeze_unused_parameters
 from seg_torch.prediction.inference import upsample
 
 # What transformers leaves in its models and does not use, and what cannot have a gradient: in the
@@ -177,7 +178,7 @@ def test_d01_synchronised_batchnorm_gives_equal_logits(model):
     modes = [module.training for module in network.train().modules()]
     with torch.no_grad():
         expected = network.eval()(x)["out"]
-        converted = synchronise_batchnorm(network.train())
+        converted = convert_sync_batchnorm(network.train())
         assert [module.training for module in converted.modules()][: len(modes)] == modes
         logits = converted.eval()(x)["out"]
     assert torch.equal(logits, expected)

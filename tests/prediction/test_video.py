@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_prediction import threshold  # noqa: F401 (a fixture)
-from test_segmenter import LABELS, Threshold
+from predictions import LABELS, Threshold
+from test_predict import threshold  # noqa: F401 (a fixture)
 
 from seg_torch import Segmenter
 from seg_torch.commands.predict import predict

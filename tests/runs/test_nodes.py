@@ -18,7 +18,7 @@ from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
 from ports import free_port
-from test_prediction import files, random_checkpoint, table
+from predictions import files, random_checkpoint, table
 
 from seg_torch.cli.messages import LOST
 from seg_torch.commands.evaluate import evaluate

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import run_command
 from PIL import Image
-from test_prediction import FOUR, random_checkpoint
+from predictions import FOUR, random_checkpoint
 
 from seg_torch import Segmenter
 from seg_torch.commands.predict import predict

@@ -23,7 +23,7 @@ from fastapi import Response
 from omegaconf import OmegaConf
 from PIL import Image
 from ports import free_port
-from test_prediction import FOUR, random_checkpoint
+from predictions import FOUR, random_checkpoint
 
 from seg_torch import Segmenter
 from seg_torch.commands.serve import serve

@@ -4,8 +4,6 @@ A format is a function that reads the files of an `AnnotatedFolder` once, and on
 its shapes. Later shapes lie on top of earlier ones; a format with another rule sorts them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -21,8 +19,8 @@ import torch
 from PIL import Image
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.datasets.folder import split_names
+from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels

@@ -1,7 +1,5 @@
 """COCO's JSON, as CVAT, Roboflow, Label Studio and `predict` write it, and COCO panoptic."""
 
-from __future__ import annotations
-
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.annotations.reading import parsing, split_of
+from seg_torch.datasets.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX

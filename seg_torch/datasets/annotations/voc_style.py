@@ -1,7 +1,5 @@
 """Exports in the layout of PASCAL VOC: CVAT's "Segmentation mask 1.1", and labelme2voc's."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from seg_torch.datasets.annotations.annotated import (
     choose_split,
     name_of,
 )
-from seg_torch.datasets.annotations.reading import parsing
+from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels

@@ -1,6 +1,4 @@
-"""What reading the files of annotation tools takes: JSON, the names of splits, messages."""
-
-from __future__ import annotations
+"""Reading what others wrote: messages that name the file, JSON, the names of splits."""
 
 import json
 import re

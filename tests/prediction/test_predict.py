@@ -1,16 +1,12 @@
 """predict.py: what becomes of a folder of images, whatever is in it and whatever happens."""
 
-import csv
 import json
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +15,10 @@ from conftest import output_in_new_process, run_command
 from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
+from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
 from pycocotools.coco import COCO
-from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter
-from seg_torch.checkpoints import checkpoint
 from seg_torch.commands import predict as command
 from seg_torch.commands.predict import predict
 from seg_torch.distributed import Processes
@@ -32,36 +27,10 @@ from seg_torch.files import PARTIAL
 from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
-from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction.folder import JOURNAL, find_images, read_journals
-from seg_torch.prediction.pipeline import THREADS, Pipeline, plan_batches
-from seg_torch.prediction.segmentation import Segmentation
 
 ROOT = Path(__file__).parents[2]
-
-
-FOUR = Labels(tuple(f"class {i}" for i in range(4)))
-
-
-def random_checkpoint(path: Path, seed: int = 0, labels: Labels = FOUR) -> Path:
-    """A small U-Net with random weights whose masks have every class."""
-    torch.manual_seed(seed)
-    config = {
-        "_target_": "seg_torch.models.unet",
-        "encoder": "resnet10t",
-        "weights": None,
-        "decoder_channels": [8, 8, 8, 8, 8],
-    }
-    settings = {key: value for key, value in config.items() if key != "_target_"}
-    network = Network(unet(len(labels), **settings)).eval()
-    with torch.no_grad():  # as it is made, one class is ahead everywhere
-        logits = network(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))["out"]
-        network.model.classifier.bias -= logits.mean((0, 2, 3))
-    description = checkpoint.describe(network, labels, config, {}, None)
-    state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    torch.save({checkpoint.KEY: description, "state_dict": state}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +73,6 @@ def threshold(monkeypatch) -> None:
         return {"threshold": Segmenter(network, LABELS, device=device)}
 
     monkeypatch.setattr(command, "load_segmenters", load)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but not its notes; predictions.csv without the seconds."""
-    found = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and JOURNAL not in path.parts
-    }
-    if "predictions.csv" in found:
-        rows = list(csv.reader(found["predictions.csv"].decode().splitlines()))
-        seconds = rows[0].index("seconds")
-        found["predictions.csv"] = repr([r[:seconds] + r[seconds + 1 :] for r in rows]).encode()
-    return found
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def mask_of(path: Path) -> np.ndarray:
@@ -263,44 +213,6 @@ def test_outputs_below_the_input_are_no_inputs(compose, weights, images):
     assert len(table(images / "out")) == 6
 
 
-def test_files_that_differ_in_their_extension_get_outputs_of_their_own(tmp_path):
-    for name in ("x/a.png", "x/a.jpg", "x/a.jpg.png", "b.PNG", "notes.txt", "x/c.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == {
-        "b": tmp_path / "b.PNG",
-        "x/a.jpg": tmp_path / "x/a.jpg",
-        "x/a.jpg.png": tmp_path / "x/a.jpg.png",
-        "x/a.png": tmp_path / "x/a.png",
-        "x/c": tmp_path / "x/c.png",
-    }
-
-
-def test_d27_names_that_differ_only_in_case_get_outputs_of_their_own(tmp_path):
-    names = ("A.jpg", "a.png", "X/b.png", "x/B.png", "c.png", "C.png", "c.png~.png", "d.png")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_images(tmp_path)
-    assert {str(path.relative_to(tmp_path)) for path in found.values()} == set(names)
-    assert len({name.casefold() for name in found}) == len(names)
-    assert found["A.jpg"] == tmp_path / "A.jpg"
-    assert found["a.png"] == tmp_path / "a.png"
-    assert found["d"] == tmp_path / "d.png"
-
-
-def test_d27_only_what_pillow_reads_by_itself_counts_as_an_image(tmp_path):
-    for name in ("a.h5", "b.hdf", "c.grib", "d.mpg", "e.eps", "f.pdf", "g.jpg"):
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == {"g": tmp_path / "g.jpg"}
-
-
-@pytest.mark.parametrize("name", ["nowhere", "."])
-def test_a_folder_without_images_is_refused_by_name(tmp_path, name):
-    with pytest.raises(InputError, match=str(tmp_path / name)):
-        find_images(tmp_path / name)
-
-
 GREY = np.full((40, 60), 10, np.uint8)
 GREY[:, 30:] = 240
 RIGHT = (GREY == 240).astype(np.uint8)  # its mask: the left half dark, the right half bright
@@ -334,18 +246,6 @@ def damaged(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[60:2000] = bytes(1940)
     path.write_bytes(content)
-
-
-def bomb(path: Path) -> None:
-    """A PNG of a few bytes that claims to have 20,000 x 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
 
 
 # File, how it is made, and what becomes of it: its mask, or the reason for which it is refused.
@@ -462,33 +362,6 @@ def test_an_error_while_writing_ends_the_run(run, tmp_path):
         run()
 
 
-def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Neither reading nor writing runs away from the network, in either direction."""
-    alive, most = set(), 0
-
-    def read(path):
-        nonlocal most
-        alive.add(path.name)
-        most = max(most, len(alive))
-        return np.zeros((8, 8, 3), np.uint8)
-
-    def save(result, folder, name, outputs):
-        time.sleep(0.002)
-        alive.discard(name)
-
-    out, notes = SimpleNamespace(folder=tmp_path, outputs=["mask"]), []
-    out.note, out.files = notes.append, {str(i): tmp_path / str(i) for i in range(300)}
-    for path in out.files.values():
-        path.touch()
-    monkeypatch.setattr(Segmentation, "save", save)
-    segmenter = Segmenter(Network(Threshold(), (0, 0, 0), (1, 1, 1)), LABELS, device="cpu")
-    monkeypatch.setattr(segmenter, "read", read)
-    Pipeline({"model": segmenter}, out).run([[name] for name in out.files], progress=False)
-    assert len(notes) == 300
-    assert not alive
-    assert most <= 5 * THREADS + 2
-
-
 @pytest.fixture
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The shapes of the images that went through the network together, batch for batch."""
@@ -511,28 +384,6 @@ SIZES = {"a": TALL, "b": WIDE, "trip/a": WIDE, "trip/b": TALL, "trip/x/c": WIDE,
 def test_d30_batches_hold_images_of_one_size_and_no_copies(run, batches):
     run("batch_size=3")
     assert batches == [[TALL] * 2, [WIDE] * 3, [WIDE]]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "expected"),
-    [
-        (None, [["a", "trip/b"], ["b", "trip/a"], ["trip/x/c", "z"]]),
-        (4, [["a", "trip/b"], ["b", "trip/a", "trip/x/c", "z"]]),
-        (1, [[name] for name in SIZES]),
-    ],
-)
-def test_d30_batches_are_planned_by_the_sizes_of_the_images(images, batch_size, expected):
-    class OnAGpu:
-        device = torch.device("cuda")
-        format = image_format.RGB
-
-        def batch_size(self, height, width):
-            asked.add((height, width))
-            return 2
-
-    asked = set()
-    assert plan_batches(find_images(images), {"model": OnAGpu()}, batch_size) == expected
-    assert asked == (set() if batch_size else {TALL, WIDE})
 
 
 def test_a_file_whose_header_is_wrong_or_unreadable_does_not_stop_its_batch(
