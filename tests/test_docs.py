@@ -275,3 +275,15 @@ def test_the_reference_documents_all_that_is_imported_from_a_package(site):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_choice_of_the_configuration_is_in_the_docs():
+    choices = re.findall(r"^\| `(\w+)=` \| (.*) \|$", (ROOT / "docs/training.md").read_text(), re.M)
+    named = {group: set(re.findall(r"`([\w]+)`", text)) for group, text in choices}
+    for group in ("model", "loss", "optimizer", "scheduler", "logger"):
+        names = {path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")}
+        assert names - {"hub"} <= named[group], group  # whose models are not trained
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    for path in (CONFIG_FOLDER / "data").glob("*.yaml"):
+        if path.stem not in ("default", "from_checkpoint"):
+            assert re.search(rf"^\| [^|]*`{path.stem}`[^|]*\|", page, re.M), path.stem
