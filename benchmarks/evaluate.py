@@ -38,7 +38,7 @@ from seg_torch.files import CONFIG_FOLDER
 from seg_torch.losses import CrossEntropyLoss
 from seg_torch.models import deeplabv3, unet
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.task import SegmentationTask
 from seg_torch.training.trainer import build_trainer
 
@@ -122,7 +122,9 @@ def validation(root: Path) -> None:
     data, clock, processes = instantiate(cfg.data), Clock(), Processes(cfg.trainer)
     trainer = build_trainer(cfg, processes, Path(tempfile.gettempdir()), [clock])
     network = Network(unet(len(data.labels), "resnet18", None)).eval()
-    inference = Inference(network, len(data.labels), precision=str(trainer.precision))
+    inference = Inference(
+        network, len(data.labels), settings=InferenceSettings(precision=str(trainer.precision))
+    )
     task = SegmentationTask(network, data.labels, CrossEntropyLoss(), torch.optim.SGD)
     bare = []
     data.trainer = trainer

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from seg_torch import Segmenter, hardware
 from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.metrics import ConfusionMatrix, scores
 
 COMMAND = [sys.executable, "-m", "seg_torch", "export"]
@@ -40,7 +41,7 @@ def measure(path: str, run: str, precision: str) -> dict[str, float]:
     """Images per second, and the mean IoU, of a checkpoint or an exported file."""
     hardware.reuse_memory()  # as predict.py does
     settings = checkpoint.read(run)[checkpoint.KEY]["data"]
-    dataset = checkpoint.instantiate(settings, ("seg_torch",), checkpoint.DATA).dataset("test")
+    dataset = instantiate_trusted(settings, ("seg_torch",), DATA).dataset("test")
     samples = [dataset[i] for i in range(min(len(dataset), 100))]
     segmenter = Segmenter.load(path, device="cpu", precision=precision)
     matrix = ConfusionMatrix(len(segmenter.labels))

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("weights", help="of tf_efficientnet_lite0")
     parser.add_argument("--epochs", type=int, default=15, help="validations of each run")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--unknown", type=float, default=0.9)
+    parser.add_argument("--min-confidence", type=float, default=0.9)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if run == first:
                     call("predict", f"input={folder}/unlabelled", f"output={predictions}",
                          f"checkpoint={folder}/{first}", "save=[dataset]",
-                         f"unknown={given.unknown}")  # fmt: skip
+                         f"min_confidence={given.min_confidence}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from seg_torch.data import SegmentationDataModule
     from seg_torch.labels import Labels, decode_segmap, encode_segmap
     from seg_torch.models.network import Network
-    from seg_torch.prediction.segmenter import Segmentation, Segmenter
+    from seg_torch.prediction.segmentation import Segmentation
+    from seg_torch.prediction.segmenter import Segmenter
     from seg_torch.training.task import SegmentationTask
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 ]
 MODULES = {
     "Network": "models.network",
-    "Segmentation": "prediction.segmenter",
+    "Segmentation": "prediction.segmentation",
     "SegmentationDataModule": "data",
     "SegmentationTask": "training.task",
     "Segmenter": "prediction.segmenter",

@@ -29,14 +29,13 @@ class Processes:
     """The processes of a command.
 
     Those that torchrun or Slurm have started are connected, so that they can agree. Those that
-    Lightning starts exist only once it has, which `start` does and a Trainer does when it fits:
+    Lightning starts exist only once it has, which `start` does, and a Trainer when it fits:
     until then each of them works as if it were alone, and what the first one has to do is left out
     by those that come later.
 
     Args:
         trainer: Settings of the trainer: `accelerator`, `devices` and `num_nodes`.
         most: Processes at most, where `devices` is auto and Lightning starts them.
-        start: Start those that Lightning has to start now.
 
     Attributes:
         rank: The number of this process.
@@ -53,7 +52,7 @@ class Processes:
             number of processes than torchrun or Slurm started.
     """
 
-    def __init__(self, trainer: DictConfig, most: int | None = None, start: bool = False) -> None:
+    def __init__(self, trainer: DictConfig, most: int | None = None) -> None:
         settings: Any = OmegaConf.to_container(trainer, resolve=True)
         settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
         settings["accelerator"] = hardware.accelerator(settings["accelerator"])
@@ -79,11 +78,9 @@ class Processes:
         self.num_nodes = settings["num_nodes"]
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.local_rank, self.device = fabric.local_rank, fabric.device
-        self.from_outside = from_outside
-        if self.count > 1 and (start or from_outside):
-            fabric.launch()
-            self.rank, self.local_rank = fabric.global_rank, fabric.local_rank
-            self.device = fabric.device
+        self.from_outside, self._fabric = from_outside, fabric
+        if from_outside:
+            self.start()
         if not self.is_first:
             logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
 
@@ -101,6 +98,13 @@ class Processes:
     def machine(self) -> int:
         """The number of this process's machine."""
         return self.rank // self.on_machine
+
+    def start(self) -> None:
+        """Start the processes that Lightning has to start, and connect them all."""
+        if self.count > 1 and not self.connected:
+            self._fabric.launch()
+            self.rank, self.local_rank = self._fabric.global_rank, self._fabric.local_rank
+            self.device = self._fabric.device
 
     def same(self, value: T) -> T:
         """Return the first process's value in all of them: plain data, such as a name."""

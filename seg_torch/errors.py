@@ -1,6 +1,7 @@
 """The errors that are no bugs."""
 
 import importlib.util
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -70,3 +71,8 @@ def require(what: str, extra: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{what} needs {', '.join(missing)}: pip install 'segwright[{extra}]'")
+
+
+def reason(error: BaseException, length: int = 300) -> str:
+    """Return what an error says as one line of limited length; its type where it says nothing."""
+    return textwrap.shorten(str(error), length, placeholder=" ...") or type(error).__name__

@@ -23,7 +23,7 @@ from seg_torch.evaluation.scorer import Scorer
 from seg_torch.labels import Labels
 from seg_torch.losses import base
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.task import SegmentationTask
 
@@ -70,7 +70,9 @@ def small_task(loss: nn.Module, device: str) -> SegmentationTask:
     network = Network(model)
     precision = "bf16-mixed" if device == "cuda" else "32-true"
     task = SegmentationTask(network, LABELS, loss, torch.optim.SGD)
-    task.inference = Inference(network, NUM_CLASSES, precision=precision)
+    task.inference = Inference(
+        network, NUM_CLASSES, settings=InferenceSettings(precision=precision)
+    )
     return task.to(device)
 
 

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PYTHONPATH
 from make_data import blocks, picture
 from PIL import Image
 from scipy.io import savemat
@@ -258,7 +260,11 @@ def peak_memory() -> int:
 def test_a_thousand_damaged_files_give_a_thousand_reports(tmp_path):
     """In a process of its own, which would show a crash of the libraries that read the formats."""
     run = subprocess.run(
-        [sys.executable, __file__, tmp_path], timeout=300, capture_output=True, check=False
+        [sys.executable, __file__, tmp_path],
+        timeout=300,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert run.returncode == 0, run.stderr.decode()[-2000:]
     results, grown = json.loads((tmp_path / "results.json").read_text())
@@ -283,7 +289,7 @@ def test_damaged_images_in_a_folder_are_named_and_the_others_segmented(
     from seg_torch.commands import predict as command
 
     segmenter = Segmenter(Network(nn.Conv2d(3, len(LABELS), 1)), LABELS, device="cpu")
-    monkeypatch.setattr(command, "_segmenters", lambda cfg, device: [segmenter])
+    monkeypatch.setattr(command, "load_segmenters", lambda cfg, device: {"model": segmenter})
     source, sizes = tmp_path / "in", {}
     source.mkdir()
     for name, content in all_damaged(80):

@@ -260,8 +260,8 @@ def test_the_reference_documents_all_that_is_imported_from_a_package(site):
     documented = set()
     for page in (site / "api").glob("*.html"):
         documented |= set(re.findall(r'id="(seg_torch\.[\w.]+)"', page.read_text("utf-8")))
-    for name in ("Segmenter", "Segmenter.load", "Segmentation.overlay"):
-        assert f"seg_torch.prediction.segmenter.{name}" in documented
+    for name in ("segmenter.Segmenter.load", "segmentation.Segmentation.overlay"):
+        assert f"seg_torch.prediction.{name}" in documented
     assert "seg_torch.evaluation.scorer.score" in documented
     names = {id.rpartition(".")[2] for id in documented}
     for package in (seg_torch, datasets, losses, metrics, models):

@@ -74,6 +74,8 @@ def test_d32_the_wheel_holds_every_configuration_and_works_without_the_sources(w
     assert (tmp_path / "site/seg_torch/py.typed").is_file()
     classes = {path.name for path in (ROOT / "seg_torch/datasets/classes").iterdir()}
     assert classes == {p.name for p in (tmp_path / "site/seg_torch/datasets/classes").iterdir()}
+    templates = {path.name for path in (ROOT / "seg_torch/drawing/templates").iterdir()}
+    assert templates == {p.name for p in (tmp_path / "site/seg_torch/drawing/templates").iterdir()}
     (tmp_path / "empty").mkdir()
 
     def run(*line: str) -> str:

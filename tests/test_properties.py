@@ -24,7 +24,7 @@ from seg_torch.errors import InputError
 from seg_torch.labels import decode_segmap, encode_segmap
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum
 from seg_torch.metrics import ConfusionMatrix
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 
 settings.register_profile(
     "same", derandomize=True, deadline=None, database=None, max_examples=50, print_blob=False
@@ -225,8 +225,8 @@ def test_tiles_cover_every_pixel_once_and_give_what_the_whole_gives(height, widt
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
     network = plain(Pointwise())
-    tiled = Inference(network, 5, tile=tile, precision="32-true")
-    whole = Inference(network, 5, tile=None, precision="32-true")
+    tiled = Inference(network, 5, settings=InferenceSettings(tile=tile, precision="32-true"))
+    whole = Inference(network, 5, settings=InferenceSettings(tile=None, precision="32-true"))
     assert torch.equal(assembled(tiled, image), assembled(whole, image))
 
 

@@ -14,28 +14,20 @@ import json
 import logging
 import os
 import re
-import textwrap
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-import torch
 from huggingface_hub import HfApi, hf_hub_download
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
+from seg_torch.checkpoints import trusted
 from seg_torch.checkpoints.hub import hub_file, read_config
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.images.format import MOST_CHANNELS, RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models import weights
@@ -47,32 +39,6 @@ KEY = "seg_torch"
 HUB_SCHEME = "hf://"
 # What `Segmenter.save_pretrained` writes.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# What a checkpoint may call. A package as a whole would be too much: among its functions are some
-# that write files and some that download them.
-MODELS = {
-    f"seg_torch.models.{name}"
-    for name in (
-        *("deeplabv3", "fcn", "hrnet", "lraspp", "smp", "transformers", "unet"),
-        *("unet_transposed", "vit"),
-    )
-}
-DATA = {
-    "seg_torch.data.SegmentationDataModule",
-    *(
-        f"seg_torch.datasets.{name}"
-        for name in (
-            *("ade20k", "auto", "camvid", "camvid32", "cityscapes", "clothing", "coco"),
-            *("coco_panoptic", "coco_stuff", "cvat", "eightfold", "folder", "hf", "label_studio"),
-            *("labelme", "labelme_voc", "pet", "roboflow", "shapes", "voc", "voc_sbd", "yolo"),
-        )
-    ),
-}
-# More than any configuration has. References to one list can make a small file endless.
-MAX_NODES = 100_000
-# More than the numbers in a model's configuration, such as its channels, ever add up to.
-MAX_SUM = 1_000_000
-# Values of layers that are made and thrown away, such as the classifier of a VGG.
-SPARE_VALUES = 1 << 27
 MAX_SIDE = 8192  # of the images that a network is given
 
 
@@ -154,10 +120,10 @@ def run_of(path: str | Path) -> Path | None:
 
 def _published(path: str | Path) -> Path:
     setting = f"checkpoint={path}"
-    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
-    if found is None:
+    match = re.fullmatch(r"([^/@]+/[^/@]+)(?:@(.+))?", str(path).removeprefix(HUB_SCHEME))
+    if match is None:
         raise InputError(f"{setting}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    name, revision = found.groups()
+    name, revision = match.groups()
     with suppress(Exception):  # such as having no network: then the newest that is in the cache
         HfApi().model_info(name, revision=revision, timeout=10)  # soon says whether there is one
         hf_hub_download(name, CONFIG, revision=revision)
@@ -183,7 +149,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if str(path).startswith(HUB_SCHEME):
         log.info("%s: commit %s", path, file.parent.name)
     published = file.suffix == ".safetensors"
-    if file.suffix in (".onnx", ".xml", ".pt2"):
+    if file.suffix in (".onnx", ".xml"):
         raise InputError(f"checkpoint={path}: an exported network, which cannot be trained")
     if not published and not zipfile.is_zipfile(file):
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
@@ -194,9 +160,8 @@ def read(path: str | Path) -> dict[str, Any]:
             _check(content, os.path.getsize(file))
             content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
-        raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {reason}") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+        raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {why}") from None
     if not ours:
         raise InputError(
             f"checkpoint={path}: not a checkpoint of seg_torch; expected one that train.py wrote, "
@@ -212,7 +177,7 @@ def _read_published(file: Path) -> dict[str, Any]:
 
 
 def _check(content: dict[str, Any], size: int) -> None:
-    """Refuses what `describe` and PyTorch would not have written into a file of so many bytes.
+    """Refuse what `describe` and PyTorch would not have written into a file of so many bytes.
 
     Raises:
         Exception: Of any type.
@@ -228,20 +193,20 @@ def _check(content: dict[str, Any], size: int) -> None:
 
 
 def check_description(description: dict[str, Any]) -> None:
-    """Refuses what `describe` would not have written.
+    """Refuse what `describe` would not have written.
 
     Raises:
         Exception: Of any type.
     """
     plain = (dict, list, tuple, str, int, float, type(None))
-    if not all(isinstance(node, plain) for node in nodes(description)):
+    if not all(isinstance(node, plain) for node in trusted.nodes(description)):
         raise InputError("its description is not plain data")
     Labels.from_dict(description["labels"])
     if not isinstance(description["model"], dict) or not isinstance(description["data"], dict):
         raise InputError("its configurations are no mappings")
     mean, std, resize = (description["preprocessing"][key] for key in ("mean", "std", "resize"))
     if len(mean) != len(std) or not all(
-        isinstance(value, int | float) and abs(value) <= MAX_SUM for value in (*mean, *std)
+        isinstance(value, int | float) and abs(value) <= trusted.MAX_SUM for value in (*mean, *std)
     ):
         raise InputError("its mean and std are not two lists of numbers of one length")
     format = image_format(description)
@@ -266,17 +231,17 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     description = content[KEY]
     labels = Labels.from_dict(description["labels"])
     config = dict(description["model"])
-    known = str(config.get("_target_")) in MODELS
+    known = str(config.get("_target_")) in trusted.MODELS
     if known or "weights" in config:
         config["weights"] = None  # they are in the checkpoint
-    make = partial(instantiate, config, trust, MODELS, num_classes=len(labels))
+    make = partial(
+        trusted.instantiate_trusted, config, trust, trusted.MODELS, num_classes=len(labels)
+    )
     state = network_state(content)
     if known:
-        numbers = [node for node in nodes(config) if isinstance(node, int | float)]
-        if not all(abs(n) <= MAX_SUM for n in numbers) or sum(map(abs, numbers)) > MAX_SUM:
-            raise InputError("the checkpoint's model has numbers that no network has")
+        trusted.check_numbers(config)
         # Weights in half precision have two bytes.
-        model = _made_within(make, weights.stored_bytes(state) // 2 + SPARE_VALUES)
+        model = trusted.made_within(make, weights.stored_bytes(state) // 2 + trusted.SPARE_VALUES)
     else:
         model = make()
     if not isinstance(model, nn.Module):
@@ -288,126 +253,12 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
-        raise InputError(f"the checkpoint's weights do not fit its own model: {reason}") from None
+        message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
+        raise InputError(message) from None
     return network, labels
-
-
-def _made_within(make: Callable[[], Any], values: int) -> Any:
-    """Make a model, unless its parameters and buffers have more than so many values.
-
-    They are counted as they are made, first on the device "meta", where they take no memory. A
-    model whose constructor asks for their values cannot be made there; on a CPU memory is taken
-    only when it is written to, which comes after the count.
-
-    Raises:
-        InputError: There are more.
-    """
-    total = 0
-
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal total
-        # Small layers without end are stopped, too: with that of 13,000 tensors at the latest.
-        total += 10_000 + (0 if tensor is None else tensor.numel())
-        if total > values:
-            raise refusal
-
-    refusal = InputError("the checkpoint's model is larger than the weights in the file")
-    hooks = [
-        register_module_parameter_registration_hook(count),
-        register_module_buffer_registration_hook(count),
-    ]
-    try:
-        with suppress(Exception), torch.device("meta"):
-            make()
-        if total > values:
-            raise refusal
-        total = 0
-        return make()
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of the network alone."""
-    prefix = "network."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in content["state_dict"].items()
-        if key.startswith(prefix)
-    }
-
-
-def instantiate(
-    config: dict[str, Any], trust: Sequence[str], known: Collection[str], **arguments: Any
-) -> Any:
-    """Call Hydra's `instantiate` on a configuration from a file, which may come from anywhere.
-
-    Args:
-        config: Plain data with `_target_`.
-        trust: Packages from which it may name anything.
-        known: What it may name besides.
-        arguments: Further ones of its `_target_`.
-
-    Raises:
-        InputError: A `_target_` that is neither known nor trusted, another of Hydra's own keys, an
-            interpolation, which could read the environment, or arguments that do not fit.
-    """
-    everything = list(nodes(config))
-    if any(isinstance(node, str) and "${" in node for node in everything):
-        raise InputError(
-            "the checkpoint's configuration holds an interpolation (${...}), which seg_torch never "
-            "writes; resolving it could read this machine's environment"
-        )
-    for node in everything:
-        for key in node if isinstance(node, dict) else ():
-            if key == "_target_":
-                _check_target(str(node[key]), trust, known)
-            elif str(key).startswith("_") and key != "_partial_" and not trust:
-                raise InputError(f"the checkpoint's configuration holds {key}, an order to Hydra")
-    try:
-        return hydra.utils.instantiate(config, **arguments, _convert_="all")
-    except (HydraException, OmegaConfBaseException) as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        reason = textwrap.shorten(str(error.__cause__ or error), 300, placeholder=" ...")
-        raise InputError(
-            f"the checkpoint's {config.get('_target_')} cannot be made as it says: {reason}"
-        ) from error
-
-
-def _check_target(target: str, trust: Sequence[str], known: Collection[str]) -> None:
-    if target in known:
-        return
-    inside = any(target.startswith(f"{package}.") for package in trust)
-    # The name alone proves little: `my_package.os.system` begins well, too.
-    try:
-        home = getattr(hydra.utils.get_object(target), "__module__", None) if inside else None
-    except (ImportError, ValueError):
-        raise InputError(f"the checkpoint names {target}, which is not installed") from None
-    if not any(f"{home}.".startswith(f"{package}.") for package in trust):
-        raise InputError(
-            f"the checkpoint wants to run {target[:100]}, which is none of seg_torch's own models "
-            "or datasets; if you trust the file, pass "
-            f"trust=[{target.split('.')[0][:100]}]"
-        )
-
-
-def nodes(config: Any) -> Iterator[Any]:
-    """Yield a configuration and everything inside it, keys included.
-
-    Raises:
-        InputError: There is no end to it.
-    """
-    todo = [config]
-    for _ in range(MAX_NODES):
-        if not todo:
-            return
-        node = todo.pop()
-        yield node
-        if isinstance(node, dict):
-            todo += [*node.keys(), *node.values()]
-        elif isinstance(node, (list, tuple)):
-            todo += node
-    raise InputError(f"the checkpoint's configuration has more than {MAX_NODES:,} values")
+    state = content["state_dict"].items()
+    return {k.removeprefix("network."): value for k, value in state if k.startswith("network.")}

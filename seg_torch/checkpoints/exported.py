@@ -7,7 +7,6 @@ augmentation are made of, and, where they were asked for, `probabilities`, float
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,28 +14,20 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, require
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.upsample import upsample
 from seg_torch.version import __version__
 
-# What a file of each format is called, and the packages that write and read it.
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aotinductor": ".aot.pt2"}
-PACKAGES = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-}
 # Of the operators of ONNX: the first with resizing that is anti-aliased.
 OPSET = 18
 OUTPUTS = ["classes", "logits", "probabilities"]  # of a graph, the last where it was asked for
@@ -90,7 +81,7 @@ def write(
     Args:
         graph: On the CPU, in evaluation mode.
         path: Of the file; OpenVINO keeps its weights in a second one, with the suffix `.bin`.
-        format: One of `SUFFIXES`.
+        format: One of `FORMATS`.
         description: See `seg_torch.checkpoints.checkpoint.describe`.
         calibration: Images uint8 [1, C, H, W] by which OpenVINO's graph becomes one of integers;
             `None` leaves it in float32.
@@ -98,12 +89,8 @@ def write(
     Raises:
         InputError: A package is missing, or the model cannot be exported.
     """
-    packages = (*PACKAGES.get(format, ()), *(["nncf"] if calibration is not None else []))
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"format={format} needs {', '.join(missing)}: pip install segwright[{format}]"
-        )
+    packages = (*FORMATS[format].packages, *(["nncf"] if calibration is not None else []))
+    require(f"format={format}", format, *packages)
     for name in ("onnxscript", "onnx_ir", "nncf"):  # which tell every step
         logging.getLogger(name).setLevel(logging.WARNING)
     if hasattr(graph.network.model, "has_own_loss"):
@@ -111,33 +98,12 @@ def write(
             "models that classify masks cannot be exported: in transformers they take Python's "
             "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
         )
-    about = json.dumps(
-        {
-            **description,
-            "versions": {"seg_torch": __version__}
-            | {name: version(name) for name in ("torch", *packages)},
-            "exported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-    )
+    versions = {name: version(name) for name in ("torch", *packages)}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"versions": {"seg_torch": __version__, **versions}, "exported": now}
+    about = json.dumps({**description, **facts})
     try:
-        if format == "aotinductor":
-            from torch._inductor.cpp_builder import get_cpp_compiler
-
-            get_cpp_compiler()  # says that there is none now, not after minutes
-        program = _trace(graph)
-        if format == "torch":
-            torch.export.save(program, path, extra_files={checkpoint.KEY: about})
-        elif format == "aotinductor":
-            settings = {"aot_inductor.metadata": {checkpoint.KEY: about}}
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=settings
-            )
-        elif format == "onnx":
-            _write_onnx(program, graph.outputs, about, path)
-        else:
-            _write_openvino(program, graph.outputs, about, path, calibration)
-    except InputError:
-        raise
+        FORMATS[format].write(_trace(graph), graph.outputs, about, path, calibration)
     except Exception as error:  # there is no end to what the exporters raise
         raise InputError(f"the model cannot be exported to {format}: {_reason(error)}") from error
 
@@ -161,7 +127,11 @@ def _reason(error: Exception) -> str:
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, outputs: list[str], about: str, path: Path
+    program: torch.export.ExportedProgram,
+    outputs: list[str],
+    about: str,
+    path: Path,
+    calibration: Sequence[np.ndarray] | None = None,
 ) -> None:
     exported = torch.onnx.export(
         program,
@@ -202,7 +172,7 @@ def _write_openvino(
 
 
 def _antialias(model: Any) -> None:
-    """Resizes in an OpenVINO model as PyTorch does it with `antialias=True`.
+    """Resize in an OpenVINO model as PyTorch does it with `antialias=True`.
 
     Its reader of ONNX files makes of such a node one that weighs the neighbours in another way.
     """
@@ -219,38 +189,31 @@ def _antialias(model: Any) -> None:
         node.output(0).replace(new.output(0))
 
 
-def is_exported(path: str | Path) -> bool:
-    """Whether a file's name is that of an exported network."""
-    return str(path).endswith(tuple(SUFFIXES.values()))
+def _format_of(path: str | Path) -> str | None:
+    """Return the format of an exported network by the name of its file."""
+    names = (name for name, format in FORMATS.items() if str(path).endswith(format.suffix))
+    return next(names, None)
 
 
-def open_exported(path: str | Path, trusted: bool = False) -> tuple[Run, dict[str, Any]]:
+def open_exported(path: str | Path) -> tuple[Run, dict[str, Any]]:
     """Open an exported network, which runs on the CPU, in float32 but for what is quantised.
 
     Args:
-        path: Of the file.
-        trusted: Also open what can hold code.
+        path: Of the file, whose name ends with the suffix of its format.
 
     Returns:
         The network and its description.
 
     Raises:
-        InputError: It cannot be read, is none of seg_torch's, or may hold code.
+        InputError: It cannot be read, or is none of seg_torch's.
     """
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
-    name = str(path)
-    if name.endswith(".pt2") and not trusted:
-        raise InputError(
-            f"checkpoint={path}: files of torch.export can hold code that is run on opening, so "
-            "seg_torch does not open them; give the checkpoint, or export it to onnx or openvino"
-        )
-    format = next(format for format, suffix in reversed(SUFFIXES.items()) if name.endswith(suffix))
-    missing = [n for n in PACKAGES.get(format, ())[-1:] if importlib.util.find_spec(n) is None]
-    if missing:
-        raise InputError(f"checkpoint={path} needs {missing[0]}: pip install {missing[0]}")
+    name = cast(str, _format_of(path))
+    format = FORMATS[name]
+    require(f"checkpoint={path}", name, format.packages[-1])
     try:
-        run, about = OPEN[format](name)
+        run, about = format.open(str(path))
         description = json.loads(about)
         checkpoint.check_description(description)
     except Exception as error:  # as of checkpoints
@@ -258,7 +221,7 @@ def open_exported(path: str | Path, trusted: bool = False) -> tuple[Run, dict[st
         raise InputError(
             f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
         ) from None
-    return run, with_current_names(description)
+    return run, description
 
 
 def _open_onnx(path: str) -> tuple[Run, str]:
@@ -285,40 +248,31 @@ def _open_openvino(path: str) -> tuple[Run, str]:
     compiled = core.compile_model(model, "CPU", settings)
 
     def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
-        found = compiled(images.numpy())
-        return [torch.from_numpy(found[name].copy()) for name in outputs]
+        results = compiled(images.numpy())
+        return [torch.from_numpy(results[name].copy()) for name in outputs]
 
     return run, about
 
 
-def _open_torch(path: str) -> tuple[Run, str]:
-    extra = {checkpoint.KEY: ""}
-    program = torch.export.load(path, extra_files=extra)
-    # The guards are about how it was traced; whether it holds for other sizes is compared.
-    old = TorchVersion(torch.__version__) < "2.9"  # which has none
-    unguarded = {} if old else {"check_guards": False}
-    return _run_torch(program.module(**unguarded)), extra[checkpoint.KEY]
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        suffix: Of its name.
+        packages: That it takes to write one; the last also reads it.
+        write: (program, names of outputs, description, path, images for int8 or `None`).
+        open: Path -> the network and its description.
+    """
+
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[..., None]
+    open: Callable[[str], tuple[Run, str]]
 
 
-def _open_aotinductor(path: str) -> tuple[Run, str]:
-    package = torch._inductor.aoti_load_package(path)
-    return _run_torch(package), package.get_metadata()[checkpoint.KEY]
-
-
-def _run_torch(module: Callable[[Tensor], Sequence[Tensor]]) -> Run:
-    def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
-        with torch.no_grad():
-            found = module(images)
-        return [found[OUTPUTS.index(name)] for name in outputs]
-
-    return run
-
-
-OPEN = {
-    "onnx": _open_onnx,
-    "openvino": _open_openvino,
-    "torch": _open_torch,
-    "aotinductor": _open_aotinductor,
+FORMATS = {
+    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
+    "openvino": Format(".xml", ("onnx", "onnxscript", "openvino"), _write_openvino, _open_openvino),
 }
 
 
@@ -365,7 +319,7 @@ def load_network(
     Raises:
         InputError: The file cannot be used, see `checkpoint.read` and `open_exported`.
     """
-    if is_exported(path) and not str(path).startswith(checkpoint.HUB_SCHEME):
+    if _format_of(path) and not str(path).startswith(checkpoint.HUB_SCHEME):
         run, description = open_exported(path)
         network: Network = ExportedNetwork(run, description["preprocessing"])
         return network, Labels.from_dict(description["labels"]), description

@@ -12,14 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors
 from torch import Tensor, nn
 
 from seg_torch.datasets.published.ade20k import ADE20K_LABELS
@@ -83,7 +76,7 @@ def hub(name: str, num_classes: int | None = None) -> Published:
     weights = _optional_file(source, "model.safetensors", setting)  # else sharded, or older
     home = weights.parent if weights else source
     try:
-        model = transformers(len(names), _plain(config), home, complete=True)
+        model = transformers(len(names), _architecture(config), home, complete=True)
     except InputError as error:
         raise InputError(f"model.name={name}: {error}") from error
     side = model.image_size
@@ -127,7 +120,7 @@ def match_class_names(names: Sequence[str], wanted: Sequence[str]) -> list[int] 
 
     Names are compared without case and without the synonyms behind a comma. Lists of one length,
     or with a background before it, are also taken for the same where they agree in half of the
-    names and no name is at two places: what differs are other words, such as "window" for
+    names and no name is at two positions: what differs are other words, such as "window" for
     "windowpane".
 
     Args:
@@ -135,16 +128,16 @@ def match_class_names(names: Sequence[str], wanted: Sequence[str]) -> list[int] 
         wanted: Of a dataset.
 
     Returns:
-        For each of `wanted` its place in `names`, or `None` where one is not there.
+        For each of `wanted` its index in `names`, or `None` where one is not there.
     """
-    own, keys = ([_key(name) for name in each] for each in (names, wanted))
-    if set(keys) <= set(own):
-        return [own.index(key) for key in keys]
-    first = len(own) - len(keys)
-    same = sum(a == b for a, b in zip(own[first:], keys, strict=False))
-    moved = any(key in own and own.index(key) != first + i for i, key in enumerate(keys))
+    known, keys = ([_key(name) for name in each] for each in (names, wanted))
+    if set(keys) <= set(known):
+        return [known.index(key) for key in keys]
+    first = len(known) - len(keys)
+    same = sum(a == b for a, b in zip(known[first:], keys, strict=False))
+    moved = any(key in known and known.index(key) != first + i for i, key in enumerate(keys))
     if first in (0, 1) and 2 * same >= len(keys) and not moved:
-        return list(range(first, len(own)))
+        return list(range(first, len(known)))
     return None
 
 
@@ -181,29 +174,31 @@ def hub_file(source: str | Path, file: str, setting: str, revision: str | None =
     if isinstance(source, Path):
         if (source / file).is_file():
             return source / file
-        cause: BaseException | None = EntryNotFoundError()
+        cause: BaseException | None = errors.EntryNotFoundError()
     else:
         try:
             return download_from_hugging_face(source, file, revision)
-        except HFValidationError:
+        except errors.HFValidationError:
             raise InputError(
                 f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
             ) from None
         except InputError as error:
             cause = error.__cause__
-    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+    if isinstance(cause, errors.EntryNotFoundError) and not isinstance(
+        cause, errors.LocalEntryNotFoundError
+    ):
         raise _AbsentError(
             f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
             "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
         ) from cause
-    if isinstance(cause, GatedRepoError):
+    if isinstance(cause, errors.GatedRepoError):
         reason = (
             f"its owner asks for consent: give it at https://huggingface.co/{source} and log in "
             "with hf auth login"
         )
-    elif isinstance(cause, RepositoryNotFoundError):
+    elif isinstance(cause, errors.RepositoryNotFoundError):
         reason = "the Hugging Face Hub has no such repository, or it is private (hf auth login)"
-    elif isinstance(cause, RevisionNotFoundError):
+    elif isinstance(cause, errors.RevisionNotFoundError):
         reason = f"the repository has no branch, tag or commit {revision}"
     else:
         reason = (
@@ -244,17 +239,17 @@ def read_config(path: Path, setting: str) -> dict[str, Any]:
     return content
 
 
-def _plain(config: Any) -> Any:
+def _architecture(config: Any) -> Any:
     """Return a config.json without the names of its classes, of where it came from and of code.
 
     That of MaskFormer's decoder names the backbone of a whole DETR, of which nothing is used.
     """
     if isinstance(config, list):
-        return [_plain(value) for value in config]
+        return [_architecture(value) for value in config]
     if not isinstance(config, dict):
         return config
     left_out = {"id2label", "label2id", "auto_map", "architectures", "quantization_config"}
-    plain = {k: _plain(v) for k, v in config.items() if k not in left_out and k[0] != "_"}
+    plain = {k: _architecture(v) for k, v in config.items() if k not in left_out and k[0] != "_"}
     if isinstance(plain.get("decoder_config"), dict):
         decoder = plain["decoder_config"]
         plain["decoder_config"] = {k: v for k, v in decoder.items() if "backbone" not in k}

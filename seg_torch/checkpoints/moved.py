@@ -7,6 +7,7 @@ MOVED = {
     "seg_torch.callbacks": "seg_torch.training.callbacks",
     "seg_torch.datamodule": "seg_torch.data",
     "seg_torch.hub": "seg_torch.checkpoints.hub",
+    "seg_torch.losses.OwnLoss": "seg_torch.losses.ModelLoss",
     "seg_torch.optimizers": "seg_torch.training.optimizers",
     "seg_torch.schedulers": "seg_torch.training.schedulers",
     "seg_torch.transforms": "seg_torch.data.transforms",

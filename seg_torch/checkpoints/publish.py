@@ -3,8 +3,6 @@
 `seg_torch.checkpoints.checkpoint` reads these files: model.safetensors and config.json.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
@@ -19,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from omegaconf import MISSING
 from PIL import Image
 
-from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS, nodes
+from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS
+from seg_torch.checkpoints.trusted import nodes
 from seg_torch.drawing.page import render
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError

@@ -27,11 +27,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from seg_torch import hardware
-from seg_torch.commands.predict import load_segmenter, model_name
 from seg_torch.errors import InputError
 from seg_torch.images.read import pixel_limit
 from seg_torch.labels import IGNORE_INDEX, decode_segmap
-from seg_torch.prediction.segmenter import JPEG_QUALITY, SUFFIXES, Segmentation, Segmenter
+from seg_torch.prediction.load import load_segmenter, model_name
+from seg_torch.prediction.outputs import JPEG_QUALITY, output_path
+from seg_torch.prediction.segmentation import Segmentation
+from seg_torch.prediction.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ def _entry(result: Segmentation, name: str) -> Entry:
         "classes": _classes(result),
         "image": _url(folder / "image.jpg"),
         "pixels": _url(folder / "pixels.gz"),
-        "downloads": {kind: _url(folder / kind / f"{stem}{SUFFIXES[kind]}") for kind in DOWNLOADS},
+        "downloads": {kind: _url(output_path(folder, kind, stem)) for kind in DOWNLOADS},
     }
 
 

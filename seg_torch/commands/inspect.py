@@ -1,7 +1,5 @@
 """seg-torch inspect: what is in a dataset, and whether it can be trained on."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

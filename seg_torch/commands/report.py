@@ -1,7 +1,5 @@
 """seg-torch report: how good a model is and where it fails, in one HTML file."""
 
-from __future__ import annotations
-
 import logging
 
 from omegaconf import DictConfig

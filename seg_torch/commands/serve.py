@@ -30,11 +30,13 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 
 from seg_torch import hardware
-from seg_torch.commands.predict import THREADS, load_segmenter, model_name
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB
 from seg_torch.images.read import decode_image, image_size
-from seg_torch.prediction.segmenter import Segmentation, Segmenter
+from seg_torch.prediction.load import load_segmenter, model_name
+from seg_torch.prediction.pipeline import THREADS
+from seg_torch.prediction.segmentation import Segmentation
+from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.version import __version__
 
 log = logging.getLogger(__name__)

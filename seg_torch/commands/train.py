@@ -14,7 +14,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
 from seg_torch.models.network import named_compile_errors
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training import build, run
 from seg_torch.training.signals import StopOnSignal
 from seg_torch.training.trainer import build_trainer
@@ -44,14 +44,16 @@ def train(cfg: DictConfig) -> float | None:
         processes.first(data.check_files)  # and downloads them
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
-        task = build.build_task(cfg, data, network, processes)
+        task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)
         if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
             last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
         best = build.load_best(network, trainer, folder, processes)
-        inference = Inference(network, len(data.labels), data.resize, precision="32-true")
+        inference = Inference(
+            network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
+        )
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
         score(trainer, scorer, data, folder, "test")
     return best

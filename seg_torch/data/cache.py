@@ -21,7 +21,7 @@ from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.data.check import cache_folder, fingerprint
+from seg_torch.data.check import cache_folder
 from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
 from seg_torch.errors import InputError
@@ -107,7 +107,7 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     Raises:
         InputError: The samples are not decoded from files.
     """
-    files = fingerprint(samples.dataset)
+    files = samples.dataset.fingerprint()
     if files is None:
         raise InputError("data.cache=disk: this dataset is not read from files; use ram")
     sizes = samples.size, samples.size is not None and samples.resize_labels

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import logging
 import os
-import pickle
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -19,14 +18,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from seg_torch.datasets.base import (
-    SegmentationDataset,
-    check_sizes,
-    checked_sample,
-    image_format,
-    in_threads,
-    sample_name,
-)
+from seg_torch.datasets.base import BaseDataset, check_sizes, checked_sample, in_threads
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images.format import as_array
@@ -46,8 +38,8 @@ class Problem(NamedTuple):
 
 
 @dataclass
-class Check:
-    """What the pass found; pixels are those of the usable samples.
+class DatasetStatistics:
+    """What is in a dataset, and what is wrong with it; pixels are those of the usable samples.
 
     Attributes:
         pixels: Number of pixels of each mask value, int64 [256].
@@ -74,15 +66,15 @@ class Check:
         return mean.tolist(), np.sqrt(variance).tolist()
 
 
-def check(dataset: Any, name: str = "the dataset") -> Check:
+def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
     """Read every sample of a dataset once, image and mask, in threads.
 
-    The result for a `SegmentationDataset` without problems is remembered in
+    The result for a dataset of files without problems is remembered in
     `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the names, sizes and
     times of all files, the classes and the function that reads masks stay the same.
 
     Args:
-        dataset: Has `labels` and items (image, mask).
+        dataset: Any.
         name: What messages call it.
 
     Returns:
@@ -92,11 +84,11 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     if remembered is not None:
         # There is none, or a power failure left it empty.
         with suppress(Exception), np.load(remembered) as arrays:
-            return Check(**arrays)
+            return DatasetStatistics(**arrays)
     bar = count >= MANY and sys.stdout.isatty()
     if count >= MANY:
         log.info("checking the %d samples of %s; with data.check=false train does not", count, name)
-    result = Check(
+    result = DatasetStatistics(
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
         moments=np.zeros((2, 1)),
@@ -105,13 +97,13 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     )
     with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
         progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
-        for index, found in enumerate(progress):
+        for index, outcome in enumerate(progress):
             if count >= MANY and not bar and (index + 1) % -(-count // 10) == 0:
                 log.info("checked %d of %d", index + 1, count)
-            if isinstance(found, list):
-                result.problems += found
+            if isinstance(outcome, list):
+                result.problems += outcome
                 continue
-            pixels, moments, result.digests[index], result.thumbnails[index] = found
+            pixels, moments, result.digests[index], result.thumbnails[index] = outcome
             result.pixels += pixels
             result.images += pixels > 0
             result.moments = result.moments + moments
@@ -122,12 +114,7 @@ def check(dataset: Any, name: str = "the dataset") -> Check:
     return result
 
 
-def rgb(image: Any, dataset: Any) -> np.ndarray:
-    """Return what is shown of the image of a dataset's sample, uint8 [H, W, 3]."""
-    return image_format(dataset).shown(as_array(image))
-
-
-def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
+def _examine(dataset: BaseDataset, index: int) -> tuple | list[Problem]:
     """Return the measures of one sample, or all that is wrong with it."""
     problems: list[Problem] = []
 
@@ -137,17 +124,17 @@ def _examine(dataset: Any, index: int) -> tuple | list[Problem]:
         except (InputError, OSError) as error:  # OSError: from a dataset that somebody wrote
             problems.append(Problem(str(file), str(error), getattr(error, "pixels", {})))
 
-    if isinstance(dataset, SegmentationDataset):
-        pair = dataset.pairs[index]
-        image = attempt(pair.image, lambda: dataset.image(index))
-        mask = attempt(pair.mask, lambda: dataset.mask(index))
-        if not problems:
-            attempt(pair.mask, lambda: check_sizes(pair, image.shape[:2], mask))
-    else:
-        sample = attempt(sample_name(dataset, index), lambda: checked_sample(dataset, index))
+    if dataset.pairs is None:
+        sample = attempt(dataset.name(index), lambda: checked_sample(dataset, index))
         if sample is not None:
             image, mask = as_array(sample[0]), sample[1].numpy()
-    return problems or _measure(image, mask, image_format(dataset).shown(image))
+    else:  # what is wrong with the one file does not hide what is wrong with the other
+        names = dataset.name(index, "image"), dataset.name(index)
+        image = attempt(names[0], lambda: dataset.image(index))
+        mask = attempt(names[1], lambda: dataset.mask(index))
+        if not problems:
+            attempt(names[1], lambda: check_sizes(image, mask, *names))
+    return problems or _measure(image, mask, dataset.format.shown(image))
 
 
 def _measure(
@@ -169,37 +156,13 @@ def _measure(
     return pixels, moments, digest.hexdigest(), np.asarray(small)
 
 
-def _remembered(dataset: Any) -> Path | None:
+def _remembered(dataset: BaseDataset) -> Path | None:
     """Return where the result for exactly these files, read in this way, is remembered."""
-    files = fingerprint(dataset)
+    files = dataset.fingerprint()
     if files is None:
         return None
     digest = hashlib.sha256((files + inspect.getsource(_measure)).encode()).hexdigest()
     return cache_folder() / "checked" / f"{digest}.npz"
-
-
-def fingerprint(dataset: Any) -> str | None:
-    """Return what changes with the files of a dataset and with how they are read.
-
-    Args:
-        dataset: Any; only of a `SegmentationDataset` it can be told.
-
-    Returns:
-        SHA-256 of the names, sizes and times of all files, the classes, and the function that reads
-        masks; `None` where there are no files, or the function cannot be looked at.
-    """
-    try:
-        digest, here = hashlib.sha256(), os.getcwd()
-        for file in dataset.files():
-            path, stat = os.path.join(here, file), os.stat(file)
-            digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0"))
-        reader = dataset.read_mask
-        source = inspect.getsource(getattr(reader, "func", reader))
-        options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
-    except Exception:
-        return None
-    digest.update(repr((dataset.labels.to_dict(), dataset.format, source, options)).encode())
-    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

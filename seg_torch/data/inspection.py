@@ -1,7 +1,5 @@
 """What is in a dataset, whether it can be trained on, and a page that shows both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,14 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seg_torch.data.check import Check, Problem, rgb
+from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS, checked_sample, sample_name
+from seg_torch.datasets.base import SPLITS, BaseDataset, checked_sample
 from seg_torch.drawing.page import Figure, figure, render
 from seg_torch.drawing.visualize import overlay
 from seg_torch.errors import InputError
 from seg_torch.files import write_json, write_text
-from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.format import RGB, ImageFormat, as_array
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import class_weights
 
@@ -66,7 +64,7 @@ def inspect_data(
     data: SegmentationDataModule, output_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Do what `inspect_dataset` does for the data of a command."""
-    checks: dict[str, Check] = {}
+    checks: dict[str, DatasetStatistics] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
     for split in SPLITS:
@@ -79,7 +77,7 @@ def inspect_data(
         except InputError as error:
             of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in of_split}
-    originals = {split: data.originals(split) for split in checks}
+    originals = {split: data.dataset(split).base_dataset for split in checks}
     labels = data.labels if checks else None
     findings: dict[str, Any] = {
         "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
@@ -97,7 +95,7 @@ def inspect_data(
     return findings
 
 
-def _contents(checks: dict[str, Check], names: Sequence[str]) -> dict[str, Any]:
+def _contents(checks: dict[str, DatasetStatistics], names: Sequence[str]) -> dict[str, Any]:
     """Return the findings that are numbers of images and pixels."""
     splits = {
         split: {
@@ -123,7 +121,9 @@ def _contents(checks: dict[str, Check], names: Sequence[str]) -> dict[str, Any]:
     return {"splits": splits, "classes": classes, "mean": mean, "std": std}
 
 
-def _duplicates(checks: dict[str, Check], originals: dict[str, Any]) -> list[dict[str, Any]]:
+def _duplicates(
+    checks: dict[str, DatasetStatistics], originals: dict[str, BaseDataset]
+) -> list[dict[str, Any]]:
     """Return for each image of a split the one most like it in each earlier split, if any is."""
     duplicates = []
     vectors = {split: _normalised(check.thumbnails) for split, check in checks.items()}
@@ -137,7 +137,7 @@ def _duplicates(checks: dict[str, Check], originals: dict[str, Any]) -> list[dic
                 if twin is None and value <= NEAR:
                     continue
                 pair = {first: i if twin is None else twin, second: j}
-                names = [sample_name(originals[s], index, "image") for s, index in pair.items()]
+                names = [originals[s].name(index, "image") for s, index in pair.items()]
                 duplicates.append(
                     {
                         "splits": [*pair],
@@ -212,7 +212,10 @@ def class_cells(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def _page(
-    findings: dict[str, Any], checks: dict[str, Check], originals: dict[str, Any], labels: Any
+    findings: dict[str, Any],
+    checks: dict[str, DatasetStatistics],
+    originals: dict[str, BaseDataset],
+    labels: Any,
 ) -> str:
     """Return the findings as HTML, with images of some samples and of the duplicates."""
     pairs = sorted(findings["duplicates"], key=lambda pair: -pair["similarity"])[:DUPLICATES]
@@ -229,26 +232,26 @@ def _page(
     )
 
 
-def _duplicate_figure(duplicate: dict[str, Any], originals: dict[str, Any]) -> Figure:
+def _duplicate_figure(duplicate: dict[str, Any], originals: dict[str, BaseDataset]) -> Figure:
     images, names = [], []
     for split, index, name in zip(
         duplicate["splits"], duplicate["indices"], duplicate["names"], strict=True
     ):
         dataset = originals[split]
-        images.append(Image.fromarray(rgb(dataset[index][0], dataset)))
+        images.append(Image.fromarray(dataset.format.shown(as_array(dataset[index][0]))))
         names.append(f"{split}: {Path(name).name}")
     how = "the same pixels" if duplicate["exact"] else f"correlation {duplicate['similarity']}"
     return figure(images, f"{', '.join(names)} ({how})")
 
 
-def _samples(dataset: Any, statistics: Check) -> tuple[list[Figure], list[int]]:
+def _samples(dataset: BaseDataset, statistics: DatasetStatistics) -> tuple[list[Figure], list[int]]:
     """Return a few samples beside their overlays, evenly spaced, and the classes in them."""
     usable = np.flatnonzero(statistics.digests != b"").tolist()
     figures, class_ids = [], set[int]()
     for index in usable[:: -(-len(usable) // SAMPLES) or 1]:
         image, mask = checked_sample(dataset, index)
         class_ids |= set(mask.unique().tolist())
-        pixels = rgb(image, dataset)
+        pixels = dataset.format.shown(as_array(image))
         images = [Image.fromarray(pixels), overlay(pixels, mask.numpy(), dataset.labels)]
-        figures.append(figure(images, Path(sample_name(dataset, index, "image")).name))
+        figures.append(figure(images, Path(dataset.name(index, "image")).name))
     return figures, sorted(class_ids - {IGNORE_INDEX})

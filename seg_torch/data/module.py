@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk, shared_by_processes
-from seg_torch.data.check import Check, Problem, check
+from seg_torch.data.check import DatasetStatistics, Problem, check
 from seg_torch.data.sampling import (
     AugmentedSamples,
     EpochSampler,
@@ -114,29 +114,28 @@ class SegmentationDataModule(LightningDataModule):
         if channels is not None:
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
         self.test_split = "test"
-        self._datasets: dict[str, Any] = {}
+        self._datasets: dict[str, base.BaseDataset] = {}
         self.start = Position()
 
-    def dataset(self, split: str) -> Any:
+    def dataset(self, split: str) -> base.BaseDataset:
         """Return the samples of `train`, `val` or `test` at their original size.
 
         Raises:
             InputError: The split has no samples, or the dataset cannot be read.
         """
         if split not in self._datasets:
-            place: dict[str, Any] = {} if self.root is None else {"root": self.root}
+            optional = {"root": self.root, "name": self.dataset_name}
+            kwargs: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
             if self.download:
-                place["download"] = True
-            if self.dataset_name is not None:
-                place["name"] = self.dataset_name
+                kwargs["download"] = True
             if self.format != RGB:
                 if "format" not in inspect.signature(self.make_dataset).parameters:
                     raise InputError("data.channels: this dataset is RGB; use data=folder")
-                place["format"] = self.format
-            dataset = self.make_dataset(split=split, **place)
-            if len(dataset) == 0:
+                kwargs["format"] = self.format
+            samples = self.make_dataset(split=split, **kwargs)
+            if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
-            self._datasets[split] = dataset
+            self._datasets[split] = base.as_dataset(samples)
         return self._datasets[split]
 
     @cached_property
@@ -154,38 +153,31 @@ class SegmentationDataModule(LightningDataModule):
             for split in base.SPLITS:
                 self.dataset(split)
 
-    def originals(self, split: str) -> Any:
-        """Return the samples of a split, or those that they were made from (`EightFold`)."""
-        dataset = self.dataset(split)
-        inner = getattr(dataset, "dataset", None)
-        # A wrapper with fewer samples is a selection, such as one of its splits.
-        whole = isinstance(inner, base.SegmentationDataset) and len(inner) <= len(dataset)
-        return inner if whole else dataset
-
     @property
     def test_is_val(self) -> bool:
         """Whether val stands in for test: both are the same files."""
-        val, test = self.originals("val"), self.originals("test")
-        return getattr(test, "pairs", None) == getattr(val, "pairs", ())
+        val, test = (self.dataset(split).base_dataset.pairs for split in ("val", "test"))
+        return val is not None and val == test
 
-    def checked(self, split: str) -> Check:
+    def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
         For train, masks of nothing but 0 and 255 are a problem, too.
         """
-        dataset = self.originals(split)
-        found = check(dataset, split)
-        values = np.flatnonzero(found.pixels).tolist()
+        dataset = self.dataset(split).base_dataset
+        statistics = check(dataset, split)
+        values = np.flatnonzero(statistics.pixels).tolist()
         if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
             background, *objects = dataset.labels.names
-            file = base.sample_name(dataset, 0)
+            file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
                 f"no class but the first would be learnt. If white stands for {objects[0]}, say "
                 f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
             )
-            found.problems.append(Problem(file, text, {"255": int(found.pixels[255])}))
-        return found
+            pixels = {"255": int(statistics.pixels[255])}
+            statistics.problems.append(Problem(file, text, pixels))
+        return statistics
 
     def check_files(self) -> None:
         """Check every file of all splits unless `check` is off; generated samples are skipped.
@@ -193,13 +185,18 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
         """
-        problems: list[Problem] = []
+        problems: list[str] = []
         for split in base.SPLITS:
-            dataset = self.originals(split)  # which fetches it, if it can
-            in_files = isinstance(dataset, base.SegmentationDataset)
-            if self.check and in_files and not (split == "test" and self.test_is_val):
-                problems += self.checked(split).problems
-        base.raise_problems([p.message for p in problems], "problems in the files of the dataset")
+            dataset = self.dataset(split).base_dataset  # which fetches it, if it can
+            if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
+                problems += [problem.message for problem in self.checked(split).problems]
+        base.raise_problems(problems, "problems in the files of the dataset")
+
+    def _training_statistics(self) -> DatasetStatistics:
+        statistics = self.checked("train")
+        problems = [problem.message for problem in statistics.problems]
+        base.raise_problems(problems, "problems in the training files")
+        return statistics
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -210,12 +207,8 @@ class SegmentationDataModule(LightningDataModule):
             InputError: Files of the dataset cannot be used.
         """
         dataset = self.dataset("train")
-        if isinstance(dataset, base.SegmentationDataset):
-            found = self.checked("train")
-            base.raise_problems(
-                [p.message for p in found.problems], "problems in the training files"
-            )
-            counts = found.pixels
+        if dataset.pairs is not None:
+            counts = self._training_statistics().pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
             counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
@@ -227,9 +220,7 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
-        found = self.checked("train")
-        base.raise_problems([p.message for p in found.problems], "problems in the training files")
-        mean, std = found.mean_and_std()
+        mean, std = self._training_statistics().mean_and_std()
         if 0 in std:
             raise InputError(
                 f"channel {std.index(0)}, counted from 0, has the same value in all training images"

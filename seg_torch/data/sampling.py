@@ -31,7 +31,9 @@ EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 class ResizedSamples(Dataset):
     """Checked samples at the size that the network is to see."""
 
-    def __init__(self, dataset: Any, size: Sequence[int] | None, resize_labels: bool) -> None:
+    def __init__(
+        self, dataset: base.BaseDataset, size: Sequence[int] | None, resize_labels: bool
+    ) -> None:
         self.dataset, self.size, self.resize_labels = dataset, size, resize_labels
 
     def __len__(self) -> int:
@@ -52,9 +54,6 @@ class NumberedSamples(Dataset):
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         return *self.samples[index], index
 
@@ -64,9 +63,6 @@ class AugmentedSamples(Dataset):
 
     def __init__(self, samples: Any, augment: Callable[..., Any] | None, seed: int) -> None:
         self.samples, self.augment, self.seed = samples, augment, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key

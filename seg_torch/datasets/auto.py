@@ -13,12 +13,12 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations.coco import coco, coco_panoptic, is_coco
 from seg_torch.datasets.annotations.label_studio import is_label_studio, label_studio
 from seg_torch.datasets.annotations.labelme import is_labelme, labelme
-from seg_torch.datasets.annotations.reading import read_json
 from seg_torch.datasets.annotations.roboflow import roboflow
 from seg_torch.datasets.annotations.voc_style import cvat, labelme_voc
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
+from seg_torch.datasets.reading import read_json
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,8 @@ def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], st
             if any("segments_info" in annotation for annotation in content["annotations"]):
                 return coco_panoptic, f"the segments_info in {file}"
             return coco, f"the images, annotations and categories in {file}"
-    names = sorted(path.name for path in home.iterdir())
-    more = ", ..." if len(names) > 8 else ""
     raise InputError(
-        f"data=auto: {home} holds {', '.join(names[:8])}{more} and is in none of the formats that "
+        f"data=auto: {home} holds {base.first_names(home)} and is in none of the formats that "
         f"are known:\n{FORMATS}\nIf it is a dataset that has a name of its own, give data=NAME; "
         "docs/datasets.md lists them."
     )

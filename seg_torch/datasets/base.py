@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
+import inspect
 import logging
 import os
+import pickle
 import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -18,9 +22,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
-from seg_torch.images.format import RGB, ImageFormat, as_tensor
+from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.read import opened, plain_png
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
@@ -61,10 +66,10 @@ class Pairs(Sequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
     def __getitem__(self, index: int | slice) -> Pair | Pairs:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return Pairs(self[place] for place in places)
-        name, image, mask = self._strings(places)
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return Pairs(self[i] for i in chosen)
+        name, image, mask = self._strings(chosen)
         return Pair(name, Path(image), Path(mask))
 
     def __eq__(self, other: object) -> bool:
@@ -77,11 +82,11 @@ class Pairs(Sequence[Pair]):
 
     def files(self) -> Iterator[str]:
         """Yield the paths of all images and masks, without the cost of a `Path`."""
-        for place in range(len(self)):
-            yield from self._strings(place)[1:]
+        for index in range(len(self)):
+            yield from self._strings(index)[1:]
 
-    def _strings(self, place: int) -> list[str]:
-        pair = self._content[self._ends[place] : self._ends[place + 1]]
+    def _strings(self, index: int) -> list[str]:
+        pair = self._content[self._ends[index] : self._ends[index + 1]]
         return os.fsdecode(bytes(pair)).split("\0")
 
 
@@ -120,17 +125,31 @@ def find(root: str | Path, dataset: str, entries: Sequence[str], source: str) ->
     if not missing:
         return [folder / entry for entry in entries]
     if not folder.is_dir():
-        found = "there is no such folder"
+        content = "there is no such folder"
     else:
-        names = sorted(path.name for path in folder.iterdir())
-        more = ", ..." if len(names) > 8 else ""
-        found = f"it holds {', '.join(names[:8])}{more}" if names else "the folder is empty"
+        names = first_names(folder)
+        content = f"it holds {names}" if names else "the folder is empty"
     gap = f"; missing: {', '.join(missing)}" if len(missing) < len(entries) else ""
     raise InputError(
-        f"{dataset} was not found in {folder.absolute()}: {found}.\n"
+        f"{dataset} was not found in {folder.absolute()}: {content}.\n"
         f"Expected there: {', '.join(entries)}{gap}.\n"
         f"To get it: {source}. If it is somewhere else, say where: data.root=FOLDER"
     )
+
+
+@contextmanager
+def downloading(dataset: str, root: str | Path) -> Iterator[None]:
+    """Turn what torchvision raises where a download fails into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{dataset} could not be downloaded to {root}: {error}") from None
+
+
+def first_names(folder: Path) -> str:
+    """Return the names in a folder, at most eight of them, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
 def raise_problems(problems: Sequence[str], what: str) -> None:
@@ -185,12 +204,10 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             f"{path}: {len(colours)} of {len(names)} classes have a colour; give all of them one "
             "(name R G B) or none"
         )
-    try:
+    with parsing(path):
         if colours:
             return Labels(tuple(names), np.array(colours)), True
         return Labels(tuple(names)), False
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def published_labels(dataset: str) -> Labels:
@@ -306,14 +323,17 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     """
     with opened(path, "a mask") as image:
         rgb = np.array(image.convert("RGB"))
-    try:
+    with parsing(path):
         return encode_segmap(rgb, palette)
-    except InputError as error:
-        raise InputError(f"{path}: {error}", pixels=error.pixels) from None
 
 
 # In a look-up table: the file must not hold this value. No dataset with a table has 255 classes.
 NOT_ALLOWED = 254
+
+
+def mapped_masks(ids: Mapping[int, int]) -> Callable[[Path], np.ndarray]:
+    """Return a function that reads index masks whose values stand for class ids and 255."""
+    return partial(read_mapped_mask, table=id_table(ids))
 
 
 def id_table(ids: Mapping[int, int]) -> np.ndarray:
@@ -347,11 +367,94 @@ def read_mapped_mask(
     return ids
 
 
-class SegmentationDataset(Dataset):
-    """Images with masks, in files.
+class BaseDataset(Dataset):
+    """What the package asks of a dataset; `as_dataset` makes one of anything that has samples.
 
-    Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`; those of
-    another `format` than RGB have its channels, and those of 16 bits are float32 of 0 to 255.
+    Items are `(tv_tensors.Image uint8 [C, H, W], tv_tensors.Mask uint8 [H, W])`; images of 16 bits
+    are float32 of 0 to 255.
+
+    Attributes:
+        labels: The classes.
+        format: How files become images.
+        pairs: The files of each sample, `None` where samples are not read from files.
+    """
+
+    labels: Labels
+    format: ImageFormat = RGB
+    pairs: Pairs | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def base_dataset(self) -> BaseDataset:
+        """The samples that these were made from, where they were; else these."""
+        return self
+
+    def name(self, index: int, kind: str = "mask") -> str:
+        """Return what a sample is called: the file of its "mask" or "image", or its "name"."""
+        if self.pairs is None:
+            return f"{type(self).__name__}[{index}]"
+        return str(getattr(self.pairs[index], kind))
+
+    def fingerprint(self) -> str | None:
+        """Return what changes with the files and with how they are read; `None`: nothing does."""
+        return None
+
+    def image(self, index: int) -> np.ndarray:
+        """Return the image alone, uint8 or uint16 [H, W, C]."""
+        return as_array(self[index][0])
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W]."""
+        return self[index][1].numpy()
+
+
+class OwnDataset(BaseDataset):
+    """A dataset that somebody wrote, without a class of this package.
+
+    Args:
+        samples: Anything with `labels`, a length and items (image, mask). It may have `mask(i)`, a
+            `format` and, as a wrapper does, the `dataset` that it was made from.
+    """
+
+    def __init__(self, samples: Any) -> None:
+        self.samples, self.labels = samples, samples.labels
+        format = getattr(samples, "format", None)
+        self.format = format if isinstance(format, ImageFormat) else RGB
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    @property
+    def base_dataset(self) -> BaseDataset:
+        """The files that a wrapper makes its samples from, for them to be checked."""
+        inner = getattr(self.samples, "dataset", None)
+        # A wrapper with fewer samples is a selection, such as one of its splits.
+        if isinstance(inner, SegmentationDataset) and len(inner) <= len(self):
+            return inner
+        return self
+
+    def name(self, index: int, kind: str = "mask") -> str:
+        """Return the class of the samples and the number of one."""
+        return f"{type(self.samples).__name__}[{index}]"
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W]."""
+        mask = getattr(self.samples, "mask", super().mask)
+        return mask(index)
+
+
+def as_dataset(samples: Any) -> BaseDataset:
+    """Return any dataset as what the package asks for."""
+    return samples if isinstance(samples, BaseDataset) else OwnDataset(samples)
+
+
+class SegmentationDataset(BaseDataset):
+    """Images with masks, in files.
 
     Args:
         pairs: The files, best as `Pairs`: of each sample the name, the image and the mask.
@@ -361,6 +464,8 @@ class SegmentationDataset(Dataset):
             processes can be started with it.
         format: How files become images.
     """
+
+    pairs: Pairs
 
     def __init__(
         self,
@@ -385,6 +490,26 @@ class SegmentationDataset(Dataset):
         for pair in self.pairs:
             yield from map(str, [*self.format.paths(pair.image), pair.mask])
 
+    def fingerprint(self) -> str | None:
+        """Return what changes with the files and with how they are read.
+
+        Returns:
+            SHA-256 of the names, sizes and times of all files, the classes, and the function that
+            reads masks; `None` where a file is missing, or the function cannot be looked at.
+        """
+        try:
+            digest, here = hashlib.sha256(), os.getcwd()
+            for file in self.files():
+                path, stat = os.path.join(here, file), os.stat(file)
+                digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0"))
+            reader: Any = self.read_mask
+            source = inspect.getsource(getattr(reader, "func", reader))
+            options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+        except Exception:  # of any function that somebody wrote
+            return None
+        digest.update(repr((self.labels.to_dict(), self.format, source, options)).encode())
+        return digest.hexdigest()
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
 
@@ -406,7 +531,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = self.image(index), self.mask(index)
-        check_sizes(pair, image.shape[:2], mask)
+        check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
 
 
@@ -425,33 +550,20 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
         )
 
 
-def check_sizes(pair: Pair, size: tuple[int, ...], mask: np.ndarray) -> None:
-    """Raise InputError unless the mask [H, W] has the (height, width) of its image."""
-    if size != mask.shape:
+def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
+    """Raise InputError unless the mask [H, W] has the height and width of its image [H, W, C]."""
+    if image.shape[:2] != mask.shape:
         raise InputError(
-            f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{pair.image} has {size[1]} x {size[0]}"
+            f"{name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
+            f"{image_name} has {image.shape[1]} x {image.shape[0]}"
         )
 
 
-def sample_name(dataset: Any, index: int, kind: str = "mask") -> str:
-    """Return what a sample is called: the file of its "mask" or "image", or its "name", if any."""
-    files = isinstance(dataset, SegmentationDataset)
-    name = getattr(dataset.pairs[index], kind) if files else f"{type(dataset).__name__}[{index}]"
-    return str(name)
-
-
-def image_format(dataset: Any) -> ImageFormat:
-    """Return how the files of any dataset become images: as RGB, where it does not say it."""
-    format = getattr(dataset, "format", RGB)
-    return format if isinstance(format, ImageFormat) else RGB
-
-
-def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Return a sample of any dataset with its types, sizes and mask values checked.
+def checked_sample(dataset: BaseDataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Return a sample with its types, sizes and mask values checked.
 
     Args:
-        dataset: Has `labels` and items (image, mask).
+        dataset: Any; nothing is taken for granted of its items.
         index: Which sample.
 
     Returns:
@@ -461,9 +573,8 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
     Raises:
         InputError: The item is anything else.
     """
-    name = sample_name(dataset, index)
-    sample = dataset[index]
-    dtype = torch.float32 if image_format(dataset).bits == 16 else torch.uint8
+    name, sample = dataset.name(index), dataset[index]
+    dtype = torch.float32 if dataset.format.bits == 16 else torch.uint8
     image, mask = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
     if not (
         isinstance(image, tv_tensors.Image)
@@ -473,12 +584,12 @@ def checked_sample(dataset: Any, index: int) -> tuple[tv_tensors.Image, tv_tenso
         and image.ndim == 3
         and image.shape[1:] == mask.shape
     ):
-        found = [
+        parts = [
             f"{type(part).__name__} {getattr(part, 'dtype', '')} {[*getattr(part, 'shape', [])]}"
             for part in (image, mask)
         ]
         raise InputError(
-            f"{name}: found {' and '.join(found)}; a sample is a tv_tensors.Image of "
+            f"{name}: found {' and '.join(parts)}; a sample is a tv_tensors.Image of "
             f"{dtype} [C, H, W] and a tv_tensors.Mask of torch.uint8 [H, W], of one size"
         )
     _check_values(mask.numpy(), dataset.labels, name)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch.datasets import base
 from seg_torch.images.resize import resize_image, resize_mask
 
 
@@ -28,32 +28,32 @@ COLOURS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hue": lambda image: tvf.adjust_hue(image, -0.1),
 }
 # Of images and masks [..., S, S].
-PLACES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+GEOMETRY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "central crop": central_crop,
     "horizontal flip": lambda pixels: pixels.flip(-1),
     "vertical flip": lambda pixels: pixels.flip(-2),
     "rotation": lambda pixels: pixels.rot90(1, (-2, -1)),
 }
-VARIANTS = ("original", *COLOURS, *PLACES)
+VARIANTS = ("original", *COLOURS, *GEOMETRY)
 
 
-def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **place: Any) -> Any:
+def eightfold(dataset: Callable[..., Any], split: str, side: int = 128, **kwargs: Any) -> Any:
     """Return any dataset with its training split as an `EightFold`, val and test unchanged.
 
     Args:
-        dataset: `dataset(split=..., **place)` gives the samples.
+        dataset: `dataset(split=..., **kwargs)` gives the samples.
         split: "train", "val" or "test".
         side: Height and width of the training samples.
-        place: `root` and other arguments, passed on to `dataset`.
+        kwargs: `root` and other arguments, passed on to `dataset`.
 
     Returns:
         The samples of the split.
     """
-    samples = dataset(split=split, **place)
+    samples = dataset(split=split, **kwargs)
     return EightFold(samples, side) if split == "train" else samples
 
 
-class EightFold(Dataset):
+class EightFold(base.BaseDataset):
     """All samples unchanged, then all of them in each of seven variants: 8 x n samples.
 
     Images are resized to `side` x `side` first. The variants compute what TensorFlow computes
@@ -69,11 +69,10 @@ class EightFold(Dataset):
 
     Attributes:
         dataset: The original samples.
-        labels: Their classes.
     """
 
     def __init__(self, dataset: Any, side: int) -> None:
-        self.dataset = dataset
+        self.dataset = base.as_dataset(dataset)
         self.size = (side, side)
         self.labels = dataset.labels
 
@@ -84,13 +83,17 @@ class EightFold(Dataset):
         variant, original = divmod(index, len(self.dataset))
         image, mask = self.dataset[original]
         image = change_colours(resize_image(image, self.size), VARIANTS[variant])
-        image = resize_image(change_place(image, VARIANTS[variant]), self.size)
+        image = resize_image(change_geometry(image, VARIANTS[variant]), self.size)
         return tv_tensors.Image(image), tv_tensors.Mask(self._mask(mask, VARIANTS[variant]))
 
     @property
-    def pairs(self) -> list[Any]:
-        """The files of each sample, where the original samples are files."""
-        return [*self.dataset.pairs] * len(VARIANTS)
+    def base_dataset(self) -> base.BaseDataset:
+        """The original samples."""
+        return self.dataset
+
+    def name(self, index: int, kind: str = "mask") -> str:
+        """Return what the original sample is called."""
+        return self.dataset.name(index % len(self.dataset), kind)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [side, side]."""
@@ -101,7 +104,7 @@ class EightFold(Dataset):
     def _mask(self, mask: torch.Tensor, variant: str) -> torch.Tensor:
         # By nearest neighbour both times. The tutorial resizes bilinearly, which averages ids: an
         # edge between hair (19) and background (0) becomes a bracelet (9).
-        return resize_mask(change_place(resize_mask(mask, self.size), variant), self.size)
+        return resize_mask(change_geometry(resize_mask(mask, self.size), variant), self.size)
 
 
 def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
@@ -111,6 +114,6 @@ def change_colours(image: torch.Tensor, variant: str) -> torch.Tensor:
     return (COLOURS[variant](image / 255) * 255).round().clamp(max=255).to(torch.uint8)
 
 
-def change_place(pixels: torch.Tensor, variant: str) -> torch.Tensor:
+def change_geometry(pixels: torch.Tensor, variant: str) -> torch.Tensor:
     """Return image or mask [..., S, S] with the geometry of a variant; the crop is [..., s, s]."""
-    return PLACES[variant](pixels) if variant in PLACES else pixels
+    return GEOMETRY[variant](pixels) if variant in GEOMETRY else pixels

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
+from seg_torch.files import write_atomically, write_text
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.images.read import IMAGE_SUFFIXES, opened
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
@@ -66,19 +66,19 @@ def folder(
         "to classes.txt, one per line"
     )
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
-    home, pairs = images.parent, _pair(images, masks, format)
+    home, endings = images.parent, _paired_endings(images, masks, format)
     if not (home / "classes.txt").exists():
-        mask_files = [f"{masks}/{name}{ending}" for name, (_, ending) in pairs.items()]
+        mask_files = [f"{masks}/{name}{ending}" for name, (_, ending) in endings.items()]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     if split == "test" and not (home / "test.txt").exists():
         split = base.val_for_test(split, str(home))
-    chosen = split_names(home, list(pairs), split, val_fraction, seed)
-    found = _pairs(chosen, pairs, images, masks)
+    chosen = split_names(home, list(endings), split, val_fraction, seed)
+    pairs = _pairs(chosen, endings, images, masks)
     if split == "train" and extra:  # a copy of all pairs
-        found += [pair for place in extra for pair in _extra_pairs(place, labels, format)]
-    return base.SegmentationDataset(found, labels, read_mask, format)
+        pairs += [pair for more in extra for pair in _extra_pairs(more, labels, format)]
+    return base.SegmentationDataset(pairs, labels, read_mask, format)
 
 
 def _extra_pairs(root: str | Path, labels: Labels, format: ImageFormat) -> list[base.Pair]:
@@ -86,7 +86,7 @@ def _extra_pairs(root: str | Path, labels: Labels, format: ImageFormat) -> list[
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
-    endings = _pair(images, masks, format)
+    endings = _paired_endings(images, masks, format)
     pairs = _pairs(endings, endings, images, masks)
     return [base.Pair(f"{root}/{name}", image, mask) for name, image, mask in pairs]
 
@@ -121,9 +121,7 @@ def write_classes(labels: Labels, root: Path) -> None:
     """Write the names and colours of classes to the `classes.txt` of a folder."""
     colours = zip(labels.names, labels.palette.tolist(), strict=True)
     text = "".join(f"{name} {red} {green} {blue}\n" for name, (red, green, blue) in colours)
-    write_atomically(
-        root / "classes.txt", lambda path: Path(path).write_text(text, encoding="utf-8")
-    )
+    write_text(root / "classes.txt", text)
 
 
 def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
@@ -209,28 +207,27 @@ def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _pair(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str, str]]:
+def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str, str]]:
     """Return the endings of image and mask by name, sorted; each has exactly one partner.
 
     The names and their files' paths would take five times the memory of names alone.
     """
-    endings = format.files
     pairs: dict[str, tuple[str, str]] = {}  # an ending is "" where there is no file
     same: dict[tuple[str, str], tuple[str, str]] = {}  # one tuple for all pairs with its endings
     problems = []
-    for place, home in enumerate((images, masks)):
+    for kind, home in enumerate((images, masks)):
         ambiguous: dict[str, list[str]] = {}
-        first = endings[:1] if home == images else ()
+        first = format.files[:1] if home == images else ()
         for file in base.list_files(home, tuple(map(str.lower, first)) or IMAGE_SUFFIXES):
             cut = -len(first[0]) if first else file.rindex(".") - len(file)
             name, ending = file[:cut], file[cut:]
             if file.startswith(".", file.rfind("/") + 1):
                 continue
-            found = pairs.get(name, ("", ""))
-            if found[place]:
-                ambiguous.setdefault(f"{name}{found[place]}", []).append(os.path.basename(file))
+            known = pairs.get(name, ("", ""))
+            if known[kind]:
+                ambiguous.setdefault(f"{name}{known[kind]}", []).append(os.path.basename(file))
             else:
-                both = (ending, "") if place == 0 else (found[0], ending)
+                both = (ending, "") if kind == 0 else (known[0], ending)
                 pairs[name] = same.setdefault(both, both)
         for file, others in ambiguous.items():
             problems.append(f"{home / file}: ambiguous, there is also {', '.join(others)}")
@@ -241,34 +238,32 @@ def _pair(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str
             problems.append(f"{images / name}{image}: no mask")
         elif not image:
             problems.append(f"{masks / name}{mask}: no image")
-        if image and endings:
-            absent = [e for e in endings if not (images / f"{name}{e}").exists()]
-            problems += [f"{images / name}{ending}: no such file" for ending in absent]
+        others = [f"{images / name}{ending}" for ending in format.files] if image else []
+        problems += [f"{file}: no such file" for file in others if not os.path.exists(file)]
     base.raise_problems(sorted(problems), "files cannot be paired; a mask is named like its image")
     return {name: pairs[name] for name in sorted(pairs)}
 
 
 def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:
     """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
-    found: set[tuple[int, ...]] = set()
+    distinct: set[tuple[int, ...]] = set()
     for file in masks[:: -(-len(masks) // 20)]:
         with opened(file, "a mask") as mask:
             kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
             pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
-        found |= {*map(tuple, values.tolist())}
-    values_found = sorted(found)
-    if len(values_found[0]) == 1:
-        ids = [value for (value,) in values_found]
+        distinct |= {*map(tuple, values.tolist())}
+    colours = sorted(distinct)
+    if len(colours[0]) == 1:
+        ids = [value for (value,) in colours]
         what = f"the values {', '.join(map(str, ids[:20]))} (255 means not labelled)"
         classes = max([i for i in ids if i != IGNORE_INDEX], default=0) + 1
         lines = ["background", *(f"class {i}" for i in range(1, min(classes, 20)))]
         if ids == [0, IGNORE_INDEX]:
             lines = ["background 0 0 0", "object 255 255 255"]
     else:
-        what = f"the colours {', '.join(map(str, values_found[:20]))}"
-        colours = [" ".join(map(str, value)) for value in values_found[:20]]
-        lines = [f"class {i} {colour}" for i, colour in enumerate(colours)]
+        what = f"the colours {', '.join(map(str, colours[:20]))}"
+        lines = [f"class {i} {' '.join(map(str, rgb))}" for i, rgb in enumerate(colours[:20])]
     return (
         f"{path} is missing: it names the classes, one per line, in the order of their ids. The "
         f"masks that were looked at hold {what}. So write, with names of your own:\n"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.datasets.folder import split_names
-from seg_torch.errors import InputError
+from seg_torch.datasets.reading import parsing, read_json, split_of
+from seg_torch.errors import InputError, require
 from seg_torch.images.read import decode_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
@@ -76,7 +75,7 @@ def hf(
     return HubDataset(rows, labels, table, f"{name} {split}")
 
 
-class HubDataset(Dataset):
+class HubDataset(base.BaseDataset):
     """Images and masks in a table of the library `datasets`.
 
     Items are `(tv_tensors.Image uint8 [3, H, W], tv_tensors.Mask uint8 [H, W])`.
@@ -85,17 +84,17 @@ class HubDataset(Dataset):
         rows: The table; images and masks are not decoded by it.
         labels: The classes.
         table: Class id of each mask value, see `base.id_table`.
-        name: What messages call it.
+        title: What messages call it.
     """
 
-    def __init__(self, rows: Any, labels: Labels, table: np.ndarray, name: str) -> None:
-        self.labels, self.table, self.name = labels, table, name
+    def __init__(self, rows: Any, labels: Labels, table: np.ndarray, title: str) -> None:
+        self.labels, self.table, self.title = labels, table, title
         self.columns = [
             next((c for c in known if c in rows.column_names), None) for known in (IMAGES, MASKS)
         ]
         if None in self.columns:
             raise InputError(
-                f"{name} has the columns {', '.join(rows.column_names)}; it takes one of "
+                f"{title} has the columns {', '.join(rows.column_names)}; it takes one of "
                 f"{', '.join(IMAGES)} and one of {', '.join(MASKS)}"
             )
         from datasets import Image
@@ -110,10 +109,10 @@ class HubDataset(Dataset):
     def _file(self, index: int, column: int) -> tuple[str, bytes]:
         """Return what a file is called, and its content."""
         cell = self.rows.select_columns([self.columns[column]])[index][self.columns[column]]
-        place = f"{self.name}[{index}] {self.columns[column]}"
+        name = f"{self.title}[{index}] {self.columns[column]}"
         if cell is None:
-            raise InputError(f"{place}: nothing here")
-        return place, cell["bytes"] or Path(cell["path"]).read_bytes()
+            raise InputError(f"{name}: nothing here")
+        return name, cell["bytes"] or Path(cell["path"]).read_bytes()
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W].
@@ -121,26 +120,21 @@ class HubDataset(Dataset):
         Raises:
             InputError: It is no image of class ids, or has a value without a name.
         """
-        place, content = self._file(index, 1)
-        return base.read_mapped_mask(place, self.table, content)
+        name, content = self._file(index, 1)
+        return base.read_mapped_mask(name, self.table, content)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        place, content = self._file(index, 0)
-        image, mask = decode_image(content, place), self.mask(index)
-        if image.shape[:2] != mask.shape:
-            raise InputError(
-                f"{place}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-                f"{image.shape[1]} x {image.shape[0]}"
-            )
+        name, content = self._file(index, 0)
+        image, mask = decode_image(content, name), self.mask(index)
+        base.check_sizes(image, mask, name, f"{self.title}[{index}]")
         return base.as_sample(image, mask)
 
 
 def _load(name: str) -> Mapping[str, Any]:
     """Return the tables of a dataset by the names of its splits."""
-    try:
-        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-    except ImportError:
-        raise InputError("data=hf needs a package: pip install datasets") from None
+    require("data=hf", "hf", "datasets")
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
     folder = Path(name).expanduser()
     saved = any((folder / f).exists() for f in ("dataset_dict.json", "dataset_info.json"))
     try:

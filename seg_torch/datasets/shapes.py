@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import SPLITS, as_sample, check_split, published_labels
+from seg_torch.datasets.base import SPLITS, BaseDataset, as_sample, check_split, published_labels
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX
 
@@ -119,7 +118,7 @@ def _paint(
     return dark + _texture(rng, size, window)[..., None] * (light - dark)
 
 
-class Shapes(Dataset):
+class Shapes(BaseDataset):
     """The dataset that `shapes` returns.
 
     Items are `(tv_tensors.Image uint8 [3, size, size], tv_tensors.Mask uint8 [size, size])`.

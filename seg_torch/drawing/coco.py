@@ -4,8 +4,6 @@ The format is that of Lin et al., Microsoft COCO: Common Objects in Context (201
 done by its authors' library, pycocotools. Runs of pixels, unlike polygons, can have holes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Learning curves, reliability and confusion as figures of matplotlib."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """HTML pages and Markdown from the templates that lie in the folder `templates`."""
 
-from __future__ import annotations
-
 import base64
 import io
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ dimensions), found by contourpy. They run half-way between the centres of neighb
 inside and one outside, so that a polygon holds the centres of its own pixels and no others.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from itertools import pairwise

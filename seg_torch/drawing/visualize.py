@@ -1,7 +1,5 @@
 """Images of masks in the colours of the labels: overlays, sheets, legends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 

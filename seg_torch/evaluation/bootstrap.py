@@ -1,7 +1,5 @@
 """How certain scores are: the bootstrap over the images of a dataset."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,7 @@ class ImageCounts(NamedTuple):
     """What `<split>_images.npz` holds: pixels of each image and class, from which all IoU follow.
 
     Attributes:
-        names: Of the N images.
+        names: Of the N images, in alphabetical order.
         counts: int64 [N, 3, C], see `seg_torch.metrics.counts`.
     """
 
@@ -31,14 +29,15 @@ class ImageCounts(NamedTuple):
 
 
 def read_image_counts(path: Path) -> ImageCounts:
-    """Read `<split>_images.npz`.
+    """Read `<split>_images.npz`, by name.
 
     Raises:
         InputError: There is no such file, or something else in it.
     """
     try:
         with np.load(path) as file:
-            return ImageCounts(file["names"].tolist(), stack_counts(file))
+            order = np.argsort(file["names"], kind="stable")
+            return ImageCounts(file["names"][order].tolist(), stack_counts(file)[order])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as scores of images: {error}") from None
 

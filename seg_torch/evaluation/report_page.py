@@ -1,7 +1,5 @@
 """The page of seg-torch report: how good a model is and where it fails."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,7 +20,7 @@ from seg_torch.evaluation.results import Results
 from seg_torch.evaluation.setup import Setup
 from seg_torch.labels import palette_image
 from seg_torch.metrics.counts import class_scores, mean_over_classes, mean_scores, stack_counts
-from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.prediction.segmentation import segment
 from seg_torch.training.run import COLUMNS, read_table
 from seg_torch.version import __version__
 
@@ -74,32 +72,21 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
 
 def _lowest(values: np.ndarray) -> list[int]:
     """Return the indices from the lowest to the highest value, without nan."""
-    order = np.argsort(values, kind="stable")
-    return [int(i) for i in order if np.isfinite(values[i])]
+    return np.argsort(values, kind="stable")[: np.isfinite(values).sum()].tolist()
 
 
 def _figures(
     setup: Setup, results: Results, iou: np.ndarray, indices: Sequence[int]
 ) -> list[Figure]:
     """Return image, label, prediction and errors of each of some images."""
-    labels, inference = results.labels, setup.scorer.inference
-    segmenter = Segmenter(
-        setup.scorer.network,
-        labels,
-        setup.data.resize,
-        setup.trainer.strategy.root_device,
-        inference.tile,
-        inference.scales,
-        inference.flip,
-        inference.precision,
-        format=setup.data.format,
-    )
+    labels, format, inference = results.labels, setup.data.format, setup.scorer.inference
+    setup.scorer.to(setup.trainer.strategy.root_device)  # which the Trainer left
     quality, confidence = results.images["label_quality"], results.images["confidence"]
     dataset = setup.data.dataset(setup.data.test_split)
     figures = []
     for i in indices:
         image, mask = checked_sample(dataset, i)
-        result = segmenter.predict(image)
+        (result,) = segment(inference, labels, [format.checked(image)], format)
         maps = [palette_image(ids, labels).convert("RGB") for ids in (mask.numpy(), result.mask)]
         errors = error_overlay(result.image, mask.numpy(), result.mask)
         caption = (

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from seg_torch.datasets.base import sample_name
 from seg_torch.drawing.curves import confusion_matrix
 from seg_torch.files import write_atomically, write_json
 from seg_torch.labels import Labels
@@ -46,7 +45,7 @@ class Results:
         cls, scores: dict[str, Any], images: dict[str, np.ndarray], labels: Labels, dataset: Any
     ) -> Results:
         """Return the results of a dataset, which gives the names of the images."""
-        names = [sample_name(dataset, index, "name") for index in range(len(dataset))]
+        names = [dataset.name(index, "name") for index in range(len(dataset))]
         return cls(scores, images, names, labels)
 
     def write(self, folder: Path, split: str) -> None:

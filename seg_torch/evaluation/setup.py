@@ -13,15 +13,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
+from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.data import SegmentationDataModule
+from seg_torch.datasets.base import SPLITS
 from seg_torch.distributed import Processes
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference, parse_tta
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.trainer import build_trainer
 
 
@@ -65,7 +67,8 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     Raises:
         InputError: The checkpoint, the data or a setting cannot be used.
     """
-    check_choice("split", cfg.split, ("train", "val", "test"))
+    if cfg.split not in SPLITS:
+        raise InputError(f"split={cfg.split}: expected train, val or test")
     processes = Processes(cfg.trainer)
     folder = Path(processes.same(str(cfg.output_dir)))
     model = open_model(cfg)
@@ -74,8 +77,8 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes.first(lambda: len(data.dataset(cfg.split)))  # which fetches it, if it can
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
-    settings = (data.resize, cfg.tile, *parse_tta(cfg.tta), str(trainer.precision))
-    inference = Inference(model.network, len(model.labels), *settings)
+    settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
+    inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)
     return Setup(trainer, scorer, data, folder, model)
 
@@ -132,7 +135,7 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
     stored = {} if "_target_" in given else stored_settings(model.config.get("data", {}), given)
     settings = {**stored, **given, **model.format.settings(), "resize": model.resize}
     settings["augment"] = None  # which only training needs
-    data = checkpoint.instantiate(settings, cfg.trust, checkpoint.DATA)
+    data = instantiate_trusted(settings, cfg.trust, DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
     return data

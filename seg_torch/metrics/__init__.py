@@ -4,8 +4,6 @@ All are the same for every batch size and number of processes, and take the same
 pixels there are. Names are imported when they are first used: `counts` alone needs no torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +20,18 @@ if TYPE_CHECKING:
     from seg_torch.metrics.label_quality import LabelQuality as LabelQuality
 
 MODULES = {
-    "AveragePrecision": "average_precision",
-    "BoundaryScores": "boundary",
-    "Calibration": "calibration",
-    "ConfusionMatrix": "confusion",
-    "ImageScores": "images",
-    "LabelQuality": "label_quality",
-    "ScoredBlock": "blocks",
-    "confidence_steps": "blocks",
-    "report": "confusion",
-    "scores": "confusion",
+    "average_precision": ("AveragePrecision",),
+    "blocks": ("ScoredBlock", "confidence_steps"),
+    "boundary": ("BoundaryScores",),
+    "calibration": ("Calibration",),
+    "confusion": ("ConfusionMatrix", "report", "scores"),
+    "images": ("ImageScores",),
+    "label_quality": ("LabelQuality",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+    for module, names in MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

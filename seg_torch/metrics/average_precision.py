@@ -1,7 +1,5 @@
 """Average precision: how well the probabilities of a class rank the pixels."""
 
-from __future__ import annotations
-
 import torch
 import torchmetrics
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What the metrics of a test take: the logits of a part of an image, its prediction and label."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

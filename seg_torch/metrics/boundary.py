@@ -1,7 +1,5 @@
 """How well the boundaries of the classes are met."""
 
-from __future__ import annotations
-
 import math
 
 import torch

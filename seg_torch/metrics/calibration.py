@@ -1,7 +1,5 @@
 """Whether a model is right as often as it is confident."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The confusion matrix of a dataset, and the scores that derive from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ nan, "absent", which the means over classes leave out:
 - a class that is labelled but never predicted has no precision, and IoU, Dice and accuracy 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What each image by itself was scored."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torchmetrics

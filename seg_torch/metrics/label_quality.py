@@ -1,7 +1,5 @@
 """Which images have labels that are likely to be wrong."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torchmetrics

@@ -5,17 +5,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models import get_model
-from torchvision.models import segmentation as tv
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.models.fcn import head_logits
+from seg_torch.models.fcn import FCN
 from seg_torch.models.weights import load_torchvision_weights
 
 _BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
 
 
-class DeepLabV3(tv.DeepLabV3):
+class DeepLabV3(FCN):
     """torchvision's DeepLabv3, which leaves its logits at the stride of its features."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -40,7 +39,7 @@ class DeepLabV3(tv.DeepLabV3):
                 "DeepLabv3 cannot train on a batch of one image: its image pooling normalises over "
                 "the batch; use data.batch_size=2 or more"
             )
-        return head_logits(self, x)
+        return super().forward(x)
 
 
 def deeplabv3(

@@ -25,24 +25,11 @@ class FCN(tv.FCN):
             `out`, and in training `aux` if there is an auxiliary head: float
             [N, K, ceil(H/8), ceil(W/8)].
         """
-        return head_logits(self, x)
-
-
-def head_logits(model: tv.FCN | tv.DeepLabV3, x: Tensor) -> dict[str, Tensor]:
-    """Compute the logits of a model of torchvision without enlarging them.
-
-    Args:
-        model: Backbone, classifier and, maybe, auxiliary classifier.
-        x: Float [N, 3, H, W].
-
-    Returns:
-        `out`, and in training `aux` if there is an auxiliary head: float [N, K, h, w].
-    """
-    features = model.backbone(x)
-    outputs = {"out": model.classifier(features["out"])}
-    if model.training and model.aux_classifier is not None:
-        outputs["aux"] = model.aux_classifier(features["aux"])
-    return outputs
+        features = self.backbone(x)
+        outputs = {"out": self.classifier(features["out"])}
+        if self.training and self.aux_classifier is not None:
+            outputs["aux"] = self.aux_classifier(features["aux"])
+        return outputs
 
 
 def fcn(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
@@ -143,19 +142,6 @@ def check_channels(network: Network, channels: int) -> None:
     except Exception as error:
         raise InputError(f"this model takes no images of {channels} channels: {error}") from error
     network.train(training)
-
-
-def synchronise_batchnorm(network: Network) -> Network:
-    """Let every BatchNorm take its statistics over the images of all processes.
-
-    Args:
-        network: Changed in place; it keeps its parameters, statistics and modes.
-
-    Returns:
-        The same network.
-    """
-    # PyTorch's own conversion turns timm's BatchNorm with activation into one without.
-    return convert_sync_batchnorm(network)
 
 
 def freeze_unused_parameters(network: Network) -> list[str]:

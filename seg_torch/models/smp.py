@@ -3,7 +3,6 @@
 import difflib
 import json
 import logging
-import textwrap
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError, check_choice, reason, require
 from seg_torch.models.encoder import image_statistics
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
 from seg_torch.models.padding import pad_to_multiple
@@ -77,22 +76,21 @@ def published_smp(config: dict[str, Any], weights: Path) -> SMP:
         InputError: As for `smp`; weights that do not fit; images of other than three channels; or
             one class, which is told from the background by a threshold.
     """
-    given = dict(config)
-    if given.get("in_channels", 3) != 3 or not isinstance(given.get("classes"), int):
+    options = dict(config)
+    if options.get("in_channels", 3) != 3 or not isinstance(options.get("classes"), int):
         raise InputError("its config.json is not of a model for RGB images and some classes")
-    if given["classes"] < 2:
+    if options["classes"] < 2:
         raise InputError("it has one class, told by a threshold; two or more are needed")
     left_out = ("_model_class", "encoder_name", "encoder_weights", "classes", "in_channels")
-    architecture, encoder, _, num_classes, _ = (given.pop(key, None) for key in left_out)
-    given.update(activation=None, aux_params=None)
-    model = _library_model(str(architecture), str(encoder), num_classes, given)
+    architecture, encoder, _, num_classes, _ = (options.pop(key, None) for key in left_out)
+    options.update(activation=None, aux_params=None)
+    model = _library_model(str(architecture), str(encoder), num_classes, options)
     state = read_state_dict(weights)
     state = {k: v for k, v in state.items() if not k.startswith("classification_head.")}
     try:
         model.model.load_state_dict(state)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"{weights} does not fit its own config.json: {reason}") from error
+        raise InputError(f"{weights} does not fit its own config.json: {reason(error)}") from error
     return model
 
 
@@ -131,9 +129,9 @@ def smp(
     options = {"num_classes": 0} if is_dpt else {"features_only": True}
     timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
     model.mean, model.std = image_statistics(timm_encoder)
-    given = timm_encoder.state_dict()  # may have stages that the library cuts off
-    own: Any = cast(Any, model.model.encoder).model
-    own.load_state_dict({name: given[name] for name in own.state_dict()})
+    state = timm_encoder.state_dict()  # may have stages that the library cuts off
+    inner: Any = cast(Any, model.model.encoder).model
+    inner.load_state_dict({name: state[name] for name in inner.state_dict()})
     return model
 
 
@@ -141,13 +139,8 @@ def _library_model(
     architecture: str, encoder: str, num_classes: int, options: dict[str, Any]
 ) -> SMP:
     """Make a model of the library with random weights; `options` are those of its constructor."""
-    try:
-        import segmentation_models_pytorch as library
-    except ImportError as error:
-        raise InputError(
-            f"model=smp needs segmentation_models_pytorch ({error}); install it with "
-            "pip install segmentation-models-pytorch"
-        ) from error
+    require("model=smp", "smp", "segmentation_models_pytorch")
+    import segmentation_models_pytorch as library
 
     architectures = [cls.__name__ for cls in library.MODEL_ARCHITECTURES_MAPPING.values()]
     check_choice("model.architecture", architecture, architectures)
@@ -165,8 +158,7 @@ def _library_model(
             architecture, encoder, encoder_weights=None, classes=num_classes, **options
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"cannot make {architecture} with {encoder}: {reason}") from error
+        raise InputError(f"cannot make {architecture} with {encoder}: {reason(error)}") from error
     # These two halve their encoder's features of stride 16 three times more, and once more.
     multiple = {"PAN": 128, "DPT": 32}.get(architecture, library_model.encoder.output_stride)
     return SMP(library_model, multiple)
@@ -193,6 +185,5 @@ def _load_encoder(model: SMP, encoder: str, weights: str | Path) -> None:
     try:
         cast(nn.Module, model.model.encoder).load_state_dict(read_state_dict(file))
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"{file} does not fit the encoder {encoder}: {reason}") from error
+        raise InputError(f"{file} does not fit the encoder {encoder}: {reason(error)}") from error
     log.info("loaded the weights of the encoder %s from %s", encoder, file)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError, check_choice, require
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
@@ -117,7 +118,7 @@ class MaskClassificationModel(TransformersModel):
         return {"out": logits[..., : ceil_div(height, stride), : ceil_div(width, stride)]}
 
     def _fit_positions(self, module: nn.Module, inputs: Any, positions: Tensor) -> Tensor:
-        """Resizes the position embeddings [1, S * S, D] of EoMT to the grid of the image."""
+        """Resize the position embeddings [1, S * S, D] of EoMT to the grid of the image."""
         side = math.isqrt(positions.shape[1])
         grid: Any = self.model.grid_size
         if grid == (side, side):
@@ -158,58 +159,57 @@ def transformers(
         InputError: transformers is not installed; no or an unsuitable configuration; weights that
             cannot be loaded or do not fit.
     """
-    try:
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import (
-            AutoConfig,
-            AutoModelForSemanticSegmentation,
-            AutoModelForUniversalSegmentation,
-        )
-        from transformers import logging as library_logging
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as MODEL_NAMES,
-        )
-    except ImportError as error:
-        raise InputError(
-            f"this model needs transformers ({error}); install it with pip install transformers"
-        ) from error
+    require("this model", "transformers", "transformers")
+    import transformers as library
 
-    kind = config.get("model_type")
-    check_choice("model.config.model_type", kind, [*MODEL_NAMES, *MASK_MODELS])
-    # These can name files, or weights and code on the Hub, and the configuration may come from
-    # anybody's checkpoint.
-    found = re.search(r"\w*attn_implementation|'backbone': [^N]|[/\\]", str(config))
-    if found:
-        raise InputError(
-            f"model.config holds {found[0]}: it must not choose an attn_implementation or name "
-            "files, repositories of the Hub or a pretrained backbone; give backbone_config"
-        )
+    wrap: type[TransformersModel] = TransformersModel
+    auto_model: Any = library.AutoModelForSemanticSegmentation
+    if config.get("model_type") in MASK_MODELS:
+        wrap, auto_model = MaskClassificationModel, library.AutoModelForUniversalSegmentation
     try:
-        model_config = AutoConfig.for_model(**deepcopy(config))  # 5.17 changes what is inside
-        model_config.num_labels = num_classes
-        model_config.use_auxiliary_head = False  # its logits would not come out
-        model_config.is_training = False  # OneFormer's, for which it needs texts
-        classifies_masks = kind in MASK_MODELS
-        library_model: Any = (
-            AutoModelForUniversalSegmentation
-            if classifies_masks
-            else AutoModelForSemanticSegmentation
-        )
-        wrap = MaskClassificationModel if classifies_masks else TransformersModel
+        model_config = _model_config(config, num_classes)
         if weights is None:
-            return wrap(library_model.from_config(model_config))
+            return wrap(auto_model.from_config(model_config))
     except (ImportError, TypeError, ValueError, StrictDataclassError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"model.config: {error}") from error
-
     settings = _image_settings(weights)
-    library_logging.set_verbosity_error()  # its report is what is logged here, as a long table
-    result = wrap(_pretrained(library_model, model_config, weights, complete))
+    result = wrap(_pretrained(auto_model, model_config, weights, complete))
     result.mean, result.std = _statistics(settings)
     if settings.get("do_flip_channel_order"):  # the weights are for images in BGR
         first = next(m for m in result.modules() if isinstance(m, nn.Conv2d))
         first.weight.data = first.weight.data.flip(1)
         result.mean, result.std = result.mean[::-1], result.std[::-1]
     return result
+
+
+def _model_config(config: dict[str, Any], num_classes: int) -> Any:
+    """Return the library's configuration of a model.
+
+    Raises:
+        Exception: Of many types; an InputError for what a stranger's must not say.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as MODEL_NAMES,
+    )
+
+    kinds = [*MODEL_NAMES, *MASK_MODELS]
+    check_choice("model.config.model_type", config.get("model_type"), kinds)
+    # These can name files, or weights and code on the Hub, and the configuration may come from
+    # anybody's checkpoint.
+    harmful = re.search(r"\w*attn_implementation|'backbone': [^N]|[/\\]", str(config))
+    if harmful:
+        raise InputError(
+            f"model.config holds {harmful[0]}: it must not choose an attn_implementation or name "
+            "files, repositories of the Hub or a pretrained backbone; give backbone_config"
+        )
+    model_config = AutoConfig.for_model(**deepcopy(config))  # 5.17 changes what is inside
+    model_config.num_labels = num_classes
+    model_config.use_auxiliary_head = False  # its logits would not come out
+    model_config.is_training = False  # OneFormer's, for which it needs texts
+    return model_config
 
 
 def _statistics(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -229,6 +229,9 @@ def _pretrained(
     auto_model: Any, model_config: Any, weights: str | Path, complete: bool
 ) -> nn.Module:
     """Load published weights; the encoder must fit, the head only where asked for."""
+    from transformers import logging as library_logging
+
+    library_logging.set_verbosity_error()  # its report is what is logged here, as a long table
     try:
         model, loaded = auto_model.from_pretrained(
             weights,

@@ -5,7 +5,6 @@ import logging
 import os
 import pickletools
 import re
-import textwrap
 import zipfile
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +98,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = load(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
-            f"{reason if path.stat().st_size else 'the file is empty'}"
+            f"{reason(error) if path.stat().st_size else 'the file is empty'}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content)
+        kind = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content)
         raise InputError(
-            f"{path} holds {found}, not a state dict; write one with "
+            f"{path} holds {kind}, not a state dict; write one with "
             "torch.save(model.state_dict(), path)"
         )
     if stored_bytes(content) > path.stat().st_size:
@@ -133,18 +131,18 @@ def load_matching_weights(
         InputError: The module needs a tensor that `state_dict` lacks or has in another shape, or no
             parameter fits.
     """
-    own = module.state_dict()
-    fitting = {k: v for k, v in state_dict.items() if k in own and v.shape == own[k].shape}
+    tensors = module.state_dict()
+    fitting = {k: v for k, v in state_dict.items() if k in tensors and v.shape == tensors[k].shape}
     new = module.load_state_dict(fitting, strict=False).missing_keys
     lacking = [k for k in new if new_layers is not None and not k.startswith(new_layers)]
     if lacking:
         raise InputError(
-            f"{source} does not fit the model: {len(lacking)} of its {len(own)} tensors are absent "
-            f"or of another shape, such as {', '.join(lacking[:3])}"
+            f"{source} does not fit the model: {len(lacking)} of its {len(tensors)} tensors are "
+            f"absent or of another shape, such as {', '.join(lacking[:3])}"
         )
     if not fitting.keys() & dict(module.named_parameters()).keys():
         raise InputError(f"{source}: it has no weights that fit this model (another architecture?)")
-    log_loading(source, len(own), new, [k for k in state_dict if k not in fitting])
+    log_loading(source, len(tensors), new, [k for k in state_dict if k not in fitting])
 
 
 def log_loading(source: str, total: int, new: Collection[str], skipped: Collection[str]) -> None:
@@ -180,15 +178,20 @@ def load_torchvision_weights(
     if weights is None:
         return
     published = get_model_weights(name)
-    if str(weights) not in published.__members__:
-        if not Path(weights).is_file():
-            raise InputError(
-                f"model.weights is {str(weights)!r}, which is not a file; use "
-                f"{', '.join(member.name for member in published)}, a file, or null for random ones"
-            )
-        load_matching_weights(model, read_state_dict(weights), str(weights), new_layers)
-        return
-    url = published[str(weights)].url
+    if str(weights) in published.__members__:
+        state_dict = _downloaded(published[str(weights)].url)
+    elif Path(weights).is_file():
+        state_dict = read_state_dict(weights)
+    else:
+        raise InputError(
+            f"model.weights is {str(weights)!r}, which is not a file; use "
+            f"{', '.join(member.name for member in published)}, a file, or null for random ones"
+        )
+    load_matching_weights(model, state_dict, str(weights), new_layers)
+
+
+def _downloaded(url: str) -> dict[str, Tensor]:
+    """Return torchvision's weights, from the local cache or by downloading them to it."""
     folder = Path(torch.hub.get_dir(), "checkpoints")
     try:
         with _alone_in(folder) if not (folder / Path(url).name).exists() else nullcontext():
@@ -201,12 +204,11 @@ def load_torchvision_weights(
             "under the same name, or start from random weights with model.weights=null"
         ) from error
     # A backbone is the features of torchvision's classifier of that name.
-    state_dict = {name.removeprefix("features."): v for name, v in state_dict.items()}
-    load_matching_weights(model, state_dict, str(weights), new_layers)
+    return {name.removeprefix("features."): value for name, value in state_dict.items()}
 
 
 def _alone_in(folder: Path) -> FileLock:
-    """Lets one of the processes of a run download, which the others then need not."""
+    """Let one of the processes of a run download, which the others then need not."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "seg_torch.lock")
 
@@ -287,15 +289,15 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
         if weights is None:
             return _with_active_residuals(timm.create_model(name, **options))
         file = _published_file(name) if weights == "imagenet" else Path(weights)
-        given = read_state_dict(file).keys()
+        names = read_state_dict(file).keys()
         overlay = {"file": str(file)}
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except InputError:
         raise
     except Exception as error:  # also what timm's translation of names makes of other names
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"timm cannot make {name!r} with weights {weights}: {reason}") from error
-    lacking = _random_tensors(model, name, file, given)
+        message = f"timm cannot make {name!r} with weights {weights}: {reason(error)}"
+        raise InputError(message) from error
+    lacking = _random_tensors(model, name, file, names)
     if lacking:
         raise InputError(
             f"{file} does not fit the encoder {name}: no weights for {len(lacking)} of its "
@@ -305,21 +307,21 @@ def timm_model(name: str, weights: str | Path | None, **options: Any) -> nn.Modu
     return model
 
 
-def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[str]) -> list[str]:
+def _random_tensors(model: nn.Module, name: str, file: Path, names: Collection[str]) -> list[str]:
     """Find what timm left random: it loads what fits and does not tell.
 
     Args:
         model: timm's, made with the weights of `file`.
         name: Its name.
         file: A state dict.
-        given: The names in it.
+        names: The names in it.
 
     Returns:
         Names of the tensors of `model` that are not from the file.
     """
-    plain = {_plain_name(key) for key in given}
-    own = {key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key}
-    lacking = [key for key in own if _plain_name(key) not in plain]
+    plain = {_plain_name(key) for key in names}
+    tensors = {k: tensor for k, tensor in model.state_dict().items() if "num_batches" not in k}
+    lacking = [key for key in tensors if _plain_name(key) not in plain]
     if not lacking:
         return []
     # Or the names are those of another project, which timm translates. Then it loads them strictly
@@ -328,11 +330,11 @@ def _random_tensors(model: nn.Module, name: str, file: Path, given: Collection[s
         whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError:
         return lacking
-    tensors = {_plain_name(key): tensor for key, tensor in whole.state_dict().items()}
-    translated = len(plain - tensors.keys()) >= len(lacking) and all(
-        torch.equal(own[key], tensors[_plain_name(key)]) for key in lacking
+    translated = {_plain_name(key): tensor for key, tensor in whole.state_dict().items()}
+    fits = len(plain - translated.keys()) >= len(lacking) and all(
+        torch.equal(tensors[key], translated[_plain_name(key)]) for key in lacking
     )
-    return [] if translated else lacking
+    return [] if fits else lacking
 
 
 def _plain_name(key: str) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,10 @@ from seg_torch.errors import InputError
 from seg_torch.images.resize import resize_image
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.network import Network
+from seg_torch.prediction.tiles import CrossFade, spans
 from seg_torch.upsample import upsample, upsampled_chunks
 
 DEFAULT_TILE = 768
-
-# Logits that are decided together on a CPU: what stays in its cache takes a fraction of the time.
-CPU_BAND = 1 << 19
 
 
 class Block(NamedTuple):
@@ -44,18 +43,11 @@ class Block(NamedTuple):
     logits: Tensor
 
 
-class Inference:
-    """Turns images into logits at the size of their labels.
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How images go through a network.
 
-    An image goes through the network whole where it fits into memory, else in overlapping tiles
-    whose logits are cross-faded; then memory depends on the tile, the width of the image and the
-    number of classes, but not on its height.
-
-    Args:
-        network: Images to logits.
-        num_classes: Number of classes C.
-        resize: (height, width) at which the network is given every image, which is then never
-            tiled; `None` for their own size.
+    Attributes:
         tile: Side of the tiles in pixels, a multiple of 32; `None` for whole images whatever their
             size; `"auto"` for tiles of 768 where the whole might take more than a quarter of the
             device's memory.
@@ -66,7 +58,43 @@ class Inference:
             network's device is good at.
 
     Raises:
-        InputError: An impossible tile, scale or precision.
+        InputError: An impossible tile or scale.
+    """
+
+    tile: int | Literal["auto"] | None = "auto"
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        tile, scales = self.tile, self.scales
+        if tile not in ("auto", None) and (not isinstance(tile, int) or tile < 64 or tile % 32):
+            raise InputError(f"tile={tile}: expected auto, null or a multiple of 32, 64 or more")
+        if not scales or min(scales) <= 0:
+            raise InputError(f"tta scales {list(scales)}: expected numbers above 0")
+
+    @classmethod
+    def parse(cls, tile: Any, tta: Any, precision: str | int) -> InferenceSettings:
+        """Return the settings as the user writes them; `tta` is that of `parse_tta`."""
+        return cls(tile, *parse_tta(tta), str(precision))
+
+
+class Inference:
+    """Turns images into logits at the size of their labels.
+
+    An image goes through the network whole where it fits into memory, else in overlapping tiles
+    whose logits are cross-faded; then memory depends on the tile, the width of the image and the
+    number of classes, but not on its height.
+
+    Args:
+        network: Images to logits. Where it is, and in which mode, stays as it is.
+        num_classes: Number of classes C.
+        resize: (height, width) at which the network is given every image, which is then never
+            tiled; `None` for their own size.
+        settings: How images go through the network.
+
+    Raises:
+        InputError: An unknown precision, or a tile where there is nothing to tile.
     """
 
     def __init__(
@@ -74,26 +102,19 @@ class Inference:
         network: Network,
         num_classes: int,
         resize: Sequence[int] | None = None,
-        tile: int | Literal["auto"] | None = "auto",
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
-        precision: str = "auto",
+        settings: InferenceSettings = InferenceSettings(),
     ) -> None:
-        if tile not in ("auto", None) and (not isinstance(tile, int) or tile < 64 or tile % 32):
-            raise InputError(f"tile={tile}: expected auto, null or a multiple of 32, 64 or more")
-        if isinstance(tile, int) and resize is not None:
+        if isinstance(settings.tile, int) and resize is not None:
             raise InputError(
-                f"tile={tile}: this network sees every image at {tuple(resize)}, as in training, "
-                "so there is nothing to tile; leave tile=auto"
+                f"tile={settings.tile}: this network sees every image at {tuple(resize)}, as in "
+                "training, so there is nothing to tile; leave tile=auto"
             )
-        if not scales or min(scales) <= 0:
-            raise InputError(f"tta scales {list(scales)}: expected numbers above 0")
         self.network = network
         self.num_classes = num_classes
-        self.tile = tile if resize is None else None
-        self.scales = tuple(scales)
-        self.flip = flip
-        self.precision = hardware.resolve_precision(precision, self.device.type)
+        self.resize = resize
+        self.tile = settings.tile if resize is None else None
+        self.scales, self.flip = tuple(settings.scales), settings.flip
+        self.precision = hardware.resolve_precision(settings.precision, self.device.type)
 
     @property
     def device(self) -> torch.device:
@@ -134,53 +155,24 @@ class Inference:
                 yield Block(start + index, rows, slice(0, size[1]), values)
 
     def _tiled(self, index: int, image: Tensor, tile: int) -> Iterator[Block]:
-        """Yield the blocks of one image, tile by tile.
-
-        A tile fades in over its first `overlap` rows and columns while the one before it fades
-        out. Only what is still to be faded into the next tiles is kept: the right edge of the last
-        tile, and the lower edge of the last row of tiles.
-        """
+        """Yield the blocks of one image, tile by tile."""
         hardware.return_memory()  # of reading an image of hundreds of megabytes
         height, width = image.shape[-2:]
         overlap = max(32, tile // 8 // 32 * 32)
-        ramp = (torch.arange(overlap, device=self.device) + 0.5) / overlap
-        fade_in = 0.5 - 0.5 * torch.cos(torch.pi * ramp)
-        # Made before the network's tensors, whose memory would else be split in two. Logits of 16
-        # bits leave half of it untouched, which on a CPU takes no memory.
         dtype = torch.promote_types(torch.float32, self.network.mean.dtype)
-        room = torch.empty(self.num_classes * overlap * (width + tile), dtype=dtype)
-        room = room.to(self.device)
-        for read_top, top, bottom in _spans(height, tile, overlap):
+        # Made before the network's tensors, whose memory would else be split in two.
+        edges = CrossFade(self.num_classes, width, tile, overlap, dtype, self.device)
+        for rows in spans(height, tile, overlap):
             # What tiles free is soon in pieces. To do this for each would take a seventh longer.
             hardware.return_memory()
-            columns = _spans(width, tile, overlap)
-            end_row = bottom if bottom == height else bottom - overlap
-            windows = [image[:, read_top:bottom, start:right] for start, _, right in columns]
-            tiles = self._tile_logits(windows)
-            for read_left, left, right in columns:
-                logits = next(tiles)  # zip would keep them
-                end = right if right == width else right - overlap
-                logits = logits[:, top - read_top :, left - read_left :]
-                edges = room.view(logits.dtype)
-                lower_edge = edges[: overlap * width * self.num_classes]
-                right_edge = edges[len(lower_edge) :][: overlap * (bottom - top) * self.num_classes]
-                lower_edge = lower_edge.view(self.num_classes, overlap, width)
-                right_edge = right_edge.view(self.num_classes, bottom - top, overlap)
-                if left > 0:
-                    _fade(right_edge, logits[..., :overlap], fade_in)
-                if right < width:
-                    right_edge.copy_(logits[..., -overlap:])
-                logits = logits[..., : end - left]
-                if top > 0:
-                    _fade(lower_edge[..., left:end], logits[:, :overlap], fade_in[:, None])
-                if bottom < height:
-                    lower_edge[..., left:end] = logits[:, -overlap:]
-                block = logits[:, : end_row - top]
-                place = index, slice(top, end_row), slice(left, end)
-                del logits
-                yield Block(*place, block)
-                del block  # not to be kept beside what the network makes of the next tile
-        del room, edges, lower_edge, right_edge
+            row, columns = image[:, rows.read : rows.end], spans(width, tile, overlap)
+            tiles = self._tile_logits([row[..., span.read : span.end] for span in columns])
+            for span in columns:
+                covered = index, slice(rows.start, rows.final), slice(span.start, span.final)
+                # The logits have no name, and do not come from a zip, which would keep them beside
+                # what the network makes of the next tile.
+                yield Block(*covered, edges.blend(rows, span, next(tiles)))
+        del edges
         hardware.return_memory()  # before the whole image is drawn
 
     def _tile_logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -261,11 +253,11 @@ def decide(
     confidence: bool = False,
     probabilities: Tensor | None = None,
     confidence_map: Tensor | None = None,
-    unknown: float = 0.0,
+    min_confidence: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Find the most probable class of every pixel.
 
-    On a CPU it goes band by band, so that the logits of a band stay in its cache.
+    On a CPU it goes through chunks of rows whose logits stay in its cache.
 
     Args:
         logits: [C, h, w] of any floating type.
@@ -273,7 +265,7 @@ def decide(
         probabilities: float16 [C, h, w]; the softmax is written to it.
         confidence_map: uint8 [h, w]; the probability of the chosen class is written to it, in
             steps of 1/255.
-        unknown: Pixels whose class has a lower probability become `IGNORE_INDEX`.
+        min_confidence: Pixels whose class has a lower probability become `IGNORE_INDEX`.
 
     Returns:
         Class ids, uint8 [h, w], and the float32 sum over the pixels of the probability of the
@@ -281,24 +273,23 @@ def decide(
     """
     classes, height, width = logits.shape
     on_cpu = logits.device.type == "cpu"
-    rows = max(1, CPU_BAND // (classes * max(1, width))) if on_cpu else height
     ids = torch.empty(height, width, dtype=torch.uint8, device=logits.device)
     total = torch.zeros((), device=logits.device)
-    for top in range(0, height, rows):
-        band = slice(top, min(top + rows, height))
+    most = hardware.CACHE_VALUES if on_cpu else logits.numel()
+    for rows in hardware.row_chunks(height, classes * width, most):
         # Rows first: then classes are compared, and added up, for many pixels at a time.
-        values = logits[:, band].movedim(0, 1).to(torch.float32).contiguous()
-        ids[band] = _argmax_on_cpu(values) if on_cpu else values.argmax(1)
-        if confidence or unknown or probabilities is not None or confidence_map is not None:
+        values = logits[:, rows].movedim(0, 1).to(torch.float32).contiguous()
+        ids[rows] = _argmax_on_cpu(values) if on_cpu else values.argmax(1)
+        if confidence or min_confidence or probabilities is not None or confidence_map is not None:
             log_probabilities = values.log_softmax(1)
             highest = log_probabilities.amax(1).exp_()
             total += highest.sum()
-            if unknown:
-                ids[band].masked_fill_(highest < unknown, IGNORE_INDEX)
+            if min_confidence:
+                ids[rows].masked_fill_(highest < min_confidence, IGNORE_INDEX)
             if confidence_map is not None:
-                confidence_map[band] = highest.mul_(255).round_()
+                confidence_map[rows] = highest.mul_(255).round_()
             if probabilities is not None:
-                probabilities[:, band] = log_probabilities.exp_().movedim(1, 0)
+                probabilities[:, rows] = log_probabilities.exp_().movedim(1, 0)
     return ids, total
 
 
@@ -310,22 +301,3 @@ def _argmax_on_cpu(logits: Tensor) -> Tensor:
     pixels_as_channels = logits[:, :, None].permute(0, 3, 1, 2)  # [h, w, C, 1]
     _, ids = F.max_pool2d(pixels_as_channels, (logits.shape[1], 1), return_indices=True)
     return ids.view(len(logits), -1)
-
-
-def _fade(before: Tensor, after: Tensor, share: Tensor) -> None:
-    """Fades from the logits of one tile to those of the next, in which the result is written."""
-    after.copy_(torch.lerp(before.float(), after.float(), share))
-
-
-def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
-    """(read from, use from, end) of the tiles along one side, in order.
-
-    Neighbours share `overlap` pixels. The last tile reads back further than it is used, so that
-    the network sees as much around it as around the others; all begin at multiples of 32, where
-    the strides of the network begin, too.
-    """
-    spans = []
-    for start in range(0, max(1, length - overlap), tile - overlap):
-        end = min(start + tile, length)
-        spans.append((min(start, max(0, (end - tile) // 32 * 32)), start, end))
-    return spans

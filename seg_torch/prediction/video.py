@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, require
 from seg_torch.files import write_atomically
 from seg_torch.prediction.segmenter import Segmenter
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a path is that of a video, judging by its name."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def predict_video(
@@ -22,7 +27,6 @@ def predict_video(
     source: str | Path,
     target: str | Path,
     batch_size: int | None = None,
-    prepare: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
 ) -> int:
     """Write the overlay of a video, frame by frame, as H.264 (yuv420p) without sound.
 
@@ -31,7 +35,6 @@ def predict_video(
         source: Any video that FFmpeg reads.
         target: The MP4 file to write.
         batch_size: Frames that go through the network together; `None`: by memory.
-        prepare: Changes each frame, uint8 [H, W, 3], before it is segmented.
 
     Returns:
         The number of frames.
@@ -39,16 +42,15 @@ def predict_video(
     Raises:
         InputError: PyAV is missing, or the video cannot be read.
     """
-    try:
-        import av
-    except ImportError:
-        raise InputError(f"{source}: videos need PyAV: pip install av") from None
+    require(f"{source}: a video", "video", "av")
+    import av
+
     frames = 0
 
     def write(path: str) -> None:
         nonlocal frames
         with av.open(str(source)) as video, av.open(path, "w") as result:
-            read = _frames(video, prepare)
+            read = _frames(video)
             first = next(read, None)
             if first is None:
                 raise InputError(f"{source}: there are no frames in this file")
@@ -69,12 +71,12 @@ def predict_video(
     return frames
 
 
-def _frames(video: Any, prepare: Callable[[np.ndarray], np.ndarray]) -> Iterator[Any]:
+def _frames(video: Any) -> Iterator[Any]:
     """Yield the upright frames, uint8 [H, W, 3], and their times in the units of the stream."""
     for frame in video.decode(video=0) if video.streams.video else ():
         # Phones record sideways and note by how much to turn the frames.
         turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-        yield prepare(np.ascontiguousarray(turned)), frame.pts
+        yield np.ascontiguousarray(turned), frame.pts
 
 
 def _overlays(segmenter: Segmenter, frames: Iterator[Any], batch_size: int) -> Iterator[Any]:

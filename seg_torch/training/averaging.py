@@ -39,7 +39,7 @@ class WeightAverage(WeightAveraging):
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with")
             super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._average_model is not None:
-            # Its class weights are not averaged.
+            # Its class weights are set later, and are not averaged.
             self._average_model.module.loss = pl_module.loss
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch.checkpoints import checkpoint
@@ -18,12 +18,10 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
-from seg_torch.losses import CrossEntropyLoss, ModelLoss
 from seg_torch.models.network import (
     Network,
     check_channels,
     freeze_unused_parameters,
-    synchronise_batchnorm,
 )
 from seg_torch.models.weights import adapt_first_conv, load_matching_weights
 from seg_torch.training.averaging import WeightAverage
@@ -101,27 +99,20 @@ def build_network(
         check_channels(network, data.format.channels)
     freeze_unused_parameters(network)
     if processes.count > 1 and processes.device.type == "cuda":
-        # Without it each GPU normalises its few images by their own statistics. Lightning's own
-        # conversion loses the activations of timm's BatchNorm.
-        synchronise_batchnorm(network)
+        # Without it each GPU normalises its few images by their own statistics. The conversion of
+        # PyTorch, which Lightning calls, would lose the activations of timm's BatchNorm.
+        network = convert_sync_batchnorm(network)
     if mode := cfg.trainer.get("compile"):
         network.compile_for_training(mode)
     return network
 
 
-def build_task(
-    cfg: DictConfig, data: SegmentationDataModule, network: Network, processes: Processes
-) -> SegmentationTask:
-    """Build what trains a network.
-
-    Raises:
-        InputError: The loss, optimizer or schedule cannot be made, or does not fit the model.
-    """
-    loss = build_loss(cfg, data, network, processes)
+def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) -> SegmentationTask:
+    """Build what trains a network."""
     return SegmentationTask(
         network,
         data.labels,
-        loss,
+        loss=instantiate(cfg.loss, _convert_="all"),
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
         aux_weight=cfg.aux_weight,
@@ -133,28 +124,6 @@ def build_task(
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),
     )
-
-
-def build_loss(
-    cfg: DictConfig, data: SegmentationDataModule, network: Network, processes: Processes
-) -> nn.Module:
-    """Build the loss, with the weights of the classes where they follow from their pixels.
-
-    Raises:
-        InputError: It cannot be made, needs files that cannot be used, or does not fit the model.
-    """
-    loss: nn.Module = instantiate(cfg.loss, _convert_="all")
-    if isinstance(loss, ModelLoss) and not hasattr(network.model, "has_own_loss"):
-        raise InputError(
-            "loss=model: this model brings no loss of its own, as model=mask2former does; use "
-            "another loss"
-        )
-    for part in loss.modules():
-        if isinstance(part, CrossEntropyLoss) and part.needs_pixel_counts:
-            # Processes that are not connected yet count for themselves.
-            counts = processes.first(data.pixel_counts)
-            part.set_pixel_counts(data.pixel_counts() if counts is None else counts)
-    return loss
 
 
 def load_best(

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from seg_torch.drawing.curves import save_curves
 from seg_torch.drawing.visualize import sample_sheet
 from seg_torch.files import write_atomically
-from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.prediction.segmentation import segment
 from seg_torch.training.run import COLUMNS, SCORES, TIMES, read_table, write_table
 
 log = logging.getLogger(__name__)
@@ -181,18 +181,6 @@ class SampleSheet(Callback):
         self.folder = folder / "samples"
         self.count = count
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        # It moves the network to its device, at which FSDP gives up the weights of the other
-        # processes; they are fetched after this, see `seg_torch.training.trainer.FullySharded`.
-        self.segmenter = Segmenter(
-            pl_module.network,
-            pl_module.labels,
-            trainer.datamodule.resize,
-            pl_module.device,
-            precision=pl_module.inference.precision,
-            format=trainer.datamodule.format,
-        )
-
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -200,9 +188,10 @@ class SampleSheet(Callback):
         samples = data.dataset("val")
         step = max(1, len(samples) // self.count)
         chosen = [samples[i] for i in range(0, len(samples), step)][: self.count]
-        results = [self.segmenter.predict(image) for image, _ in chosen]
+        labels, format = pl_module.labels, data.format
+        arrays = [format.checked(image) for image, _ in chosen]
+        results = [segment(pl_module.inference, labels, [array], format)[0] for array in arrays]
         images, predictions = [r.image for r in results], [r.mask for r in results]
-        labels = pl_module.labels
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         with warn_on_oserror():
             write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)

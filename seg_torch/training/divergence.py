@@ -146,7 +146,7 @@ def save_batch(
         return ""
     try:
         indices, samples = data.rebuild_batch(split, trainer.current_epoch, batch, rank)
-        pairs = getattr(data.dataset(split), "pairs", None)
+        dataset = data.dataset(split)
         report = {
             "found": problem,
             "split": split,
@@ -158,7 +158,7 @@ def save_batch(
             "last_losses": [f"{loss:g}" for loss in losses[-100:]],
             "images": [
                 {"index": index}
-                | ({} if pairs is None else _files(pairs[index]))
+                | {kind: dataset.name(index, kind) for kind in ("image", "mask")}
                 | _statistics(*sample)
                 for index, sample in zip(indices, samples, strict=True)
             ],
@@ -175,10 +175,6 @@ def save_batch(
 
 def _whole(part: torch.Tensor) -> torch.Tensor:
     return part.as_subclass(torch.Tensor).clone()  # without the rest of what was cropped
-
-
-def _files(pair: Any) -> dict[str, str]:
-    return {"image": str(pair.image), "mask": str(pair.mask)}
 
 
 def _statistics(image: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.data.sampling import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
-from seg_torch.losses import ModelLoss, upsampled_loss
+from seg_torch.losses import CrossEntropyLoss, ModelLoss, upsampled_loss
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference, decide
+from seg_torch.prediction.inference import Inference, InferenceSettings, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
@@ -81,10 +81,26 @@ class SegmentationTask(LightningModule):
         self.validated = False  # in this epoch
 
     def setup(self, stage: str) -> None:
+        """Prepare validation, and the loss, whose class weights may follow from their pixels.
+
+        Raises:
+            InputError: The loss does not fit the model, or needs files that cannot be used.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        settings = InferenceSettings(precision=str(self.trainer.precision))
         resize = None if data is None else data.resize
-        precision = str(self.trainer.precision)
-        self.inference = Inference(self.network, len(self.labels), resize, precision=precision)
+        self.inference = Inference(self.network, len(self.labels), resize, settings)
+        if stage != "fit":
+            return
+        if isinstance(self.loss, ModelLoss) and not hasattr(self.network.model, "has_own_loss"):
+            raise InputError(
+                "loss=model: this model brings no loss of its own, as model=mask2former does; use "
+                "another loss"
+            )
+        for loss in self.loss.modules():
+            if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
+                counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
+                loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 
     def configure_model(self) -> None:
         shard(self)

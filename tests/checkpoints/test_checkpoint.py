@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from seg_torch import Segmenter, models
-from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints import checkpoint, trusted
 from seg_torch.checkpoints.hub import HUB
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.errors import InputError
@@ -154,7 +154,7 @@ def test_all_that_our_configurations_name_is_known(group):
         config = OmegaConf.load(path)
         nodes = [config, config.get("dataset", {})]
         targets = {node["_target_"] for node in nodes if "_target_" in node}
-        known = checkpoint.MODELS | {HUB} if group == "model" else checkpoint.DATA
+        known = trusted.MODELS | {HUB} if group == "model" else trusted.DATA
         assert targets <= known  # what is published is in no checkpoint
 
 
@@ -274,9 +274,9 @@ def test_a_model_that_cannot_be_made_without_values_is_counted_as_it_is_made():
             torch.zeros(1).item()  # fails on the device "meta"
             self.layer = nn.Linear(1000, 1000)
 
-    assert checkpoint._made_within(Asking, 1_100_000).layer.weight.device.type == "cpu"
+    assert trusted.made_within(Asking, 1_100_000).layer.weight.device.type == "cpu"
     with pytest.raises(InputError, match="larger than the weights"):
-        checkpoint._made_within(Asking, 1_000_000)
+        trusted.made_within(Asking, 1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +309,9 @@ def test_what_is_filled_as_it_is_made_is_counted_without_memory():
             self.values = nn.Parameter(values)
 
     with pytest.raises(InputError, match="larger than the weights"):
-        checkpoint._made_within(Filled, 20_000)
+        trusted.made_within(Filled, 20_000)
     assert devices == ["meta"]
-    assert checkpoint._made_within(Filled, 30_000).values.device.type == "cpu"
+    assert trusted.made_within(Filled, 30_000).values.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_many_views_of_one_tensor_are_more_than_the_file_holds(tmp_path):
 
 
 def test_data_of_a_checkpoint_fetch_nothing_and_start_few_processes(compose, tmp_path, monkeypatch):
-    module = sys.modules["seg_torch.datasets.pet"]
+    module = sys.modules["seg_torch.datasets.published.pet"]
     monkeypatch.setattr(module, "OxfordIIITPet", lambda *_, **__: pytest.fail("download"))
     data = {
         "_target_": "seg_torch.data.SegmentationDataModule",

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from conftest import run_command
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from models_for_tests import MASK_MODELS, SEGFORMER, caches, hugging_face_cache  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_models import MASK_MODELS, SEGFORMER, caches, hugging_face_cache  # noqa: F401
 from torch import Tensor, nn
 
 from seg_torch import Segmenter

@@ -1,8 +1,14 @@
 """Names that configurations and checkpoints of earlier versions hold."""
 
+import json
+from pathlib import Path
+
 import hydra
 import pytest
+import torch
 
+from seg_torch.checkpoints import exported
+from seg_torch.checkpoints.checkpoint import KEY
 from seg_torch.checkpoints.moved import with_current_names
 
 # All that conf/ of 204dd53 names, the last version before modules moved; a run's config.yaml and a
@@ -102,3 +108,14 @@ def test_a_users_own_file_may_still_have_the_old_names(command, stub, tmp_path):
     code, message = command(f"{line} scheduler.power=steep")
     assert code == 2
     assert "scheduler.power=steep: expected a number, such as 2.0" in message
+
+
+def test_the_description_of_an_exported_network_has_the_names_of_today(tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "support/old_run/run/checkpoints/best.ckpt"
+    before = torch.load(path, weights_only=True)[KEY]
+    assert before["data"]["_target_"] == "seg_torch.datamodule.SegmentationDataModule"
+    monkeypatch.setitem(exported.OPEN, "onnx", lambda path: (None, json.dumps(before)))
+    (tmp_path / "old.onnx").touch()
+    _, description = exported.open_exported(tmp_path / "old.onnx")
+    assert description["data"]["_target_"] == "seg_torch.data.SegmentationDataModule"
+    assert description["labels"] == before["labels"]

@@ -20,9 +20,9 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET, run_command
+from models_for_tests import caches, published_mobilenet  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_models import caches, published_mobilenet  # noqa: F401
 from torch import nn
 
 from seg_torch import Segmenter
@@ -388,10 +388,8 @@ def test_evaluate_asks_for_the_data_of_a_published_model(tmp_path, capsys):
     assert "mine" in capsys.readouterr().err
 
 
-def test_published_weights_of_torchvision_are_pushed_with_vocs_classes(
-    published_mobilenet,  # noqa: F811
-    tmp_path,
-):
+def test_published_weights_of_torchvision_are_pushed_with_vocs_classes(tmp_path):
+    published_mobilenet(tmp_path)
     segmenter = Segmenter.pretrained("deeplabv3", "mobilenet_v3_large", "cpu", precision="32-true")
     segmenter.save_pretrained(tmp_path / "out")
     loaded = load(tmp_path / "out")

@@ -2,7 +2,6 @@
 
 import importlib.util
 
-import pytest
 from omegaconf import OmegaConf
 
 from seg_torch.cli import overrides
@@ -82,9 +81,11 @@ def test_optuna_without_its_package_says_what_to_install(command, stub, monkeypa
 def test_old_names_of_settings_and_choices_are_taken_and_the_new_ones_are_said(
     command, stub, monkeypatch
 ):
-    monkeypatch.setattr(overrides, "RENAMED", {"rate": "optimizer.lr", "loss=own": "ce"})
     seen = []
     stub(seen.append)
+    assert command("train loss=own") == (0, "loss=own is now loss=model\n")
+    assert seen.pop().loss._target_ == "seg_torch.losses.ModelLoss"
+    monkeypatch.setattr(overrides, "RENAMED", {"rate": "optimizer.lr", "loss=own": "ce"})
     assert command("train rate=0.5") == (0, "rate=0.5 is now optimizer.lr=0.5\n")
     assert seen[-1].optimizer.lr == 0.5
     code, message = command("train -m loss=dice,own ++rate=0.25,0.5 output_dir=sweep")
@@ -101,18 +102,15 @@ def test_old_names_of_settings_and_choices_are_taken_and_the_new_ones_are_said(
     assert command("train run/rate=1")[0] == 2, "a longer name is another one"
 
 
-@pytest.mark.parametrize("old", overrides.RENAMED)
-def test_the_old_names_stand_for_settings_and_choices_that_exist(old):
-    """In a command at least; none has both."""
-    setting, _, choice = old.partition("=")
-    new = overrides.RENAMED[old]
-    if choice:
-        assert (CONFIG_FOLDER / setting / f"{new}.yaml").is_file()
-        assert not (CONFIG_FOLDER / setting / f"{choice}.yaml").exists()
-    else:
-        pages = [OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml") for command in COMMANDS]
-        assert any(new in page for page in pages)
-        assert not any(setting in page for page in pages)
+def test_no_command_has_both_names_of_a_setting_or_choice():
+    pages = [OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml") for command in COMMANDS]
+    for old, new in overrides.RENAMED.items():
+        group, _, choice = old.partition("=")
+        if choice:
+            assert (CONFIG_FOLDER / group / f"{new}.yaml").is_file()
+            assert not (CONFIG_FOLDER / group / f"{choice}.yaml").exists()
+        else:
+            assert not any({old, new} <= page.keys() for page in pages)
 
 
 def test_only_the_first_process_says_that_a_name_is_old(monkeypatch, capsys):

@@ -28,6 +28,7 @@ from seg_torch.commands.train import train
 from seg_torch.data import check
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
+from seg_torch.datasets.base import as_dataset
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
@@ -437,7 +438,7 @@ def test_ctrl_c_ends_the_check_at_once(monkeypatch):
 
     monkeypatch.setattr(check, "track", interrupted)
     with pytest.raises(KeyboardInterrupt) as stop:  # whose traceback keeps the generators alive
-        check.check(Slow("train"))
+        check.check(as_dataset(Slow("train")))
     done = len(read)
     time.sleep(0.1)
     assert len(read) == done < 300

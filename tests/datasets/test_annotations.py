@@ -24,12 +24,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 from seg_torch import datasets
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.train import train
-from seg_torch.data.check import fingerprint
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets.annotations.label_studio import decode_brush
-from seg_torch.datasets.annotations.reading import split_of
 from seg_torch.datasets.auto import recognise
+from seg_torch.datasets.reading import split_of
 from seg_torch.drawing.coco import coco_annotations, write_coco
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
@@ -143,7 +142,7 @@ def test_without_a_background_the_rest_is_not_labelled(make, name):
     assert with_it.labels.names == ("background", *without.labels.names)
     expected = with_it.mask(0).astype(int) - 1
     assert (without.mask(0) == np.where(expected == -1, 255, expected)).all()
-    assert fingerprint(with_it) != fingerprint(without)
+    assert with_it.fingerprint() != without.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["coco", "label_studio", "labelme", "yolo"])

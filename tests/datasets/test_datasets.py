@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from seg_torch import datasets
 from seg_torch.data.check import check
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.base import checked_sample, read_classes
+from seg_torch.datasets.base import as_dataset, checked_sample, read_classes
 from seg_torch.datasets.published.ade20k import ADE20K_LABELS
 from seg_torch.datasets.published.camvid import CAMVID_LABELS
 from seg_torch.datasets.published.camvid32 import CAMVID32_LABELS, standard_split
@@ -629,12 +629,14 @@ def tensors(image_size=(3, 4, 5), mask_size=(4, 5), value=0, dtype=torch.uint8):
 )
 def test_d11_a_sample_of_any_dataset_is_checked(sample, message):
     with pytest.raises(InputError, match=rf"Own\[0\]: (found .*)?{message}"):
-        checked_sample(Own(*sample), 0)
+        checked_sample(as_dataset(Own(*sample)), 0)
 
 
 def test_d11_class_ids_and_255_are_allowed():
     for value in (0, 5, 255):
-        assert checked_sample(Own(*tensors(value=value)), 0)[1].unique().tolist() == [value]
+        assert checked_sample(as_dataset(Own(*tensors(value=value))), 0)[1].unique().tolist() == [
+            value
+        ]
 
 
 # CamVid

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 
 from seg_torch.drawing.coco import write_coco
 from seg_torch.labels import Labels
-from seg_torch.prediction.segmenter import Segmentation
+from seg_torch.prediction.segmentation import Segmentation
 
 RING = np.zeros((20, 30), np.uint8)
 RING[3:17, 4:24] = 1

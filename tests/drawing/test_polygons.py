@@ -14,7 +14,7 @@ from scipy import ndimage
 from test_coco import NOISE, NOTHING, ONE_CLASS, RING
 
 from seg_torch.labels import Labels
-from seg_torch.prediction.segmenter import Segmentation
+from seg_torch.prediction.segmentation import Segmentation
 
 LABELS = Labels(tuple("abcdef"))
 SMALL = arrays(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,20 @@ def test_choices_are_called_by_name_with_what_was_changed_of_them(tmp_path, comm
         "model=segformer model.weights=null",
         "model=Model model.weights=null",
     ]
+
+
+def test_a_name_that_has_moved_tells_no_runs_apart(tmp_path, command):
+    poly = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/scheduler/poly.yaml"))
+    make_run(tmp_path / "runs/a", scheduler=poly)
+    before = {**poly, "_target_": "seg_torch.schedulers.poly"}
+    make_run(tmp_path / "runs/b", scheduler=before, seed=1)
+    assert command("runs")[0] == 0
+    assert [row["runs"] for row in table(tmp_path)] == ["2"]
+
+
+def test_comparing_does_without_torch():
+    line = "import sys, seg_torch.commands.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0
 
 
 def test_only_settings_that_change_a_result_are_told_apart(tmp_path, command):

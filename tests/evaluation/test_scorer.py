@@ -11,7 +11,7 @@ from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
 from seg_torch.models import unet
 from seg_torch.models.network import Network
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.trainer import build_trainer
 
 
@@ -30,7 +30,9 @@ def scored(small, tmp_path):
                 (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
             )
         )
-        scorer = Scorer(Inference(network, 6, precision=precision), data.labels)
+        scorer = Scorer(
+            Inference(network, 6, settings=InferenceSettings(precision=precision)), data.labels
+        )
         results = score(trainer, scorer, data, tmp_path, "test")
         return results, set(seen)
 

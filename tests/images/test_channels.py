@@ -12,20 +12,19 @@ import tifffile
 import timm
 import torch
 from conftest import run_command
+from models_for_tests import MODELS
 from PIL import Image
-from test_models import MODELS
 from timm.models import adapt_input_conv
 from torch import nn
 from torchvision import tv_tensors
 
 from seg_torch import Segmenter
 from seg_torch.checkpoints import checkpoint
-from seg_torch.data.check import fingerprint, rgb
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.transforms import ColourJitter, RandomScaleCrop, augment
 from seg_torch.datasets import folder
-from seg_torch.datasets.base import checked_sample
+from seg_torch.datasets.base import as_dataset, checked_sample
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.labels import Labels
@@ -189,12 +188,12 @@ def test_an_image_may_be_several_files(bits, tmp_path):
     assert [pair.name for pair in several.pairs] == [pair.name for pair in one.pairs]
     for expected, found in zip(one, several, strict=True):
         assert torch.equal(found[0], expected[0])
-    before = fingerprint(several)
+    before = several.fingerprint()
     turned = ImageFormat(3, bits, endings, rgb=(2, 1, 0))  # the thumbnails are others
-    assert fingerprint(folder(root, "train", format=turned)) != before
+    assert folder(root, "train", format=turned).fingerprint() != before
     image = np.array(Image.open(root / "images/3_green.png"))
     Image.fromarray(image + 1).save(root / "images/3_green.png")
-    assert fingerprint(several) != before
+    assert several.fingerprint() != before
     (root / "images/3_nir.tif").unlink()
     with pytest.raises(InputError, match=r"3_nir\.tif: no such file"):
         folder(root, "train", format=ImageFormat(3, bits, endings))
@@ -394,8 +393,9 @@ def test_a_dataset_of_ones_own_may_call_something_else_its_format():
             sample = torch.zeros(1, 8, 9, dtype=torch.uint8)
             return tv_tensors.Image(sample), tv_tensors.Mask(sample[0])
 
-    image, _ = checked_sample(Photos(), 0)  # grey, which nothing forbids
-    assert rgb(image, Photos()).shape == (8, 9, 3)
+    dataset = as_dataset(Photos())
+    image, _ = checked_sample(dataset, 0)  # grey, which nothing forbids
+    assert dataset.format.shown(as_array(image)).shape == (8, 9, 3)
 
 
 def test_overlays_show_the_chosen_channels():
@@ -484,7 +484,7 @@ def test_a_mask_lies_where_its_geotiff_lies(tmp_path):
     write_dataset(tmp_path / "data", 4, 16, write)
     random_checkpoint(tmp_path / "random.ckpt", ImageFormat(4, 16))
     line = "predict input=data/images output=out checkpoint=random.ckpt save=[mask,geotiff]"
-    line += " unknown=0.5001"
+    line += " min_confidence=0.5001"
     assert run_command(f"{line} trainer.accelerator=cpu", tmp_path) == 0
     for i in range(8):
         with rasterio.open(tmp_path / f"out/geotiff/{i}.tif") as file:

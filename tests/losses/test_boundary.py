@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from losses_for_tests import (
-    NUM_CLASSES,
-)
+from losses_for_tests import NUM_CLASSES
 
 from seg_torch.losses import BoundaryLoss
 from seg_torch.losses.boundary import _distances

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from losses_for_tests import (
-    small_batch,
-)
+from losses_for_tests import small_batch
 
 from seg_torch.errors import InputError
 from seg_torch.losses import CrossEntropyLoss, DiceLoss, WeightedSum

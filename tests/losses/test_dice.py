@@ -5,18 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from losses_for_tests import (
-    NUM_CLASSES,
-    assert_formula,
-    small_batch,
-    value_and_gradient,
-)
+from losses_for_tests import NUM_CLASSES, assert_formula, small_batch, value_and_gradient
 
 from seg_torch.errors import InputError
-from seg_torch.losses import (
-    DiceLoss,
-    TverskyLoss,
-)
+from seg_torch.losses import DiceLoss, TverskyLoss
 
 
 def tversky(p: np.ndarray, t: np.ndarray, gamma: float = 1) -> float:

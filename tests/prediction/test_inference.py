@@ -22,7 +22,7 @@ from seg_torch.images.resize import resize_image
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction import inference
-from seg_torch.prediction.inference import Inference, decide, parse_tta, upsample
+from seg_torch.prediction.inference import Inference, InferenceSettings, decide, parse_tta, upsample
 
 
 class Pointwise(nn.Module):
@@ -67,6 +67,10 @@ def landscape() -> Tensor:
     small = Image.fromarray(generator.integers(0, 256, (19, 31, 3), np.uint8))
     large = np.array(small.resize((487, 331), Image.Resampling.BICUBIC))
     return torch.from_numpy(large).permute(2, 0, 1).contiguous()
+
+
+def tuned(network: Network, num_classes: int, **settings) -> Inference:
+    return Inference(network, num_classes, settings=InferenceSettings(**settings))
 
 
 def assembled(inference: Inference, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -142,7 +146,7 @@ def test_masks_are_those_of_torchvisions_own_pipeline(landscape, size):
     with torch.no_grad():
         expected = _SimpleSegmentationModel(WithKey(), head)(normalised[None])["out"].argmax(1)[0]
     network = Network(nn.Sequential(backbone, head), mean.tolist(), std.tolist())
-    logits = assembled(Inference(network, 21, precision="32-true"), image[None])
+    logits = assembled(tuned(network, 21, precision="32-true"), image[None])
     assert torch.equal(decide(logits[0])[0].long(), expected)
 
 
@@ -153,12 +157,12 @@ def reference(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return values.argmax(0), exponentials / exponentials.sum(0)
 
 
-@pytest.mark.parametrize("band", [1, 3000, 1 << 40])
+@pytest.mark.parametrize("most", [1, 3000, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 4, 5), (2, 1, 1), (5, 31, 97), (150, 37, 53), (256, 5, 7)])
-def test_the_first_of_the_most_probable_classes_wins(shape, dtype, band, monkeypatch):
-    """Logits of few levels, so that ties are the rule; in bands of rows and at once."""
-    monkeypatch.setattr(inference, "CPU_BAND", band)
+def test_the_first_of_the_most_probable_classes_wins(shape, dtype, most, monkeypatch):
+    """Logits of few levels, so that ties are the rule; in chunks of rows and at once."""
+    monkeypatch.setattr(hardware, "CACHE_VALUES", most)
     torch.manual_seed(0)
     logits = (torch.randn(shape) * 2).round().to(dtype)
     if shape[0] > 2:
@@ -198,8 +202,8 @@ EDGES = [(331, 487), (64, 64), (65, 97), (63, 33), (20, 400), (129, 128), (96 * 
 @pytest.mark.parametrize("size", EDGES)
 def test_for_a_pointwise_model_tiled_equals_whole_to_the_last_bit(landscape, size, tile):
     images = torch.stack([landscape, landscape.flip(1)])[..., : size[0], : size[1]]
-    whole = assembled(Inference(plain(Pointwise()), 5, tile=None), images)
-    tiled = assembled(Inference(plain(Pointwise()), 5, tile=tile), images)
+    whole = assembled(tuned(plain(Pointwise()), 5, tile=None), images)
+    tiled = assembled(tuned(plain(Pointwise()), 5, tile=tile), images)
     assert torch.equal(tiled, whole)
 
 
@@ -219,10 +223,13 @@ class Watched(nn.Module):
 def test_tiles_in_batches_are_those_that_go_through_one_by_one(landscape, tile, monkeypatch):
     images = torch.stack([landscape, landscape.flip(1)])
     single = Watched(Blurred())
-    expected = assembled(Inference(plain(single), 5, tile=tile), images)
+    expected = assembled(tuned(plain(single), 5, tile=tile), images)
     monkeypatch.setattr(Inference, "batch_size", lambda self, height, width: 4)
     batched = Watched(Blurred())
-    assert torch.equal(assembled(Inference(plain(batched), 5, tile=tile), images), expected)
+    assert torch.equal(
+        assembled(tuned(plain(batched), 5, tile=tile), images),
+        expected,
+    )
     assert {shape[0] for shape in single.seen} == {1}
     assert max(shape[0] for shape in batched.seen) == 4
     assert sum(shape[0] for shape in batched.seen) == len(single.seen)
@@ -232,7 +239,7 @@ def test_tiles_in_batches_are_those_that_go_through_one_by_one(landscape, tile, 
 def test_at_seams_tiles_disagree_with_the_whole_in_few_pixels_and_by_little(landscape):
     """The network sees 10 pixels around each; half a tile's 32 pixels of fading see them all."""
     whole, tiled = (
-        assembled(Inference(plain(Blurred()), 5, tile=tile), landscape[None]).softmax(1)
+        assembled(tuned(plain(Blurred()), 5, tile=tile), landscape[None]).softmax(1)
         for tile in (None, 128)
     )
     assert (tiled.argmax(1) != whole.argmax(1)).float().mean() < 0.002
@@ -244,7 +251,7 @@ def test_at_seams_tiles_disagree_with_the_whole_in_few_pixels_and_by_little(land
 
 def test_tiles_see_no_less_than_a_tile_and_begin_where_strides_do(landscape):
     watched = Watched(Pointwise())
-    assembled(Inference(plain(watched), 5, tile=96), landscape[None])
+    assembled(tuned(plain(watched), 5, tile=96), landscape[None])
     for _, _, height, width in watched.seen:
         assert 96 <= height < 96 + 32
         assert 96 <= width < 96 + 32
@@ -275,7 +282,7 @@ def trained(landscape) -> tuple[Network, Tensor]:
 def test_tiles_of_a_trained_network_agree_with_the_whole(landscape, trained):
     network, target = trained
     whole, tiled = (
-        decide(assembled(Inference(network, 5, tile=tile), landscape[None])[0])[0]
+        decide(assembled(tuned(network, 5, tile=tile), landscape[None])[0])[0]
         for tile in (None, 192)
     )
     assert (whole == target).float().mean() > 0.7, "it has not learnt enough to compare"
@@ -284,7 +291,7 @@ def test_tiles_of_a_trained_network_agree_with_the_whole(landscape, trained):
 
 def test_in_float32_masks_do_not_depend_on_how_many_images_go_through_together(landscape, trained):
     images = torch.stack([landscape[:, y : y + 160, 3 * y : 3 * y + 200] for y in (0, 30, 60, 90)])
-    engine = Inference(trained[0], 5, precision="32-true")
+    engine = tuned(trained[0], 5, precision="32-true")
     together = assembled(engine, images)
     for image, logits in zip(images, together, strict=True):
         alone = assembled(engine, image[None])[0]
@@ -298,7 +305,7 @@ def memory_of_tiles(folder: Path) -> None:
     """Prints what tiles take at most above what was in use before, in megabytes."""
     hardware.reuse_memory()  # as predict.py does
     network = Network(nn.Conv2d(3, 64, 1))
-    inference = Inference(network, 64, tile=128, precision="bf16-mixed")
+    inference = tuned(network, 64, tile=128, precision="bf16-mixed")
     images = torch.zeros(1, 3, 128 + 96, 16384, dtype=torch.uint8)
     freed = torch.ones(240 << 18)  # 240 MB, as decoding a file takes them
     above = torch.ones(1 << 18)
@@ -336,7 +343,7 @@ def test_images_go_through_in_tiles_where_memory_asks_for_them(landscape, monkey
 
 def test_as_many_images_go_through_together_as_memory_holds(landscape, monkeypatch):
     """100 x 100 pixels take 10 MB, of 10 and of 30 for the whole of the images."""
-    engine = Inference(plain(Pointwise()), 5, precision="32-true")
+    engine = tuned(plain(Pointwise()), 5, precision="32-true")
     for memory, expected in ((10, 1), (45, 1), (90, 2), (400, 9), (4000, 16)):
         monkeypatch.setattr(hardware, "total_memory", lambda device, m=memory: m * 1000**2)
         with monkeypatch.context() as patch:
@@ -357,7 +364,7 @@ def test_with_a_larger_scale_tiles_come_earlier(landscape, monkeypatch):
     monkeypatch.setattr(inference, "DEFAULT_TILE", 64)
     for scale, tiled in ((1.0, False), (2.0, True)):
         watched = Watched(Pointwise())
-        engine = Inference(plain(watched), 5, scales=(scale,))
+        engine = tuned(plain(watched), 5, scales=(scale,))
         assembled(engine, landscape[None, :, :100, :100])
         assert (len(watched.seen) > 1) == tiled
 
@@ -369,7 +376,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision import tv_tensors
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.prediction.inference import Inference
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.labels import Labels
 from seg_torch.models import unet
 from seg_torch.models.network import Network
@@ -402,7 +409,8 @@ data = SegmentationDataModule(
 settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true"}
 cfg = OmegaConf.create({"trainer": settings})
 trainer = build_trainer(cfg, Processes(cfg.trainer), folder)
-engine = Inference(network, 19, tile=tile, precision="32-true")
+settings = InferenceSettings(tile=tile, precision="32-true")
+engine = Inference(network, 19, settings=settings)
 before = peak()
 score(trainer, Scorer(engine, Large.labels), data, folder, "test")
 print("took", peak() - before)
@@ -440,7 +448,7 @@ def test_d23_whole_images_are_evaluated_one_at_a_time(tmp_path):
 def test_flipping_changes_nothing_for_a_pointwise_model(landscape):
     image = landscape[None, :, :100, :151]
     straight, flipped = (
-        assembled(Inference(plain(Pointwise()), 5, flip=flip), image).softmax(1)
+        assembled(tuned(plain(Pointwise()), 5, flip=flip), image).softmax(1)
         for flip in (False, True)
     )
     assert (straight - flipped).abs().max() < 1e-6
@@ -449,12 +457,12 @@ def test_flipping_changes_nothing_for_a_pointwise_model(landscape):
 def test_flipping_averages_the_probabilities_of_both_views():
     image = torch.zeros(1, 3, 40, 64, dtype=torch.uint8)
     probabilities = LeftRight()(torch.zeros(1, 3, 40, 64)).softmax(1)
-    found = assembled(Inference(plain(LeftRight()), 2, flip=True), image).softmax(1)
+    found = assembled(tuned(plain(LeftRight()), 2, flip=True), image).softmax(1)
     assert (found - (probabilities + probabilities.flip(-1)) / 2).abs().max() < 1e-6
 
 
 def test_with_flipping_a_mirrored_image_gives_the_mirrored_logits(landscape, trained):
-    engine = Inference(trained[0], 5, flip=True, tile=192)
+    engine = tuned(trained[0], 5, flip=True, tile=192)
     image = landscape[None, :, :160, :160]
     assert torch.equal(assembled(engine, image.flip(-1)).flip(-1), assembled(engine, image))
 
@@ -475,7 +483,11 @@ def test_scales_and_flips_average_probabilities_at_the_size_of_the_image(landsca
         logits = logits["out"] if isinstance(logits, dict) else logits
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         total += (logits.flip(-1) if mirrored else logits).softmax(1)
-    engine = Inference(plain(model()), 5, scales=(0.5, 1.0), flip=True, precision="32-true")
+    engine = Inference(
+        plain(model()),
+        5,
+        settings=InferenceSettings(scales=(0.5, 1.0), flip=True, precision="32-true"),
+    )
     found = assembled(engine, landscape[None]).softmax(1)
     assert (found - total / 4).abs().max() < 1e-5
 
@@ -483,7 +495,10 @@ def test_scales_and_flips_average_probabilities_at_the_size_of_the_image(landsca
 def test_tiles_take_part_in_augmentation(landscape):
     """Away from the seams, each tile's probabilities are those of the whole image."""
     whole, tiled = (
-        assembled(Inference(plain(Blurred()), 5, tile=tile, flip=True), landscape[None]).softmax(1)
+        assembled(
+            tuned(plain(Blurred()), 5, tile=tile, flip=True),
+            landscape[None],
+        ).softmax(1)
         for tile in (None, 128)
     )
     assert (whole - tiled).abs()[..., :80, :80].max() < 1e-6
@@ -530,14 +545,17 @@ class Bits(nn.Module):
 def test_float32_is_float32_inside_a_bf16_autocast(landscape, settings):
     """Validation in float32 of a network that Lightning trains in bfloat16."""
     images = landscape[None, :, :100, :130]
-    exact = Inference(plain(Bits()), 5, precision="32-true", **settings)
+    exact = tuned(plain(Bits()), 5, precision="32-true", **settings)
     expected = assembled(exact, images)
     with torch.autocast("cpu", torch.bfloat16):
         found = assembled(exact, images)
         blocks = list(exact.blocks(images, images.shape[-2:]))
     assert all(block.logits.dtype == torch.float32 for block in blocks)
     assert torch.equal(found, expected)
-    rounded = assembled(Inference(plain(Bits()), 5, precision="bf16-mixed", **settings), images)
+    rounded = assembled(
+        tuned(plain(Bits()), 5, precision="bf16-mixed", **settings),
+        images,
+    )
     assert (rounded - expected).abs().max() > 1e-4, "nothing to tell them apart by"
     assert (rounded - expected).abs().max() < 0.05
 
@@ -558,7 +576,6 @@ def test_the_fastest_precision_of_the_device_is_the_default(monkeypatch):
         ({"tile": 100}, "multiple of 32"),
         ({"tile": 32}, "64 or more"),
         ({"tile": "automatic"}, "expected auto"),
-        ({"tile": 64, "resize": (32, 32)}, "nothing to tile"),
         ({"scales": (0.0, 1.0)}, "above 0"),
         ({"scales": ()}, "above 0"),
         ({"precision": "bf17"}, "use one of auto, 32-true, bf16-mixed"),
@@ -566,10 +583,12 @@ def test_the_fastest_precision_of_the_device_is_the_default(monkeypatch):
 )
 def test_a_setting_that_cannot_be_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        Inference(plain(Pointwise()), 5, **settings)
+        tuned(plain(Pointwise()), 5, **settings)
 
 
 def test_a_network_that_sees_one_size_is_never_tiled(landscape, monkeypatch):
+    with pytest.raises(InputError, match="nothing to tile"):
+        Inference(plain(Pointwise()), 5, (32, 32), InferenceSettings(tile=64))
     monkeypatch.setattr(hardware, "total_memory", lambda device: 1)
     watched = Watched(Pointwise())
     engine = Inference(plain(watched), 5, resize=(100, 100))

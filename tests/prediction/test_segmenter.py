@@ -1,30 +1,17 @@
-"""Segmenter: images to masks. Segmentation: one result that draws and saves itself."""
-
-import io
-import json
+"""Segmenter: images to masks."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predictions import LABELS, Threshold
 from torch import nn
 
 from seg_torch.errors import InputError
-from seg_torch.images.read import read_image
 from seg_torch.images.resize import resize_image
-from seg_torch.labels import Labels, encode_segmap
+from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.prediction.segmenter import Segmentation, Segmenter
-
-LABELS = Labels(("dark", "bright"), np.array([[10, 20, 30], [200, 100, 50]]))
-
-
-class Threshold(nn.Module):
-    """Bright pixels are class 1: a pointwise model whose masks are known."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        brightness = x.mean(1, keepdim=True) - 0.5
-        return torch.cat([-brightness, brightness], 1)
+from seg_torch.prediction.segmenter import Segmenter
 
 
 @pytest.fixture
@@ -71,91 +58,10 @@ def test_masks_have_the_size_of_the_image_whatever_the_network_sees(scene):
     assert not wrong[:, 43:].any()
 
 
-@pytest.mark.promise(23)
-def test_saved_masks_are_ids_with_the_palette_of_the_labels(segmenter, scene, tmp_path):
-    segmenter.predict(scene).save(tmp_path, "a/b")
-    with Image.open(tmp_path / "mask/a/b.png") as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.array(image), scene[..., 0] > 127)
-        colours = np.array(image.convert("RGB"))
-    assert np.array_equal(np.unique(colours.reshape(-1, 3), axis=0), LABELS.palette)
-    assert read_image(tmp_path / "overlay/a/b.jpg").shape == scene.shape
-
-
-def test_an_overlay_is_the_weighted_mean_and_leaves_ignored_pixels(scene):
-    mask = (scene[..., 0] > 127).astype(np.uint8)
-    mask[:5] = 255
-    pixels = np.array(Segmentation(mask, LABELS, scene).overlay(alpha=0.25)).astype(float)
-    expected = 0.75 * scene + 0.25 * LABELS.palette[np.minimum(mask, 1)]
-    assert np.abs(pixels - expected)[5:].max() <= 1
-    assert np.array_equal(pixels[:5], scene[:5])
-
-
-@pytest.mark.parametrize("output", ["mask", "colour", "overlay"])
-def test_a_mask_with_unknown_ids_is_neither_drawn_nor_saved(scene, tmp_path, output):
-    mask = np.full(scene.shape[:2], 7, np.uint8)
-    with pytest.raises(InputError, match=r"holds ids \[7\]"):
-        Segmentation(mask, LABELS, scene).save(tmp_path, outputs=[output])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_the_legend_shows_the_colours_of_the_classes_that_occur(scene):
-    mask = np.ones((48, 64), np.uint8)
-    legend = np.array(Segmentation(mask, LABELS, scene).legend()).reshape(-1, 3)
-    assert (legend == LABELS.palette[1]).all(1).any()
-    assert not (legend == LABELS.palette[0]).all(1).any()
-
-
 @pytest.mark.parametrize("wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)])
 def test_an_array_of_another_kind_is_refused(segmenter, wrong):
     with pytest.raises(InputError, match=r"expected uint8 \[H, W, 3\]"):
         segmenter.predict(wrong)
-
-
-def test_areas_are_shares_of_the_pixels_by_name(scene):
-    mask = np.zeros((48, 64), np.uint8)
-    mask[:12] = 1
-    assert Segmentation(mask, LABELS, scene).areas() == {"dark": 0.75, "bright": 0.25}
-
-
-@pytest.mark.promise(23)
-def test_a_saved_mask_names_its_classes(segmenter, scene, tmp_path):
-    labels = Labels(("straße", "木"))
-    mask = segmenter.predict(scene).mask
-    Segmentation(mask, labels, scene).save(tmp_path, "a", ["mask"])
-    with Image.open(tmp_path / "mask/a.png") as image:
-        assert json.loads(image.text["names"]) == ["straße", "木"]
-
-
-def test_saved_colours_turn_back_into_the_mask(segmenter, scene, tmp_path):
-    result = segmenter.predict(scene)
-    result.save(tmp_path, "a", ["colour"])
-    assert np.array_equal(encode_segmap(read_image(tmp_path / "colour/a.png"), LABELS), result.mask)
-
-
-def test_saved_probabilities_are_float16_and_decide_the_mask(segmenter, scene, tmp_path):
-    result = segmenter.predict(scene, probabilities=True)
-    result.save(tmp_path, "a", ["probabilities"])
-    with np.load(tmp_path / "probabilities/a.npz") as content:
-        probabilities = content["probabilities"]
-        assert content["names"].tolist() == ["dark", "bright"]
-    assert probabilities.dtype == np.float16
-    # Dark: brightness 0, logits (0.5, -0.5), so that the first has exp(1) / (1 + exp(1)).
-    assert probabilities[0, 0, 0] == pytest.approx(0.7311, abs=1e-3)
-    assert probabilities.sum(0) == pytest.approx(1, abs=2e-3)
-    assert np.array_equal(probabilities.argmax(0), result.mask)
-    assert result.confidence == pytest.approx(probabilities.max(0).astype(float).mean(), abs=1e-3)
-
-
-def test_probabilities_have_to_be_asked_for(segmenter, scene):
-    with pytest.raises(InputError, match="probabilities=True"):
-        segmenter.predict(scene).probabilities()
-
-
-def test_a_notebook_shows_the_overlay(segmenter, scene):
-    result = segmenter.predict(scene)
-    with Image.open(io.BytesIO(result._repr_png_())) as shown:
-        assert np.array_equal(np.array(shown), np.array(result.overlay()))
 
 
 class Strided(nn.Module):

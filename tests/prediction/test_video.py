@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_prediction import threshold  # noqa: F401 (a fixture)
-from test_segmenter import LABELS, Threshold
+from predictions import LABELS, Threshold
+from test_predict import threshold  # noqa: F401 (a fixture)
 
 from seg_torch import Segmenter
 from seg_torch.commands.predict import predict
@@ -71,9 +71,9 @@ def test_every_frame_has_its_overlay_at_its_time(segmenter, tmp_path, height, wi
 
 def test_predict_takes_a_video(compose, threshold, tmp_path):  # noqa: F811
     make_video(tmp_path / "a.MP4", 48, 64)
-    inputs = (f"input={tmp_path / 'a.MP4'}", f"output={tmp_path / 'out'}", "crop=32")
+    inputs = (f"input={tmp_path / 'a.MP4'}", f"output={tmp_path / 'out'}")
     assert predict(compose("predict", *inputs)) == 0
-    assert [image.shape for image, _ in frames(tmp_path / "out/a.mp4")] == [(32, 32, 3)] * 7
+    assert [image.shape for image, _ in frames(tmp_path / "out/a.mp4")] == [(48, 64, 3)] * 7
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", None])
@@ -106,5 +106,7 @@ def test_d30_the_last_batch_of_frames_is_not_filled_up(segmenter, tmp_path, monk
 
 def test_d33_without_pyav_the_message_names_the_library(segmenter, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(InputError, match=r"a\.mov: videos need PyAV: pip install av$"):
+    with pytest.raises(
+        InputError, match=r"a\.mov: a video needs av: pip install 'segwright\[video\]'$"
+    ):
         predict_video(segmenter, tmp_path / "a.mov", tmp_path / "b.mp4")

@@ -18,15 +18,15 @@ from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
 from ports import free_port
-from test_prediction import files, random_checkpoint, table
+from predictions import files, random_checkpoint, table
 
 from seg_torch.cli.messages import LOST
-from seg_torch.commands import predict as prediction
 from seg_torch.commands.evaluate import evaluate
 from seg_torch.commands.predict import predict
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
+from seg_torch.prediction.folder import OutputFolder, read_journals
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 200
@@ -151,7 +151,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     assert not (tmp_path / "out/predictions.csv").exists()
     assert len(done(tmp_path / "out", 0)) == IMAGES // 2, "the survivor has not done its share"
     assert 20 <= len(done(tmp_path / "out", 1)) < IMAGES // 2, "nothing was left to do"
-    noted = [record["name"] for record in prediction._read_journal(tmp_path / "out")]
+    noted = [record["name"] for record in read_journals(tmp_path / "out")]
     before = {n: (tmp_path / f"out/mask/{n}.png").stat().st_mtime_ns for n in noted}
     assert len(before) >= IMAGES // 2 + 10
 
@@ -164,7 +164,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
     lines = other_output.splitlines()
     assert not [line for line in lines if line and not line.startswith("[Gloo]")]  # PyTorch's own
     assert before == {n: (tmp_path / f"out/mask/{n}.png").stat().st_mtime_ns for n in before}
-    noted = [record["name"] for record in prediction._read_journal(tmp_path / "out")]
+    noted = [record["name"] for record in read_journals(tmp_path / "out")]
     assert sorted(noted) == [f"{i:03d}" for i in range(IMAGES)], "a file twice or never"
 
     one = compose("predict", *line[:-1], f"output={tmp_path / 'one'}", "trainer.accelerator=cpu")
@@ -245,7 +245,8 @@ def test_the_search_for_other_processes_has_an_end(compose, monkeypatch):
         monkeypatch.setenv(key, value)
     trainer = compose("predict", "trainer.accelerator=cpu", "trainer.devices=2").trainer
     trainer.num_nodes = 2
-    assert prediction._fabric(trainer, 9).strategy._timeout <= timedelta(minutes=30)
+    monkeypatch.setattr(Fabric, "launch", lambda self: None)
+    assert Processes(trainer)._fabric.strategy._timeout <= timedelta(minutes=30)
 
 
 def test_a_folder_that_the_machines_do_not_share_is_refused_before_the_first_image(
@@ -254,13 +255,13 @@ def test_a_folder_that_the_machines_do_not_share_is_refused_before_the_first_ima
     line = [f"input={many}", f"output={tmp_path / 'out'}", f"checkpoint={weights}"]
     cfg = compose("predict", *line, "trainer.accelerator=cpu")
     with monkeypatch.context() as patch:  # the first process made it on another disk
-        patch.setattr(prediction, "_replace_journals", lambda *_: ["0-1.jsonl"])
+        patch.setattr(OutputFolder, "left", lambda self, batches, resume: batches)
         with pytest.raises(
-            InputError, match=f"output: .*0-1.jsonl .* {socket.gethostname()}; .* share"
+            InputError, match=f"output: .*0-.*.jsonl .* {socket.gethostname()}; .* share"
         ):
             predict(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "_plan", lambda *_: [["000"], ["other"]])
+        patch.setattr("seg_torch.commands.predict.plan_batches", lambda *_: [["000"], ["other"]])
         with pytest.raises(InputError, match=f"input: other .* {socket.gethostname()}; .* share"):
             predict(cfg)
     assert not (tmp_path / "out/mask").exists()

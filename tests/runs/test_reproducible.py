@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import Calls
+from models_for_tests import Calls
 from test_training import plain_content
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import run_command
 from PIL import Image
-from test_prediction import FOUR, random_checkpoint
+from predictions import FOUR, random_checkpoint
 
 from seg_torch import Segmenter
 from seg_torch.commands.predict import predict
@@ -67,7 +67,7 @@ def test_a_pixel_is_unknown_where_its_class_is_less_probable_than_asked_for():
     expected = logits.argmax(0).numpy().astype(np.uint8)
     expected[probability < 0.6] = 255
     found = torch.empty(700, 400, dtype=torch.uint8)
-    ids, total = decide(logits, confidence_map=found, unknown=0.6)
+    ids, total = decide(logits, confidence_map=found, min_confidence=0.6)
     assert 0.2 < (expected == 255).mean() < 0.8
     assert np.array_equal(ids, expected)
     assert np.abs(found.numpy() - probability * 255).max() < 0.501
@@ -92,7 +92,7 @@ def test_unknown_pixels_are_255_and_all_others_stay_what_they_were(run):
     confidences = [read(path) for path in (out / "confidence").rglob("*.png")]
     unknown = float(np.median(np.concatenate([c.ravel() for c in confidences]))) / 255
     # A setting that changes masks: the files of before are not taken for complete.
-    run("save=[mask,confidence]", f"unknown={unknown}")
+    run("save=[mask,confidence]", f"min_confidence={unknown}")
     for path, before in masks.items():
         known = read(out / "confidence" / path.relative_to(out / "mask")) / 255
         after = read(path)
@@ -105,22 +105,10 @@ def test_unknown_pixels_are_255_and_all_others_stay_what_they_were(run):
         assert shares == pytest.approx((mask != 255).mean(), abs=1e-5)
 
 
-def test_the_table_is_sorted_by_doubt_on_request_without_predicting_again(run):
-    out = run("save=[mask]")
-    by_name, written = rows(out), (out / "mask/a.png").stat().st_mtime_ns
-    run("save=[mask]", "sort=doubt")
-    by_doubt = rows(out)
-    confidences = [float(row["mean_confidence"]) for row in by_doubt]
-    assert confidences == sorted(confidences)
-    assert by_doubt != by_name
-    assert sorted(by_doubt, key=lambda row: row["file"]) == sorted(by_name, key=lambda r: r["file"])
-    assert (out / "mask/a.png").stat().st_mtime_ns == written
-
-
 def test_python_asks_for_the_same(photos, weights):
     image = photos / "a.png"
     plain = Segmenter.load(weights, "cpu").predict(image, confidence_map=True)
-    strict = Segmenter.load(weights, "cpu", unknown=0.35).predict(image)
+    strict = Segmenter.load(weights, "cpu", min_confidence=0.35).predict(image)
     assert plain.confidence == pytest.approx(plain.confidence_map.mean() / 255, abs=0.002)
     assert set(np.unique(strict.mask)) > {255}
     assert 255 not in {annotation["category_id"] for annotation in strict.coco()}
@@ -131,9 +119,7 @@ def test_python_asks_for_the_same(photos, weights):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("unknown=1.5", "unknown=1.5: expected a probability"),
-        ("sort=size", "sort"),
-        ("save=[dataset] resize=32", "leave out resize and crop"),
+        ("min_confidence=1.5", "min_confidence=1.5: expected 0 to 1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(run, setting, message):
@@ -142,7 +128,7 @@ def test_a_setting_that_cannot_be_is_refused(run, setting, message):
 
 
 def test_predictions_are_a_dataset_in_the_same_pixels(run, photos):
-    out = run("save=[mask,dataset]", "unknown=0.35")
+    out = run("save=[mask,dataset]", "min_confidence=0.35")
     train, val = (folder(out / "dataset", split) for split in ("train", "val"))
     assert train.labels == FOUR
     assert np.array_equal(train.labels.palette, FOUR.palette)
@@ -205,7 +191,7 @@ def test_two_commands_train_on_predictions(photos, weights, tmp_path):
     """As in docs/self-training.md, with the default workers."""
     own = annotated(tmp_path / "own")
     predict_line = f"predict input={photos} output=out checkpoint={weights} trainer.accelerator=cpu"
-    assert run_command(f"{predict_line} save=[dataset] unknown=0.3", tmp_path) == 0
+    assert run_command(f"{predict_line} save=[dataset] min_confidence=0.3", tmp_path) == 0
     train_line = f"train data=folder data.root={own} data.dataset.extra=[out/dataset]"
     small = "model.encoder=resnet10t model.weights=null model.decoder_channels=[8,8,8,8,8]"
     brief = "data.augment.crop=[32,32] data.batch_size=4 trainer.max_epochs=1 logger=none"

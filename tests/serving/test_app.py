@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_command
 from PIL import Image
-from test_prediction import bomb, random_checkpoint
+from predictions import bomb, random_checkpoint
 
 from seg_torch import Segmenter
 from seg_torch.commands.app import app

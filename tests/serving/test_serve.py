@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from test_prediction import FOUR, random_checkpoint
+from predictions import FOUR, random_checkpoint
 
 from seg_torch import Segmenter
 from seg_torch.commands.serve import serve

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning import Callback
 from omegaconf import OmegaConf
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
@@ -22,8 +22,8 @@ from seg_torch.evaluation.scorer import Scorer
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss
-from seg_torch.models.network import Network, synchronise_batchnorm
-from seg_torch.prediction.inference import Inference
+from seg_torch.models.network import Network
+from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.task import SegmentationTask
 from seg_torch.training.trainer import build_trainer
 
@@ -72,7 +72,7 @@ def scored(length: int, batch_size: int, devices: int | str = "auto") -> dict:
     task = SegmentationTask(network, Numbers.labels, CrossEntropyLoss(), torch.optim.SGD)
     trainer.validate(task, datamodule=data, verbose=False)
     validation = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    inference = Inference(network, 3, precision="32-true")
+    inference = Inference(network, 3, settings=InferenceSettings(precision="32-true"))
     scorer = Scorer(inference, Numbers.labels, average_precision=True, boundary=True)
     trainer.test(scorer, datamodule=data, verbose=False)
     results = scorer.results
@@ -91,7 +91,7 @@ def batchnorm_step(images: Tensor, synchronised: bool) -> dict[str, Tensor]:
     )
     network = Network(model).train().double().to(images.device)
     if synchronised:
-        synchronise_batchnorm(network)
+        convert_sync_batchnorm(network)
     output = network(images)["out"]
     output.square().mean().backward()
     if synchronised:

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
 from seg_torch.datasets.folder import split_names
+from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels

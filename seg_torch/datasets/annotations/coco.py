@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.annotations.reading import parsing, split_of
+from seg_torch.datasets.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX

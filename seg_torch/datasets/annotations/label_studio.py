@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.annotations.reading import split_of
+from seg_torch.datasets.reading import split_of
 from seg_torch.errors import InputError
 
 # The kinds of regions that have an area, and where their class is.

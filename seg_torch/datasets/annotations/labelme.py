@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.annotations.reading import parsing, read_json, split_of
+from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image, opened
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations.annotated import Annotated, choose_split, files_in, name_of
-from seg_torch.datasets.annotations.reading import parsing, split_of
+from seg_torch.datasets.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -54,11 +53,11 @@ def roboflow(
         for name in masks
     ]
     chosen = choose_split(home, samples, split, val_fraction, seed)
-    table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(classes)})
-    read_mask = partial(base.read_mapped_mask, table=table)
+    ids = {IGNORE_INDEX: IGNORE_INDEX} | {value: i for i, value in enumerate(classes)}
     with parsing(home / files[0]):
         labels = Labels(tuple(classes.values()))
-    return base.SegmentationDataset((sample[:3] for sample in chosen), labels, read_mask)
+    pairs = [sample[:3] for sample in chosen]
+    return base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
 
 
 def read_csv(path: Path) -> dict[int, str]:

@@ -16,7 +16,7 @@ from seg_torch.datasets.annotations.annotated import (
     choose_split,
     name_of,
 )
-from seg_torch.datasets.annotations.reading import parsing
+from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels

@@ -13,7 +13,7 @@ from PIL import Image
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.annotations.reading import parsing
+from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 

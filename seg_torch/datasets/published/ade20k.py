@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
@@ -11,7 +10,7 @@ from seg_torch.labels import IGNORE_INDEX
 ADE20K_LABELS = base.published_labels("ade20k")
 SOURCE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
-IDS = base.id_table({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
+read_mask = base.mapped_masks({0: IGNORE_INDEX} | {i + 1: i for i in range(150)})
 
 
 def ade20k(root: str | Path, split: str) -> base.SegmentationDataset:
@@ -36,4 +35,4 @@ def ade20k(root: str | Path, split: str) -> base.SegmentationDataset:
     entries = [f"ADEChallengeData2016/{kind}/{part}" for kind in ("images", "annotations")]
     images, masks = base.find(root, "ADE20K (SceneParsing)", entries, SOURCE)
     pairs = base.pair_files(images, masks)
-    return base.SegmentationDataset(pairs, ADE20K_LABELS, partial(base.read_mapped_mask, table=IDS))
+    return base.SegmentationDataset(pairs, ADE20K_LABELS, read_mask)

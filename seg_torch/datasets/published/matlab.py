@@ -1,7 +1,7 @@
 """Masks in MATLAB files of version 5 to 7.
 
-Source: MathWorks, MAT-File Format. They are read here because scipy's reader can end the process on
-a damaged file, and takes whatever memory it asks for.
+Source: MathWorks, MAT-File Format. They are read here and not by scipy, which is no dependency, and
+whose reader can end the process on a damaged file and takes whatever memory that asks for.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def _variables(content: bytes, order: str) -> Iterator[list[tuple[int, bytes]]]:
 
 def _parts(content: bytes, order: str) -> list[tuple[int, bytes]]:
     """Return type and content of all elements that lie one behind the other."""
-    parts, place = [], 0
-    while place + 8 <= len(content):
-        kind, size = struct.unpack_from(f"{order}II", content, place)
-        start, place = place + 8, place + 8 + size
+    parts, offset = [], 0
+    while offset + 8 <= len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, offset)
+        start, offset = offset + 8, offset + 8 + size
         if kind > 0xFFFF:  # up to four bytes lie in the tag itself
-            kind, size, start, place = kind & 0xFFFF, kind >> 16, start - 4, start
+            kind, size, start, offset = kind & 0xFFFF, kind >> 16, start - 4, start
         elif kind != COMPRESSED:  # filled up to a multiple of eight bytes
-            place = start + -(-size // 8) * 8
+            offset = start + -(-size // 8) * 8
         if start + size > len(content):
             raise ValueError("an element reaches beyond the end")
         parts.append((kind, content[start : start + size]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from torchvision.datasets import OxfordIIITPet
 
 from seg_torch.datasets import base
-from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
 PET_LABELS = Labels(("pet", "background", "outline"))
@@ -18,7 +16,7 @@ SOURCE = (
     "https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked in oxford-iiit-pet"
 )
 
-IDS = base.id_table({1: 0, 2: 1, 3: 2})
+read_mask = base.mapped_masks({1: 0, 2: 1, 3: 2})
 
 
 def pet(root: str | Path, split: str, download: bool = False) -> base.SegmentationDataset:
@@ -41,12 +39,8 @@ def pet(root: str | Path, split: str, download: bool = False) -> base.Segmentati
     """
     split = base.val_for_test(split, "Oxford-IIIT Pet")
     if download and not (Path(root).expanduser() / "oxford-iiit-pet/annotations").exists():
-        try:
+        with base.downloading("Oxford-IIIT Pet", root):
             OxfordIIITPet(Path(root).expanduser(), download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"Oxford-IIIT Pet could not be downloaded to {root}: {error}"
-            ) from None
     listing = "trainval.txt" if split == "train" else "test.txt"
     entries = ["images", "annotations/trimaps", f"annotations/{listing}"]
     entries = [f"oxford-iiit-pet/{entry}" for entry in entries]
@@ -54,4 +48,4 @@ def pet(root: str | Path, split: str, download: bool = False) -> base.Segmentati
     # "Abyssinian_100 1 1 1": the name, then class, species and breed.
     names = [line.split()[0] for line in base.read_list(listed)]
     pairs = base.pair_files(images, masks, names=names)
-    return base.SegmentationDataset(pairs, PET_LABELS, partial(base.read_mapped_mask, table=IDS))
+    return base.SegmentationDataset(pairs, PET_LABELS, read_mask)

@@ -10,7 +10,7 @@ from torchvision.datasets import VOCSegmentation
 
 from seg_torch.datasets import base
 from seg_torch.datasets.published.matlab import read_mat_mask
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import check_choice
 
 VOC_LABELS = base.published_labels("voc")
 
@@ -62,10 +62,8 @@ def voc(
     if split == "test" and not (has_test or halve_val):
         base.val_for_test(split, f"VOC {year}")
     if download and not (Path(root).expanduser() / lists / f"{listing}.txt").exists():
-        try:
+        with base.downloading(f"VOC {year}", root):
             VOCSegmentation(Path(root).expanduser(), year, listing, download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"VOC {year} could not be downloaded to {root}: {error}") from None
     entries = [f"{devkit}/JPEGImages", f"{devkit}/SegmentationClass", f"{lists}/{listing}.txt"]
     source = f"data.download=true, or http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/"
     images, masks, listed = base.find(root, f"PASCAL VOC {year}", entries, source)
@@ -115,8 +113,8 @@ def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
     dataset = "" if bare else "benchmark_RELEASE/dataset/"
     entries = [dataset + entry for entry in ("img", "cls", "train.txt", "val.txt")]
     images, masks, *lists = base.find(root, "SBD", entries, SBD_SOURCE)
-    own, val = voc(root, "train").pairs, {pair.name for pair in voc(root, "val").pairs}
+    train, val = voc(root, "train").pairs, {pair.name for pair in voc(root, "val").pairs}
     listed = {name for path in lists for name in base.read_list(path)}
-    names = sorted(listed - val - {pair.name for pair in own})
+    names = sorted(listed - val - {pair.name for pair in train})
     added = base.pair_files(images, masks, ".jpg", ".mat", names)
-    return base.SegmentationDataset(own + added, VOC_LABELS, read_voc_or_sbd_mask)
+    return base.SegmentationDataset(train + added, VOC_LABELS, read_voc_or_sbd_mask)

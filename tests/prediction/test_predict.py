@@ -1,14 +1,11 @@
 """predict.py: what becomes of a folder of images, whatever is in it and whatever happens."""
 
-import csv
 import json
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +15,22 @@ from conftest import output_in_new_process, run_command
 from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
+from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
 from pycocotools.coco import COCO
-from test_segmenter import LABELS, Threshold
 
 from seg_torch import Segmenter
-from seg_torch.checkpoints import checkpoint
-from seg_torch.commands import predict as prediction
-from seg_torch.commands.predict import find_images, predict
+from seg_torch.commands import predict as command
+from seg_torch.commands.predict import predict
+from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
 from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
-from seg_torch.models import unet
 from seg_torch.models.network import Network
+from seg_torch.prediction.folder import JOURNAL, find_images, read_journals
 
 ROOT = Path(__file__).parents[2]
-
-
-FOUR = Labels(tuple(f"class {i}" for i in range(4)))
-
-
-def random_checkpoint(path: Path, seed: int = 0, labels: Labels = FOUR) -> Path:
-    """A small U-Net with random weights whose masks have every class."""
-    torch.manual_seed(seed)
-    config = {
-        "_target_": "seg_torch.models.unet",
-        "encoder": "resnet10t",
-        "weights": None,
-        "decoder_channels": [8, 8, 8, 8, 8],
-    }
-    settings = {key: value for key, value in config.items() if key != "_target_"}
-    network = Network(unet(len(labels), **settings)).eval()
-    with torch.no_grad():  # as it is made, one class is ahead everywhere
-        logits = network(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))["out"]
-        network.model.classifier.bias -= logits.mean((0, 2, 3))
-    description = checkpoint.describe(network, labels, config, {}, None)
-    state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    torch.save({checkpoint.KEY: description, "state_dict": state}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -94,30 +68,11 @@ def run(compose, weights, images, tmp_path):
 def threshold(monkeypatch) -> None:
     """Makes predict.py use a pointwise model: bright pixels are class 1."""
 
-    def build(cfg, device):
+    def load(cfg, device):
         network = Network(Threshold(), mean=(0, 0, 0), std=(1, 1, 1))
-        return [Segmenter(network, LABELS, device=device)]
+        return {"threshold": Segmenter(network, LABELS, device=device)}
 
-    monkeypatch.setattr(prediction, "_segmenters", build)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but not its notes; predictions.csv without the seconds."""
-    found = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and prediction.JOURNAL not in path.parts
-    }
-    if "predictions.csv" in found:
-        rows = list(csv.reader(found["predictions.csv"].decode().splitlines()))
-        seconds = rows[0].index("seconds")
-        found["predictions.csv"] = repr([r[:seconds] + r[seconds + 1 :] for r in rows]).encode()
-    return found
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    monkeypatch.setattr(command, "load_segmenters", load)
 
 
 def mask_of(path: Path) -> np.ndarray:
@@ -229,7 +184,7 @@ def test_a_second_run_does_only_what_is_missing_or_has_changed(run, images, tmp_
     assert all(times(out)[name] > after[name] for name in after)
 
 
-@pytest.mark.parametrize("change", ["tile=64", "tta=flip", "resize=32", "other weights"])
+@pytest.mark.parametrize("change", ["tile=64", "tta=flip", "min_confidence=0.5", "other weights"])
 def test_other_settings_do_everything_again(run, images, tmp_path, change):
     run("save=[mask]")
     before = times(tmp_path / "out")
@@ -256,44 +211,6 @@ def test_outputs_below_the_input_are_no_inputs(compose, weights, images):
             == 0
         )
     assert len(table(images / "out")) == 6
-
-
-def test_files_that_differ_in_their_extension_get_outputs_of_their_own(tmp_path):
-    for name in ("x/a.png", "x/a.jpg", "x/a.jpg.png", "b.PNG", "notes.txt", "x/c.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == {
-        "b": tmp_path / "b.PNG",
-        "x/a.jpg": tmp_path / "x/a.jpg",
-        "x/a.jpg.png": tmp_path / "x/a.jpg.png",
-        "x/a.png": tmp_path / "x/a.png",
-        "x/c": tmp_path / "x/c.png",
-    }
-
-
-def test_d27_names_that_differ_only_in_case_get_outputs_of_their_own(tmp_path):
-    names = ("A.jpg", "a.png", "X/b.png", "x/B.png", "c.png", "C.png", "c.png~.png", "d.png")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_images(tmp_path)
-    assert {str(path.relative_to(tmp_path)) for path in found.values()} == set(names)
-    assert len({name.casefold() for name in found}) == len(names)
-    assert found["A.jpg"] == tmp_path / "A.jpg"
-    assert found["a.png"] == tmp_path / "a.png"
-    assert found["d"] == tmp_path / "d.png"
-
-
-def test_d27_only_what_pillow_reads_by_itself_counts_as_an_image(tmp_path):
-    for name in ("a.h5", "b.hdf", "c.grib", "d.mpg", "e.eps", "f.pdf", "g.jpg"):
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == {"g": tmp_path / "g.jpg"}
-
-
-@pytest.mark.parametrize("name", ["nowhere", "."])
-def test_a_folder_without_images_is_refused_by_name(tmp_path, name):
-    with pytest.raises(InputError, match=str(tmp_path / name)):
-        find_images(tmp_path / name)
 
 
 GREY = np.full((40, 60), 10, np.uint8)
@@ -329,18 +246,6 @@ def damaged(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[60:2000] = bytes(1940)
     path.write_bytes(content)
-
-
-def bomb(path: Path) -> None:
-    """A PNG of a few bytes that claims to have 20,000 x 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
 
 
 # File, how it is made, and what becomes of it: its mask, or the reason for which it is refused.
@@ -404,23 +309,11 @@ def test_the_limit_of_pixels_can_be_lowered_and_is_put_back(compose, threshold, 
         assert usual == Image.MAX_IMAGE_PIXELS
 
 
-def test_resize_and_crop_are_those_of_the_published_demo(compose, threshold, tmp_path):
-    """Shorter side to 256, the middle 224 x 224: by hand, with Pillow."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    image = image.resize((600, 400), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "a.png")
-    inputs = (f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}")
-    predict(compose("predict", *inputs, "resize=256", "crop=224"))
-    shrunk = image.resize((384, 256), Image.Resampling.BILINEAR).crop((80, 16, 304, 240))
-    expected = Segmenter(Network(Threshold(), (0, 0, 0), (1, 1, 1)), LABELS, device="cpu")
-    assert np.array_equal(mask_of(tmp_path / "out/mask/a.png"), expected.predict(shrunk).mask)
-
-
 def test_two_models_stand_side_by_side_in_one_image(run, tmp_path):
     run("save=[mask,side_by_side]")
     alone = read_image(tmp_path / "out/side_by_side/a.jpg")
     other = random_checkpoint(tmp_path / "other.ckpt", seed=1)
-    run("save=[mask]", f"beside={other}")
+    run("save=[mask]", f"compare_with={other}")
     both = read_image(tmp_path / "out/side_by_side/a.jpg")
     column = 200 + 4
     assert both.shape[1] == alone.shape[1] + column
@@ -440,7 +333,7 @@ def test_two_models_stand_side_by_side_in_one_image(run, tmp_path):
         ("batch_size=0", "expected at least 1"),
         ("trainer.devices=0", "accelerator=cpu devices=0 num_nodes=1: "),
         ("trainer.accelerator=nonsense", "accelerator=nonsense .*Available names are"),
-        ("beside=nowhere.ckpt", "no such file"),
+        ("compare_with=nowhere.ckpt", "no such file"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(run, setting, message):
@@ -469,37 +362,6 @@ def test_an_error_while_writing_ends_the_run(run, tmp_path):
         run()
 
 
-def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Neither reading nor writing runs away from the network, in either direction."""
-    alive, most = set(), 0
-
-    def read(path):
-        nonlocal most
-        alive.add(path)
-        most = max(most, len(alive))
-        return np.zeros((8, 8, 3), np.uint8)
-
-    def save(image, results):
-        time.sleep(0.002)
-        alive.discard(image.path)
-
-    paths = {str(i): Path(str(i)) for i in range(300)}
-    for path in paths:
-        (tmp_path / path).touch()
-    monkeypatch.chdir(tmp_path)
-    segmenter = Segmenter(Network(Threshold(), (0, 0, 0), (1, 1, 1)), LABELS, device="cpu")
-    notes = []
-
-    def segment(images):
-        return [(result,) for result in segmenter.predict_batch(images)]
-
-    batches = [[name] for name in paths]
-    prediction._predict_files(paths, batches, read, segment, save, notes.append, progress=False)
-    assert len(notes) == 300
-    assert not alive
-    assert most <= 5 * prediction.THREADS + 2
-
-
 @pytest.fixture
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The shapes of the images that went through the network together, batch for batch."""
@@ -522,35 +384,6 @@ SIZES = {"a": TALL, "b": WIDE, "trip/a": WIDE, "trip/b": TALL, "trip/x/c": WIDE,
 def test_d30_batches_hold_images_of_one_size_and_no_copies(run, batches):
     run("batch_size=3")
     assert batches == [[TALL] * 2, [WIDE] * 3, [WIDE]]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        # Shrunk, TALL is 32 x 42 and WIDE 44 x 32.
-        (["resize=32"], [["a", "trip/b"], ["b", "trip/a"], ["trip/x/c", "z"]]),
-        (["crop=24"], [["a", "b"], ["trip/a", "trip/b"], ["trip/x/c", "z"]]),
-        (["batch_size=4"], [["a", "trip/b"], ["b", "trip/a", "trip/x/c", "z"]]),
-        (["batch_size=1"], [[name] for name in SIZES]),
-    ],
-)
-def test_d30_batches_are_planned_by_the_size_that_the_network_sees(
-    compose, images, settings, expected
-):
-    class OnAGpu:
-        device = torch.device("cuda")
-        format = image_format.RGB
-
-        def batch_size(self, height, width):
-            asked.add((height, width))
-            return 2
-
-    asked = set()
-    cfg = compose("predict", *settings)
-    assert prediction._plan(cfg, find_images(images), [OnAGpu()]) == expected
-    if "batch_size" not in settings[0]:
-        shrunk = {"resize=32": {(32, 42), (44, 32)}, "crop=24": {(24, 24)}}
-        assert asked == shrunk[settings[0]]
 
 
 def test_a_file_whose_header_is_wrong_or_unreadable_does_not_stop_its_batch(
@@ -596,14 +429,14 @@ def test_d30_a_resumed_run_makes_the_same_batches(run, images, batches, tmp_path
 def test_d30_devices_auto_starts_no_more_processes_than_files(compose, monkeypatch):
     monkeypatch.setattr(CPUAccelerator, "auto_device_count", lambda *_: 8)
     trainer = compose("predict", "trainer.accelerator=cpu").trainer
-    assert [prediction._fabric(trainer, n).world_size for n in (1, 3, 100)] == [1, 3, 8]
+    assert [Processes(trainer, most=n).count for n in (0, 1, 3, 100)] == [1, 1, 3, 8]
     trainer.devices = 2
-    assert prediction._fabric(trainer, 1).world_size == 2
+    assert Processes(trainer, most=1).count == 2
 
 
 def test_d27_two_runs_do_not_write_into_one_folder(run, tmp_path):
     with (
-        FileLock(tmp_path / "out" / prediction.JOURNAL / "lock"),
+        FileLock(tmp_path / "out" / JOURNAL / "lock"),
         pytest.raises(InputError, match="another run is writing into this folder"),
     ):
         run()
@@ -621,7 +454,7 @@ def test_d27_only_leftovers_of_prediction_are_deleted(run, tmp_path):
     assert kept == [name for name in kept + deleted if (tmp_path / "out" / name).exists()]
 
 
-def command(*arguments: str) -> list[str]:
+def line(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "predict.py"), "trainer.accelerator=cpu", *arguments]
 
 
@@ -645,7 +478,7 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
 
     # A shell lets what it starts in the background ignore Ctrl-C.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command(*arguments("stopped")), cwd=tmp_path)
+    process = subprocess.Popen(line(*arguments("stopped")), cwd=tmp_path)
     signal.signal(signal.SIGINT, handler)
     masks = tmp_path / "stopped/mask"
     while process.poll() is None and len(list(masks.glob("[0-9]*.png"))) < 60:
@@ -654,7 +487,7 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
     assert process.wait() == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
     complete = {p.name: p.stat().st_mtime_ns for p in masks.glob("[0-9]*.png")}
     assert 60 <= len(complete) < 200
-    noted = [record["name"] for record in prediction._read_journal(tmp_path / "stopped")]
+    noted = [record["name"] for record in read_journals(tmp_path / "stopped")]
     assert len(noted) >= 20
 
     # What a process leaves that is killed while it writes; whether this one did is chance.
@@ -672,7 +505,7 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
         path.unlink()
     (many / "bad.jpg").write_text("no image")
     result = subprocess.run(
-        command(*places, f"output={tmp_path / 'two'}", "trainer.devices=2"),
+        line(*places, f"output={tmp_path / 'two'}", "trainer.devices=2"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -683,29 +516,11 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
     shares = [
         [json.loads(line)["name"] for line in path.read_text().splitlines() if line]
-        for path in sorted((tmp_path / "two" / prediction.JOURNAL).glob("[01]-*.jsonl"))
+        for path in sorted((tmp_path / "two" / JOURNAL).glob("[01]-*.jsonl"))
     ]
     assert len(shares) == 2
     assert sorted(shares[0] + shares[1]) == sorted([f"{i:03d}" for i in range(50)] + ["bad"])
     assert min(map(len, shares)) >= 25
-
-
-@pytest.mark.parametrize(("first", "error"), [(True, InputError), (False, SystemExit)])
-def test_d20_what_the_first_process_cannot_do_ends_every_process(first, error, monkeypatch):
-    def fail():
-        assert first, "called in another process"
-        raise InputError("no space left")
-
-    class TwoProcesses:
-        is_global_zero = first
-
-    def broadcast(results, src, group):
-        if not first:
-            results[:] = [InputError("no space left")]
-
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    with pytest.raises(error):
-        prediction._on_first_rank(TwoProcesses(), "group", fail)
 
 
 @pytest.mark.slow
@@ -713,7 +528,7 @@ def test_d20_with_two_real_processes_the_reason_is_printed_once(weights, images,
     (tmp_path / "out").write_text("in the way")
     places = [f"input={images}", f"checkpoint={weights}", f"output={tmp_path / 'out'}"]
     result = subprocess.run(
-        command(*places, "trainer.devices=2"),
+        line(*places, "trainer.devices=2"),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What reading the files of annotation tools takes: JSON, the names of splits, messages."""
+"""Reading what others wrote: messages that name the file, JSON, the names of splits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""How an exported network compares with the network that it came from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Subset
+
+from seg_torch.checkpoints.exported import Graph, Run
+from seg_torch.datasets import shapes
+from seg_torch.errors import InputError, reason
+from seg_torch.metrics import ConfusionMatrix, scores
+from seg_torch.upsample import upsample
+
+log = logging.getLogger(__name__)
+
+SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are compared
+
+
+@torch.no_grad()
+def compare(graph: Graph, run: Run) -> float:
+    """Print how an exported graph compares, and return the smallest share of equal pixels."""
+    table = Table(title="exported against the network")
+    for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
+        table.add_column(column, justify="right")
+    shares = []
+    channels = len(graph.network.mean)
+    image, _ = shapes("val", size=max(map(max, SIZES)))[0]
+    scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
+    for height, width in SIZES:
+        images = scene[None, :, :height, :width].contiguous()
+        expected, before = _timed(partial(graph, images))
+        size = f"{height} x {width}"
+        try:
+            result, after = _timed(partial(run, images, graph.outputs))
+        except Exception as error:  # there is no end to what the runtimes raise
+            raise InputError(
+                f"what was exported does not run on an image of {size}: {reason(error)}"
+            ) from error
+        shares.append((result[0] == expected[0]).double().mean().item())
+        chosen = [upsample(o[1], (height, width)).softmax(1) for o in (expected, result)]
+        probabilities = [*chosen, *expected[2:], *result[2:]]
+        difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
+        times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
+        row = (size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
+        table.add_row(*row, *times)
+    Console().print(table)
+    return min(shares)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
+    """Return the result, and the median of three times after a first call."""
+    result, times = function(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return list(result), median(times)
+
+
+@torch.no_grad()
+def log_int8_scores(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
+    """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
+    before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
+    for i in range(len(samples)):
+        image, mask = samples[i]
+        images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
+        expected = graph(images)[0]
+        (result,) = run(images, ["classes"])
+        before.update(expected, target)
+        after.update(result, target)
+        changes.update(result, expected)
+    log.info(
+        "int8 on %d validation images: %.2f %% of the pixels as in float32; mean IoU %.4f, "
+        "in float32 %.4f",
+        len(samples),
+        100 * scores(changes.compute())["pixel_accuracy"].item(),
+        scores(after.compute())["mean_iou"].item(),
+        scores(before.compute())["mean_iou"].item(),
+    )

@@ -1,0 +1,220 @@
+"""Segmentation: the result of one image, which can draw and save itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from seg_torch.drawing.coco import coco_annotations
+from seg_torch.drawing.polygons import polygon_features
+from seg_torch.drawing.visualize import legend, overlay, side_by_side
+from seg_torch.errors import InputError
+from seg_torch.files import write_atomically
+from seg_torch.images.format import RGB, ImageFormat, as_tensor
+from seg_torch.images.resize import resize_image
+from seg_torch.labels import Labels, decode_segmap, palette_image
+from seg_torch.prediction.inference import Inference, decide
+from seg_torch.prediction.outputs import OUTPUTS, output_path
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The segmentation of one image.
+
+    Attributes:
+        mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too
+            uncertain (`min_confidence` of the `Segmenter`).
+        labels: The classes.
+        image: RGB, uint8 [H, W, 3], upright; of other images what is shown of them.
+        confidence: The probability of the class that was chosen, averaged over the pixels.
+        scores: Probabilities of all classes, float16 [C, H, W], where they were asked for.
+        confidence_map: The probability of the chosen class, uint8 [H, W] in steps of 1/255, where
+            it was asked for.
+        source: The file that the image was read from, the first one if it is several.
+        format: How it was read.
+        compared: What `side_by_side` shows, by titles, where it is more than this segmentation.
+    """
+
+    mask: np.ndarray
+    labels: Labels
+    image: np.ndarray
+    confidence: float = math.nan
+    scores: np.ndarray | None = None
+    confidence_map: np.ndarray | None = None
+    source: Path | None = None
+    format: ImageFormat = RGB
+    compared: Mapping[str, Segmentation] = field(default_factory=dict)
+
+    def probabilities(self) -> np.ndarray:
+        """Return the probability of every class at every pixel, float16 [C, H, W].
+
+        Raises:
+            InputError: They were not asked for. For a large image they are gigabytes.
+        """
+        if self.scores is None:
+            raise InputError("ask for them: segmenter.predict(image, probabilities=True)")
+        return self.scores
+
+    def colour(self) -> Image.Image:
+        """Draw the mask in the colours of its classes."""
+        return Image.fromarray(decode_segmap(self.mask, self.labels))
+
+    def overlay(self, alpha: float = 0.5) -> Image.Image:
+        """Draw the colours over the image, with weight `alpha`."""
+        return overlay(self.image, self.mask, self.labels, alpha)
+
+    def legend(self) -> Image.Image:
+        """Draw the colours and names of the classes that occur."""
+        return legend(self.labels, [i for i, n in enumerate(self._pixels()) if n])
+
+    def side_by_side(self) -> Image.Image:
+        """Draw the image beside its overlay, or those of `compared`, with a legend."""
+        compared = self.compared or {"prediction": self}
+        masks = {title: (result.mask, result.labels) for title, result in compared.items()}
+        return side_by_side(self.image, masks)
+
+    def areas(self) -> dict[str, float]:
+        """Return the share of the pixels by class name, for all classes."""
+        total = max(1, self.mask.size)
+        return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
+
+    def coco(self) -> list[dict[str, Any]]:
+        """Return COCO annotations, one for each class that occurs: see `seg_torch.drawing.coco`."""
+        return coco_annotations(self.mask)
+
+    def polygons(self) -> dict[str, Any]:
+        """Return outlines as a GeoJSON FeatureCollection: see `seg_torch.drawing.polygons`."""
+        features = list(polygon_features(self.mask, self.labels))
+        return {"type": "FeatureCollection", "features": features}
+
+    def save(
+        self,
+        folder: str | Path,
+        name: str | Path = "image",
+        outputs: Sequence[str] = ("mask", "overlay"),
+    ) -> None:
+        """Write `<folder>/<output>/<name>.<suffix>` for each of `outputs`.
+
+        Args:
+            folder: Where to; made if need be.
+            name: Of the image, without a suffix; may contain folders.
+            outputs: `mask` (PNG of class ids with the palette, and the names as text), `colour`
+                (RGB PNG), `overlay` (JPEG), `probabilities` (compressed npz, float16),
+                `confidence` (grey PNG, 255 is certain), `coco` (COCO JSON), `polygons` (GeoJSON),
+                `side_by_side` (JPEG); and of an image that was read from a file `geotiff` (class
+                ids in its place on earth) and `dataset` (its mask, and a copy of it).
+
+        Raises:
+            InputError: There is no such output, or it was not asked for in predicting.
+            OSError: A file cannot be written.
+        """
+        for output in outputs:
+            if output not in OUTPUTS:
+                raise InputError(f"there is no output {output!r}: use {', '.join(OUTPUTS)}")
+            if output == "dataset":
+                self._copy_image(Path(folder, output, "images"), str(name))
+            write = partial(OUTPUTS[output].write, self, str(name))
+            write_atomically(output_path(folder, output, str(name)), write)
+
+    def _copy_image(self, folder: Path, name: str) -> None:
+        endings = self.format.files or [self.file().suffix]
+        for file, ending in zip(self.format.paths(self.file()), endings, strict=True):
+            write_atomically(folder / f"{name}{ending}", partial(shutil.copyfile, file))
+
+    def save_mask(self, path: str | BinaryIO) -> None:
+        """Write the mask alone: a PNG of class ids with the palette, and the names as text."""
+        mask = palette_image(self.mask, self.labels)
+        text = PngInfo()
+        text.add_itxt("names", json.dumps(self.labels.names, ensure_ascii=False))
+        # zlib's Z_RLE: masks are runs of one value, which take it a third of the usual time.
+        mask.save(path, "PNG", pnginfo=text, compress_type=3)
+
+    def file(self) -> Path:
+        """Return the file that the image was read from.
+
+        Raises:
+            InputError: It was none.
+        """
+        if self.source is None:
+            raise InputError("geotiff and dataset are of images that were read from a file")
+        return self.source
+
+    def _pixels(self) -> list[int]:
+        """Count per class. Pillow's histogram takes no memory, NumPy's eight bytes per pixel."""
+        return Image.fromarray(self.mask).histogram()[: len(self.labels)]
+
+    def _repr_png_(self) -> bytes | None:
+        return self.overlay()._repr_png_()
+
+
+@torch.no_grad()  # not inference_mode, which keeps autocast from caching the weights
+def segment(
+    inference: Inference,
+    labels: Labels,
+    images: Sequence[np.ndarray],
+    format: ImageFormat = RGB,
+    min_confidence: float = 0.0,
+    probabilities: bool = False,
+    confidence_map: bool = False,
+) -> list[Segmentation]:
+    """Segment images of one size, which go through the network together.
+
+    Args:
+        inference: Of a network in evaluation mode.
+        labels: Its classes.
+        images: uint8 or uint16 [H, W, C], as of `format.read`.
+        format: Of the images.
+        min_confidence: Pixels whose class has a lower probability become 255.
+        probabilities: Keep those of all classes, two bytes for each class and pixel.
+        confidence_map: Keep that of the chosen class, a byte for each pixel.
+
+    Raises:
+        InputError: The images have several sizes.
+    """
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) != 1:
+        raise InputError(f"images of several sizes in one batch: {sizes}")
+    size, count = sizes[0], len(images)
+    views = [as_tensor(image) for image in images]
+    batch = torch.stack(views) if count > 1 else views[0][None]  # may be large: no copy
+    if inference.resize is not None:
+        batch = resize_image(batch.contiguous(), inference.resize)  # as the data module does it
+    masks = torch.empty(count, *size, dtype=torch.uint8)
+    kept: list[Tensor | None] = [None] * count
+    if probabilities:
+        kept = list(torch.empty(count, len(labels), *size, dtype=torch.float16))
+    maps = torch.empty_like(masks) if confidence_map else None
+    totals = torch.zeros(count, device=inference.device)
+    for index, rows, columns, logits in inference.blocks(batch, size):
+        target = kept[index]
+        into = None if target is None else target[:, rows, columns]
+        map_part = None if maps is None else maps[index, rows, columns]
+        ids, total = decide(logits, True, into, map_part, min_confidence)
+        masks[index, rows, columns] = ids
+        totals[index] += total
+        del logits  # not to be kept beside what the network makes of the next tile
+    confidences = (totals / max(1, size[0] * size[1])).tolist()
+    return [
+        Segmentation(
+            masks[i].numpy(),
+            labels,
+            format.shown(image),
+            confidences[i],
+            None if (scores := kept[i]) is None else scores.numpy(),
+            None if maps is None else maps[i].numpy(),
+            format=format,
+        )
+        for i, image in enumerate(images)
+    ]
