@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -143,6 +144,17 @@ def test_no_page_is_left_out_of_the_site():
     listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES[3:]]
     assert sorted(listed) == sorted(["index.md", "quickstart.md", *NOT_IN_DOCS, *pages])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_and_source_file_of_the_texts_exists(page):
+    if page.name == "CHANGELOG.md":  # which names old ones, too
+        return
+    text = re.sub(r"\S*\btoy\b\S*", "", page.read_text(encoding="utf-8"))  # to be written
+    for name in re.findall(r"\bseg_torch(?:\.[A-Za-z]\w*)+", text):
+        pkgutil.resolve_name(name)
+    for name in re.findall(r"(?<![\w/])(?:benchmarks|conf|seg_torch|tests)/[\w/]+\.\w+", text):
+        assert (ROOT / name).is_file(), name
 
 
 # Code
