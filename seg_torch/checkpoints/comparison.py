@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Subset
 
-from seg_torch.checkpoints.exported import Graph, Run
+from seg_torch.checkpoints.exported import Graph, GraphRunner
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError, reason
 from seg_torch.metrics import ConfusionMatrix, scores
@@ -27,7 +27,7 @@ SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are co
 
 
 @torch.no_grad()
-def compare(graph: Graph, run: Run) -> float:
+def compare(graph: Graph, run: GraphRunner) -> float:
     """Print how an exported graph compares, and return the smallest share of equal pixels."""
     table = Table(title="exported against the network")
     for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
@@ -68,7 +68,7 @@ def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
 
 
 @torch.no_grad()
-def log_int8_scores(graph: Graph, run: Run, samples: Subset[Any], num_classes: int) -> None:
+def log_int8_scores(graph: Graph, run: GraphRunner, samples: Subset[Any], num_classes: int) -> None:
     """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
     for i in range(len(samples)):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, require
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -35,7 +36,7 @@ OUTPUTS = ["classes", "logits", "probabilities"]  # of a graph, the last where i
 EXAMPLE = (161, 225)
 
 # Images uint8 [N, C, H, W], names of outputs -> these outputs.
-Run = Callable[[Tensor, Sequence[str]], list[Tensor]]
+GraphRunner = Callable[[Tensor, Sequence[str]], list[Tensor]]
 
 
 class Graph(nn.Module):
@@ -195,7 +196,7 @@ def _format_of(path: str | Path) -> str | None:
     return next(names, None)
 
 
-def open_exported(path: str | Path) -> tuple[Run, dict[str, Any]]:
+def open_exported(path: str | Path) -> tuple[GraphRunner, dict[str, Any]]:
     """Open an exported network, which runs on the CPU, in float32 but for what is quantised.
 
     Args:
@@ -221,10 +222,10 @@ def open_exported(path: str | Path) -> tuple[Run, dict[str, Any]]:
         raise InputError(
             f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
         ) from None
-    return run, description
+    return run, with_current_names(description)
 
 
-def _open_onnx(path: str) -> tuple[Run, str]:
+def _open_onnx(path: str) -> tuple[GraphRunner, str]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -237,7 +238,7 @@ def _open_onnx(path: str) -> tuple[Run, str]:
     return run, session.get_modelmeta().custom_metadata_map[checkpoint.KEY]
 
 
-def _open_openvino(path: str) -> tuple[Run, str]:
+def _open_openvino(path: str) -> tuple[GraphRunner, str]:
     import openvino
 
     core = openvino.Core()
@@ -267,7 +268,7 @@ class Format(NamedTuple):
     suffix: str
     packages: tuple[str, ...]
     write: Callable[..., None]
-    open: Callable[[str], tuple[Run, str]]
+    open: Callable[[str], tuple[GraphRunner, str]]
 
 
 FORMATS = {
@@ -284,7 +285,7 @@ class ExportedNetwork(Network):
         preprocessing: `mean`, `std` and `resize` of the graph's description.
     """
 
-    def __init__(self, run: Run, preprocessing: dict[str, Any]) -> None:
+    def __init__(self, run: GraphRunner, preprocessing: dict[str, Any]) -> None:
         super().__init__(nn.Identity(), preprocessing["mean"], preprocessing["std"])
         self.run = run
         self.resize = preprocessing["resize"]

@@ -10,7 +10,14 @@ from losses_for_tests import LOSSES, SIZES, sized_batch, value_and_gradient
 from torch import Tensor, nn
 
 from seg_torch import upsample as upsampling
-from seg_torch.losses import CrossEntropyLoss, WeightedSum, upsampled, upsampled_loss
+from seg_torch.losses import (
+    CrossEntropyLoss,
+    DiceLoss,
+    SegmentationLoss,
+    WeightedSum,
+    upsampled,
+    upsampled_loss,
+)
 from seg_torch.upsample import split_rows, upsample
 
 
@@ -81,14 +88,32 @@ def test_chunks_are_for_losses_that_take_a_quarter_of_the_memory(monkeypatch):
         assert len(chunks) == expected
 
 
-def test_the_chunks_of_cross_entropy_are_computed_once(in_chunks, monkeypatch):
+@pytest.mark.parametrize(("loss", "passes"), [(CrossEntropyLoss, 1), (DiceLoss, 2)])
+def test_the_chunks_of_a_loss_with_one_sum_are_computed_once(loss, passes, in_chunks, monkeypatch):
     """Of 3 images of 24 rows, 3 rows of 20 x 4 logits at a time."""
     calls = []
-    sums = CrossEntropyLoss.sums
-    monkeypatch.setattr(CrossEntropyLoss, "sums", lambda *given: calls.append(None) or sums(*given))
+    sums = loss.sums
+    monkeypatch.setattr(loss, "sums", lambda *given: calls.append(None) or sums(*given))
     logits, target = sized_batch(*SIZES[0])
-    value_and_gradient(lambda *pair: upsampled_loss(CrossEntropyLoss(), *pair), logits, target)
+    value_and_gradient(lambda *pair: upsampled_loss(loss(), *pair), logits, target)
+    assert len(calls) == passes * 3 * 24 / 3
+    calls.clear()
+    upsampled_loss(loss(), logits, target)  # without a gradient
     assert len(calls) == 3 * 24 / 3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_with_one_sum_says_so(name):
+    loss = LOSSES[name]()
+    if not isinstance(loss, SegmentationLoss):
+        assert not hasattr(loss, "has_one_sum")
+        return
+    logits, target = sized_batch(*SIZES[3])
+    sums = loss.sums(logits.requires_grad_(), target)
+    assert len(sums) == loss.num_sums
+    first, *others = sums
+    only_the_first = first.requires_grad and not any(each.requires_grad for each in others)
+    assert loss.has_one_sum == (only_the_first and first.ndim == 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")

@@ -54,8 +54,8 @@ def test_a_free_encoder_moves_in_training():
 def test_d37_unet_encoder_has_the_published_weights_and_one_line_says_so(
     encoder, source, tmp_path, caplog
 ):
-    caplog.set_level(logging.INFO)
     caplog.set_level(logging.ERROR, "timm")  # as on the command line
+    caplog.set_level(logging.INFO)
     published = timm.create_model(encoder)  # with the classifier, as timm publishes it
     repository = timm.get_pretrained_cfg(encoder).hf_hub_id
     file = hugging_face_cache(tmp_path, repository) / "model.safetensors"

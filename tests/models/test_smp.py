@@ -52,8 +52,8 @@ def test_smp_gives_the_librarys_logits_with_the_published_encoder(tmp_path):
 
 
 def test_smp_takes_timms_weights_for_timms_encoders(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
     caplog.set_level(logging.ERROR, "timm")  # as on the command line
+    caplog.set_level(logging.INFO)
     pytest.importorskip("segmentation_models_pytorch")
     published = timm.create_model("tf_efficientnet_lite0.in1k")
     repository = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").hf_hub_id
@@ -68,8 +68,8 @@ def test_smp_takes_timms_weights_for_timms_encoders(tmp_path, caplog):
 
 
 def test_smp_takes_the_weights_of_a_file_and_refuses_those_of_another_encoder(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
     caplog.set_level(logging.ERROR, "timm")  # as on the command line
+    caplog.set_level(logging.INFO)
     library = pytest.importorskip("segmentation_models_pytorch")
     for name in ("resnet18", "resnet34"):
         encoder = library.encoders.get_encoder(name, weights=None)
