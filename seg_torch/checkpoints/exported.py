@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, require
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -221,7 +222,7 @@ def open_exported(path: str | Path) -> tuple[GraphRunner, dict[str, Any]]:
         raise InputError(
             f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
         ) from None
-    return run, description
+    return run, with_current_names(description)
 
 
 def _open_onnx(path: str) -> tuple[GraphRunner, str]:

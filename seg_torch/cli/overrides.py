@@ -18,8 +18,7 @@ from seg_torch.training import run
 # What train does where the command line names no data, experiment or run.
 DEMO = "experiment=shapes"
 OPTUNA = "hydra/sweeper=optuna"
-# Old name of a setting or choice, which is taken for one version by the commands that no longer
-# have it -> name of today.
+# Old name of a setting or choice, which is taken for one version -> name of today.
 RENAMED = {
     "beside": "compare_with",
     "unknown": "min_confidence",
@@ -85,7 +84,7 @@ def complete_overrides(
     Raises:
         InputError: A choice that must not be null, or what may not be set when resuming.
     """
-    overrides = _with_current_names(command, _with_keys(command, overrides))
+    overrides = _with_current_names(_with_keys(command, overrides))
     given = {run.key_of(override): override.partition("=")[2] for override in overrides}
     complete = _with_none(overrides, groups(command, folder))
     if OPTUNA in complete:
@@ -131,22 +130,20 @@ def _with_keys(command: str, arguments: Sequence[str]) -> Sequence[str]:
     return [f"{about.positional}={value}", *(a for a in arguments if a not in paths)]
 
 
-def _with_current_names(command: str, overrides: Sequence[str]) -> list[str]:
+def _with_current_names(overrides: Sequence[str]) -> list[str]:
     """Return the overrides with the names of today, and print those that were old.
 
     Raises:
         InputError: A setting is given by both of its names.
     """
-    page: Any = OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml")
-    old = {name: new for name, new in RENAMED.items() if name not in page}
     keys = [run.key_of(override) for override in overrides]
     renamed = []
     for key, override in zip(keys, overrides, strict=True):
-        if old.get(key) in keys:
-            raise InputError(f"{key} is the old name of {old[key]}; give one of them")
+        if RENAMED.get(key) in keys:
+            raise InputError(f"{key} is the old name of {RENAMED[key]}; give one of them")
         name, equals, value = override.partition("=")
-        values = [old.get(f"{key}={choice}", choice) for choice in value.split(",")]
-        renamed.append(name.replace(key, old.get(key, key)) + equals + ",".join(values))
+        values = [RENAMED.get(f"{key}={choice}", choice) for choice in value.split(",")]
+        renamed.append(name.replace(key, RENAMED.get(key, key)) + equals + ",".join(values))
         if renamed[-1] != override and is_first_on_machine():
             print(f"{override} is now {renamed[-1]}", file=sys.stderr)
     return renamed

@@ -1,7 +1,5 @@
 """Samples that are decoded once and kept: in memory, for all processes of a machine, or on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

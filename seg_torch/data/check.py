@@ -1,7 +1,5 @@
 """One pass over all samples of a dataset: what is wrong with them, and what is in them."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import logging

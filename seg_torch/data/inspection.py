@@ -56,64 +56,64 @@ def inspect_dataset(
         - `duplicates`: images that are in two splits: the two `splits`, `indices` and `names`,
           whether the pixels are `exact`ly the same, and the correlation (`similarity`).
     """
-    place = None if root is None else str(root)
-    return inspect_data(SegmentationDataModule(dataset, place, **format.settings()), output_dir)
+    folder = None if root is None else str(root)
+    return inspect_data(SegmentationDataModule(dataset, folder, **format.settings()), output_dir)
 
 
 def inspect_data(
     data: SegmentationDataModule, output_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Do what `inspect_dataset` does for the data of a command."""
-    checks: dict[str, DatasetStatistics] = {}
+    statistics: dict[str, DatasetStatistics] = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
     for split in SPLITS:
         try:
-            if split == "test" and "val" in checks and data.test_is_val:
+            if split == "test" and "val" in statistics and data.test_is_val:
                 notes.append("There are no test images of their own: val stands in for test.")
                 continue
-            checks[split] = data.checked(split)
-            of_split = checks[split].problems
+            statistics[split] = data.checked(split)
+            of_split = statistics[split].problems
         except InputError as error:
             of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in of_split}
-    originals = {split: data.dataset(split).base_dataset for split in checks}
-    labels = data.labels if checks else None
+    originals = {split: data.dataset(split).base_dataset for split in statistics}
+    labels = data.labels if statistics else None
     findings: dict[str, Any] = {
         "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
         "refused": bool(problems),
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,
-        **_contents(checks, () if labels is None else labels.names),
-        "duplicates": _duplicates(checks, originals),
+        **_contents(statistics, () if labels is None else labels.names),
+        "duplicates": _duplicates(statistics, originals),
     }
     notes += _notes(findings)
     if output_dir is not None:
         write_json(Path(output_dir, "inspect.json"), findings)
-        page = _page(findings, checks, originals, labels)
+        page = _page(findings, statistics, originals, labels)
         write_text(Path(output_dir, "inspect.html"), page)
     return findings
 
 
-def _contents(checks: dict[str, DatasetStatistics], names: Sequence[str]) -> dict[str, Any]:
+def _contents(statistics: dict[str, DatasetStatistics], names: Sequence[str]) -> dict[str, Any]:
     """Return the findings that are numbers of images and pixels."""
     splits = {
         split: {
-            "images": len(check.digests),
-            "pixels": int(check.pixels.sum()),
-            "unlabelled_pixels": int(check.pixels[IGNORE_INDEX]),
+            "images": len(measured.digests),
+            "pixels": int(measured.pixels.sum()),
+            "unlabelled_pixels": int(measured.pixels[IGNORE_INDEX]),
         }
-        for split, check in checks.items()
+        for split, measured in statistics.items()
     }
     mean = std = None
     weights: list[float | None] = [None] * len(names)
-    if "train" in checks and splits["train"]["pixels"]:
-        mean, std = checks["train"].mean_and_std()
-        weights = class_weights(torch.from_numpy(checks["train"].pixels[: len(names)])).tolist()
+    if "train" in statistics and splits["train"]["pixels"]:
+        mean, std = statistics["train"].mean_and_std()
+        weights = class_weights(torch.from_numpy(statistics["train"].pixels[: len(names)])).tolist()
     classes = {
         name: {
-            "pixels": {split: int(check.pixels[i]) for split, check in checks.items()},
-            "images": {split: int(check.images[i]) for split, check in checks.items()},
+            "pixels": {split: int(measured.pixels[i]) for split, measured in statistics.items()},
+            "images": {split: int(measured.images[i]) for split, measured in statistics.items()},
             "weight": weights[i],
         }
         for i, name in enumerate(names)
@@ -122,18 +122,18 @@ def _contents(checks: dict[str, DatasetStatistics], names: Sequence[str]) -> dic
 
 
 def _duplicates(
-    checks: dict[str, DatasetStatistics], originals: dict[str, BaseDataset]
+    statistics: dict[str, DatasetStatistics], originals: dict[str, BaseDataset]
 ) -> list[dict[str, Any]]:
     """Return for each image of a split the one most like it in each earlier split, if any is."""
     duplicates = []
-    vectors = {split: _normalised(check.thumbnails) for split, check in checks.items()}
-    for first, second in combinations(checks, 2):
-        same = {digest: i for i, digest in enumerate(checks[first].digests.tolist()) if digest}
+    vectors = {split: _normalised(measured.thumbnails) for split, measured in statistics.items()}
+    for first, second in combinations(statistics, 2):
+        same = {digest: i for i, digest in enumerate(statistics[first].digests.tolist()) if digest}
         for start in range(0, len(vectors[second]), 256):  # a block needs 256 x N numbers
             similarity = vectors[first] @ vectors[second][start : start + 256].T
             for j, i in enumerate(similarity.argmax(axis=0).tolist(), start):
                 value = float(similarity[i, j - start])
-                twin = same.get(bytes(checks[second].digests[j]))
+                twin = same.get(bytes(statistics[second].digests[j]))
                 if twin is None and value <= NEAR:
                     continue
                 pair = {first: i if twin is None else twin, second: j}
@@ -213,7 +213,7 @@ def class_cells(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 def _page(
     findings: dict[str, Any],
-    checks: dict[str, DatasetStatistics],
+    statistics: dict[str, DatasetStatistics],
     originals: dict[str, BaseDataset],
     labels: Any,
 ) -> str:
@@ -226,7 +226,7 @@ def _page(
         findings=findings,
         labels=labels,
         duplicates=[_duplicate_figure(pair, originals) for pair in pairs],
-        samples=[(split, *_samples(originals[split], checks[split])) for split in checks],
+        samples=[(split, *_samples(originals[split], statistics[split])) for split in statistics],
         header=["class", *(f"{split}: {c['images']:,} images" for split, c in splits), "weight"],
         rows=[class_cells(findings, row) for row in findings["classes"].values()],
     )

@@ -1,7 +1,5 @@
 """Datasets to batches."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -67,6 +65,10 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
 
+    Attributes:
+        test_split: The split that `test_dataloader` loads, `test` until it is set.
+        start: Where `train_dataloader` begins, which a checkpoint says.
+
     Raises:
         InputError: A batch size is below 1, there is no such `cache`, or `ImageFormat` raises it.
     """
@@ -91,10 +93,8 @@ class SegmentationDataModule(LightningDataModule):
         rgb: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for setting, size in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size or 1),
-        ):
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
+        for setting, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"data.{setting}={size}: expected at least 1")
         self.make_dataset = dataset
@@ -297,10 +297,10 @@ class SegmentationDataModule(LightningDataModule):
         samples = ResizedSamples(self.dataset(split), self.resize, resize_labels)
         match self.cache:
             case None:
-                # Each would be decoded by cores that the network needs.
-                on_cpu = self._device == "cpu" and self._rank_and_world()[1] == 1
-                keep = split == "val" and self.trainer is not None and on_cpu
-                return in_memory(samples) if keep and fits_memory(samples) else samples
+                # In each epoch they would be decoded by the cores that the network needs.
+                alone = self.trainer is not None and self.trainer.world_size == 1
+                keep = split == "val" and alone and self._device == "cpu" and fits_memory(samples)
+                return in_memory(samples) if keep else samples
             case "ram":
                 return shared_by_processes(samples, self.trainer)
             case "disk":

@@ -4,8 +4,6 @@ Masks are only ever moved by nearest neighbour, and every pixel that a transform
 `IGNORE_INDEX` in the mask, so no transform can make a label that was not there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The processes that prepare batches: how many, and how they end."""
 
-from __future__ import annotations
-
 import os
 import signal
 from threading import Thread

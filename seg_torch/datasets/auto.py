@@ -1,7 +1,5 @@
 """A folder of any format: which one it is, and why."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A training set made eight times as large beforehand, in the manner of TensorFlow tutorials."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

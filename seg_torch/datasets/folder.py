@@ -1,7 +1,5 @@
 """Your own images and masks, in two folders and a list of class names."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Reading what others wrote: messages that name the file, JSON, the names of splits."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

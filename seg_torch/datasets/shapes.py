@@ -4,8 +4,6 @@ The class is the shape: colours and textures come from one distribution for all 
 shapes have facets lit from the upper left; they overlap, turn and vary in size.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -80,7 +80,8 @@ def _figures(
 ) -> list[Figure]:
     """Return image, label, prediction and errors of each of some images."""
     labels, format, inference = results.labels, setup.data.format, setup.scorer.inference
-    setup.scorer.to(setup.trainer.strategy.root_device)  # which the Trainer left
+    # The Trainer has left the device, and the network in the mode of training.
+    setup.scorer.to(setup.trainer.strategy.root_device).eval()
     quality, confidence = results.images["label_quality"], results.images["confidence"]
     dataset = setup.data.dataset(setup.data.test_split)
     figures = []

@@ -85,8 +85,8 @@ def scores(matrix: Tensor) -> dict[str, Tensor]:
         `mean_recall`. All in [0, 1] or nan.
     """
     counts = counts_of_matrix(matrix.cpu().numpy())
-    found = {**mean_scores(counts), **class_scores(counts), "pixels": counts[1]}
-    return {name: torch.as_tensor(values) for name, values in found.items()}
+    derived = {**mean_scores(counts), **class_scores(counts), "pixels": counts[1]}
+    return {name: torch.as_tensor(values) for name, values in derived.items()}
 
 
 def report(

@@ -114,7 +114,8 @@ def test_the_description_of_an_exported_network_has_the_names_of_today(tmp_path,
     path = Path(__file__).parents[1] / "support/old_run/run/checkpoints/best.ckpt"
     before = torch.load(path, weights_only=True)[KEY]
     assert before["data"]["_target_"] == "seg_torch.datamodule.SegmentationDataModule"
-    monkeypatch.setitem(exported.OPEN, "onnx", lambda path: (None, json.dumps(before)))
+    onnx = exported.FORMATS["onnx"]._replace(open=lambda path: (None, json.dumps(before)))
+    monkeypatch.setitem(exported.FORMATS, "onnx", onnx)
     (tmp_path / "old.onnx").touch()
     _, description = exported.open_exported(tmp_path / "old.onnx")
     assert description["data"]["_target_"] == "seg_torch.data.SegmentationDataModule"

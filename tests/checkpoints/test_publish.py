@@ -232,7 +232,7 @@ def test_a_run_is_pushed_and_comes_back_with_equal_logits(run_folder, fake_hub, 
     assert torch.equal(logits(loaded), logits(segmenter))
     assert loaded.labels == segmenter.labels
     assert np.array_equal(loaded.labels.palette, segmenter.labels.palette)
-    assert loaded.resize == segmenter.resize
+    assert loaded.inference.resize == segmenter.inference.resize
     # Those that were validated, not those that an optimiser goes on with.
     content = torch.load(run_folder / "checkpoints/best.ckpt", weights_only=True)
     state = load_file(checkpoint.locate("hf://owner/tiny"))

@@ -58,7 +58,7 @@ def of_three(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("three")
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     torch.save(images, folder / "images.pt")
-    script = ROOT / "tests/several_processes.py"
+    script = ROOT / "tests/support/several_processes.py"
     finish(start(folder, *torchrun(WORLD), script, folder, json.dumps(CASES)))
     return folder
 

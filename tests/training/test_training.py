@@ -636,11 +636,11 @@ def test_a_loss_that_is_no_number_leaves_its_batch_and_the_last_good_checkpoint(
     assert len(history(run)) == 2
 
 
-def weights_without_numbers(task, outputs, batch, index):
+def weights_without_numbers(task, epoch, index, *arguments):
     """After the last step of epoch 4."""
-    if (task.current_epoch, index) == (3, 2):
+    OPTIMIZER_STEP(task, epoch, index, *arguments)
+    if (epoch, index) == (3, 2):
         next(task.network.parameters()).data.fill_(float("nan"))
-    ON_TRAIN_BATCH_END(task, outputs, batch, index)
 
 
 def logits_without_numbers(task, groups, index):
@@ -658,7 +658,7 @@ def nothing_labelled(task, groups, index):
     VALIDATION_STEP(task, groups, index)
 
 
-ON_TRAIN_BATCH_END = SegmentationTask.on_train_batch_end
+OPTIMIZER_STEP = SegmentationTask.optimizer_step
 VALIDATION_STEP = SegmentationTask.validation_step
 
 
@@ -672,7 +672,7 @@ def test_d03_an_epoch_without_numbers_ends_the_run_and_is_never_best(small, tmp_
     state["optimizer_states"][0]["param_groups"][0]["lr"] = 1e30
     cases = (
         ("", None, r"the training loss is (nan|inf) at batch [23] of epoch 4"),
-        ("on_train_batch_end", weights_without_numbers, "no longer numbers at batch 3 of epoch 4"),
+        ("optimizer_step", weights_without_numbers, "no longer numbers at batch 3 of epoch 4"),
         ("validation_step", logits_without_numbers, "validation loss is nan at batch 3 of epoch 4"),
         ("validation_step", nothing_labelled, "no pixel of the validation images is labelled"),
     )

@@ -4,8 +4,6 @@ A format is a function that reads the files of an `AnnotatedFolder` once, and on
 its shapes. Later shapes lie on top of earlier ones; a format with another rule sorts them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """COCO's JSON, as CVAT, Roboflow, Label Studio and `predict` write it, and COCO panoptic."""
 
-from __future__ import annotations
-
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path

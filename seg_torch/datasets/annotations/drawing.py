@@ -1,7 +1,5 @@
 """Shapes of annotations, drawn on a mask."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Label Studio's JSON export: polygons, brushes, rectangles and ellipses."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 from collections.abc import Mapping, Sequence

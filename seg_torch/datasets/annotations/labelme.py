@@ -1,7 +1,5 @@
 """labelme: a JSON file for each image."""
 
-from __future__ import annotations
-
 import base64
 import math
 import posixpath

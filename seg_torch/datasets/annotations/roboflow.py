@@ -1,7 +1,5 @@
 """Roboflow's export for semantic segmentation: images, masks and a list of classes in a folder."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

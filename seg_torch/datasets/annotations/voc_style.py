@@ -1,7 +1,5 @@
 """Exports in the layout of PASCAL VOC: CVAT's "Segmentation mask 1.1", and labelme2voc's."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

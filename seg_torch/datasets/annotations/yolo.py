@@ -1,7 +1,5 @@
 """YOLO's polygons, as Ultralytics, CVAT and Roboflow write them."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ADE20K in the form of the scene parsing challenge, 150 classes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from seg_torch.datasets import base

@@ -1,7 +1,5 @@
 """CamVid with 11 classes, as the SegNet tutorial prepared it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

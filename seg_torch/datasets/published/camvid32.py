@@ -1,7 +1,5 @@
 """CamVid with all of its 32 classes, from the colours of the original labels."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cityscapes: the fine annotations with their 19 training classes."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

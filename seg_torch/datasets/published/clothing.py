@@ -1,7 +1,5 @@
 """Clothing Co-Parsing: street photos with every garment labelled."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

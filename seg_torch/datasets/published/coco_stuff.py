@@ -1,7 +1,5 @@
 """COCO-Stuff 164k: things and stuff, 171 classes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from seg_torch.datasets import base

@@ -4,8 +4,6 @@ Source: MathWorks, MAT-File Format. They are read here and not by scipy, which i
 whose reader can end the process on a damaged file and takes whatever memory that asks for.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator

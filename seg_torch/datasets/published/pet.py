@@ -1,7 +1,5 @@
 """Oxford-IIIT Pet with its trimaps as the labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torchvision.datasets import OxfordIIITPet

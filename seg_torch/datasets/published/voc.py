@@ -1,7 +1,5 @@
 """PASCAL VOC, and its usual training set enlarged by SBD."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

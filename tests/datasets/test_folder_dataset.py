@@ -1,0 +1,293 @@
+"""Datasets of one's own in two folders."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import make_data
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seg_torch import datasets
+from seg_torch.data.module import SegmentationDataModule
+from seg_torch.datasets.base import read_classes
+from seg_torch.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("new_cache_folder")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder dataset to be broken by the test."""
+    make_data.make_folder(tmp_path)
+    return tmp_path
+
+
+def check_folder(root):
+    SegmentationDataModule(datasets.folder, str(root)).check_files()
+
+
+@pytest.mark.promise(1)
+def test_a_value_that_is_no_class_is_refused_with_those_found_and_those_allowed(own):
+    make_data.save(make_data.blocks(0, [0, 1, 3]), own / "masks" / "photo_0.png")
+    with pytest.raises(InputError, match=r"photo_0\.png.*\[0, 1, 3, 255\].*0 to 2.*255"):
+        check_folder(own)
+
+
+def test_the_random_split_is_fixed_and_leaves_nothing_out(own):
+    names = [[p.name for p in datasets.folder(own, s).pairs] for s in ("train", "val")]
+    torch.manual_seed(5)
+    assert [p.name for p in datasets.folder(own, "val").pairs] == names[1]
+    assert [p.name for p in datasets.folder(own, "val", seed=1).pairs] != names[1]
+    assert sorted(names[0] + names[1]) == sorted(
+        [*(f"photo_{i}" for i in range(9)), "more/photo_9"]
+    )
+    assert len(datasets.folder(own, "val", val_fraction=0.5)) == 5
+
+
+@pytest.mark.parametrize("added", ["a", "m", "photo_10", "photo_20", "photo_21", "z"])
+def test_d10_one_more_image_moves_at_most_one_other_to_another_split(own, added):
+    before = {pair.name for pair in datasets.folder(own, "val", val_fraction=0.3).pairs}
+    make_data.save(make_data.picture(0), own / "images" / f"{added}.jpg")
+    make_data.save(make_data.blocks(0, [0, 1, 2]), own / "masks" / f"{added}.png")
+    after = {pair.name for pair in datasets.folder(own, "val", val_fraction=0.3).pairs}
+    assert len(before ^ after - {added}) <= 1
+    assert len(after) == 3
+
+
+def test_lists_with_or_without_suffix_make_the_split(own):
+    make_data.write_lines(own / "train.txt", ["photo_3.jpg", "more/photo_9"])
+    make_data.write_lines(own / "val.txt", ["photo_1"])
+    make_data.write_lines(own / "test.txt", ["photo_2", "", "photo_4.png"])
+    names = {s: [p.name for p in datasets.folder(own, s).pairs] for s in ("train", "val", "test")}
+    assert names == {
+        "train": ["photo_3", "more/photo_9"],
+        "val": ["photo_1"],
+        "test": ["photo_2", "photo_4"],
+    }
+
+
+def test_a_test_list_alone_is_kept_out_of_the_random_split(own):
+    make_data.write_lines(own / "test.txt", ["photo_2"])
+    train, val = (datasets.folder(own, s).pairs for s in ("train", "val"))
+    assert len(train) + len(val) == 9
+    assert "photo_2" not in {pair.name for pair in train + val}
+
+
+def test_an_unknown_name_in_a_list_is_named(own):
+    make_data.write_lines(own / "train.txt", ["photo_1", "foto_2.jpg"])
+    make_data.write_lines(own / "val.txt", ["photo_3"])
+    with pytest.raises(InputError, match=r"1 names in .*train\.txt(.|\n)*foto_2"):
+        datasets.folder(own, "train")
+
+
+def test_a_train_list_without_a_val_list_is_refused(own):
+    make_data.write_lines(own / "train.txt", ["photo_1"])
+    with pytest.raises(InputError, match=r"val\.txt is missing"):
+        datasets.folder(own, "val")
+
+
+@pytest.mark.promise(21)
+def test_images_without_mask_and_masks_without_image_are_listed(own):
+    (own / "masks" / "photo_3.png").unlink()
+    (own / "images" / "photo_5.jpg").unlink()
+    with pytest.raises(InputError) as error:
+        datasets.folder(own, "train")
+    assert str(error.value).startswith("2 files cannot be paired")
+    assert "photo_3.jpg: no mask" in str(error.value)
+    assert "photo_5.png: no image" in str(error.value)
+
+
+@pytest.mark.promise(21)
+def test_two_images_of_one_name_are_ambiguous(own):
+    make_data.save(make_data.picture(0), own / "images" / "photo_3.png")
+    with pytest.raises(InputError, match=r"photo_3\.jpg: ambiguous.*photo_3\.png"):
+        datasets.folder(own, "train")
+
+
+def test_only_the_first_five_problems_are_listed(own):
+    for i in range(7):
+        (own / "masks" / f"photo_{i}.png").unlink()
+    with pytest.raises(InputError) as error:
+        datasets.folder(own, "train")
+    assert str(error.value).startswith("7 files")
+    assert str(error.value).count("no mask") == 5
+
+
+@pytest.mark.promise(21)
+def test_pairs_of_different_sizes_are_listed_before_training(own):
+    make_data.save(make_data.blocks(0, [0], height=64, width=48), own / "masks" / "photo_4.png")
+    with pytest.raises(InputError, match=r"1 problems(.|\n)*photo_4\.png.*48 x 64.*64 x 48"):
+        check_folder(own)
+
+
+def test_without_classes_txt_the_message_says_what_to_write(own):
+    (own / "classes.txt").unlink()
+    with pytest.raises(InputError) as error:
+        datasets.folder(own, "train")
+    assert "the values 0, 1, 2, 255" in str(error.value)
+    assert str(error.value).endswith("\nbackground\nclass 1\nclass 2")
+
+
+COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)
+
+
+def colour_the_masks(root: Path, mode: str = "RGB") -> None:
+    for path in (root / "masks").rglob("*.png"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(COLOURS[np.where(mask == 255, 0, mask)]).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("separator", [" ", ", ", "\t"])
+def test_colour_masks_are_read_by_the_colours_of_classes_txt(own, mode, separator):
+    expected = datasets.folder(own, "val").mask(0)
+    expected[expected == 255] = 0
+    colour_the_masks(own, mode)
+    colours = [separator.join(map(str, colour)) for colour in COLOURS.tolist()]
+    names = ["background", "traffic light", "car"]
+    lines = [f"{n}{separator}{c}" for n, c in zip(names, colours, strict=True)]
+    make_data.write_lines(own / "classes.txt", [*lines, "# the end"])
+    dataset = datasets.folder(own, "val")
+    assert dataset.labels.names == ("background", "traffic light", "car")
+    assert (dataset.labels.palette == COLOURS).all()
+    assert (dataset.mask(0) == expected).all()
+
+
+@pytest.mark.promise(1)
+def test_a_colour_without_a_class_is_refused_with_file_colour_and_count(own):
+    colour_the_masks(own)
+    lines = ["background 0 0 0", "traffic light 255 0 0", "car 1 2 3"]
+    make_data.write_lines(own / "classes.txt", lines)
+    with pytest.raises(InputError, match=r"photo_\d\.png: colour \(0, 0, 255\).*\d+ pixels"):
+        check_folder(own)
+
+
+def test_colour_masks_without_colours_in_classes_txt_are_refused(own):
+    colour_the_masks(own)
+    with pytest.raises(InputError, match=r"a mask of colours \(RGB\).*name R G B"):
+        check_folder(own)
+
+
+def test_without_classes_txt_the_colours_found_are_shown(own):
+    colour_the_masks(own)
+    (own / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"class 0 0 0 0\nclass 1 0 0 255\nclass 2 255 0 0$"):
+        datasets.folder(own, "train")
+
+
+def test_index_masks_stay_indices_when_classes_have_colours(own):
+    expected = datasets.folder(own, "val").mask(0)
+    lines = ["background 0 0 0", "traffic light 255 0 0", "car 0 0 255"]
+    make_data.write_lines(own / "classes.txt", lines)
+    assert (datasets.folder(own, "val").mask(0) == expected).all()
+
+
+def black_and_white(root: Path, mode: str) -> None:
+    for path in (root / "masks").rglob("*.png"):
+        white = np.asarray(Image.open(path)) == 1
+        Image.fromarray(white.astype(np.uint8) * 255).convert(mode).save(path)
+
+
+@pytest.mark.promise(1)
+def test_masks_of_0_and_255_are_refused_with_the_way_out(own):
+    black_and_white(own, "L")
+    make_data.write_lines(own / "classes.txt", ["background", "cat"])
+    data = SegmentationDataModule(datasets.folder, str(own))
+    with pytest.raises(
+        InputError, match=r"only 0 and 255(.|\n)*background 0 0 0\ncat 255 255 255$"
+    ):
+        data.check_files()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB"])
+def test_that_way_out_makes_white_the_second_class(own, mode):
+    expected = datasets.folder(own, "val").mask(0) == 1
+    black_and_white(own, mode)
+    make_data.write_lines(own / "classes.txt", ["background 0 0 0", "cat 255 255 255"])
+    assert (datasets.folder(own, "val").mask(0) == expected).all()
+
+
+def test_without_classes_txt_black_and_white_masks_get_the_same_advice(own):
+    black_and_white(own, "L")
+    (own / "classes.txt").unlink()
+    with pytest.raises(
+        InputError, match=r"values 0, 255 .*\nbackground 0 0 0\nobject 255 255 255$"
+    ):
+        datasets.folder(own, "train")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["# nothing"], "no class names"),
+        (["sky 0 0 0", "road"], "1 of 2 classes have a colour"),
+        (["sky 0 0 256"], "values 0 to 256"),
+        (["sky", "sky"], "more than once: sky"),
+    ],
+)
+def test_a_bad_classes_txt_is_refused_by_name(tmp_path, lines, message):
+    make_data.write_lines(tmp_path / "classes.txt", lines)
+    with pytest.raises(InputError, match=rf"classes\.txt.*{message}"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_classes_txt_may_come_from_windows(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("\ufeffcaf\u00e9 au lait\r\ncup # small\r\n".encode())
+    labels, has_colours = read_classes(tmp_path / "classes.txt")
+    assert labels.names == ("caf\u00e9 au lait", "cup")
+    assert not has_colours
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_d26_a_class_list_that_says_its_encoding_is_read(tmp_path, encoding):
+    (tmp_path / "classes.txt").write_bytes("caf\u00e9\nstra\u00dfe\n".encode(encoding))
+    assert read_classes(tmp_path / "classes.txt")[0].names == ("caf\u00e9", "stra\u00dfe")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("road\ncaf\u00e9\n".encode("cp1252"), r"line 2 is not UTF-8 \(byte 0xe9\)"),
+        ("road\nsky\n".encode("utf-16-le"), "zero bytes"),
+    ],
+)
+def test_d26_a_class_list_of_another_encoding_is_refused(tmp_path, content, message):
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"classes\.txt: .*{message}.*encoding UTF-8"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_a_written_folder_reads_back_as_the_same_samples(tmp_path):
+    samples = [datasets.shapes("test", size=32)[i] for i in range(4)]
+    labels = datasets.shapes("test").labels
+    datasets.write_folder(samples, labels, tmp_path)
+    parts = [datasets.folder(tmp_path, split) for split in ("train", "val")]
+    assert parts[0].labels.names == labels.names
+    assert np.array_equal(parts[0].labels.palette, labels.palette)
+    read = {pair.name: part[i] for part in parts for i, pair in enumerate(part.pairs)}
+    for name, (image, mask) in zip(sorted(read), samples, strict=True):
+        assert torch.equal(read[name][0], image)
+        assert torch.equal(read[name][1], mask)
+
+
+def test_a_folder_is_listed_in_half_of_the_memory_that_the_paths_would_take(tmp_path):
+    """The paths as strings in a dictionary took 600 bytes for each pair."""
+    number = 4_000
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(number):
+            (tmp_path / kind / f"{i:06d}.png").touch()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    datasets.folder(tmp_path, "val")
+    tracemalloc.start()
+    try:
+        train = datasets.folder(tmp_path, "train")
+        used = tracemalloc.get_traced_memory()[1] / number
+    finally:
+        tracemalloc.stop()
+    assert len(train) == 0.8 * number
+    assert used - len(str(tmp_path)) * 2 * 0.8 < 250, used
