@@ -27,7 +27,7 @@ from seg_torch.images.read import decode_image
 
 
 def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
-    """Decode, segments and encodes as the server does, one image after the other."""
+    """Decode, segment and encode as the server does, one image after the other."""
     hardware.reuse_memory()
     segmenter = Segmenter.load(checkpoint)
     waits: list[float] = []

@@ -30,6 +30,6 @@ COMMANDS = {
     "compare": Command(positional="runs", takes_several=True),
     "predict": Command(),
     "export": Command(),
-    "app": Command(packages=("gradio",)),
-    "serve": Command(packages=("litserve",)),
+    "app": Command(packages=("fastapi", "uvicorn")),
+    "serve": Command(packages=("fastapi", "uvicorn")),
 }
