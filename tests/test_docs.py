@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -145,6 +146,17 @@ def test_no_page_is_left_out_of_the_site():
     assert sorted(listed) == sorted(["index.md", "quickstart.md", *NOT_IN_DOCS, *pages])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_and_source_file_of_the_texts_exists(page):
+    if page.name == "CHANGELOG.md":  # which names old ones, too
+        return
+    text = re.sub(r"\S*\btoy\b\S*", "", page.read_text(encoding="utf-8"))  # to be written
+    for name in re.findall(r"\bseg_torch(?:\.[A-Za-z]\w*)+", text):
+        pkgutil.resolve_name(name)
+    for name in re.findall(r"(?<![\w/])(?:benchmarks|conf|seg_torch|tests)/[\w/]+\.\w+", text):
+        assert (ROOT / name).is_file(), name
+
+
 # Code
 
 
@@ -275,3 +287,15 @@ def test_the_reference_documents_all_that_is_imported_from_a_package(site):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_choice_of_the_configuration_is_in_the_docs():
+    choices = re.findall(r"^\| `(\w+)=` \| (.*) \|$", (ROOT / "docs/training.md").read_text(), re.M)
+    named = {group: set(re.findall(r"`([\w]+)`", text)) for group, text in choices}
+    for group in ("model", "loss", "optimizer", "scheduler", "logger"):
+        names = {path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")}
+        assert names - {"hub"} <= named[group], group  # whose models are not trained
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    for path in (CONFIG_FOLDER / "data").glob("*.yaml"):
+        if path.stem not in ("default", "from_checkpoint"):
+            assert re.search(rf"^\| [^|]*`{path.stem}`[^|]*\|", page, re.M), path.stem

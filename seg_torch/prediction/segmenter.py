@@ -61,9 +61,8 @@ class Segmenter:
         **settings: Any,
     ) -> None:
         if not 0 <= min_confidence <= 1:
-            raise InputError(
-                f"min_confidence={min_confidence}: expected a probability, such as 0.9"
-            )
+            message = f"min_confidence={min_confidence}: expected a probability, such as 0.9"
+            raise InputError(message)
         self.min_confidence = min_confidence
         self.format = format
         self.device = hardware.best_device() if device is None else torch.device(device)

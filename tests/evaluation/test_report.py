@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.special
+import torch
 from conftest import SMALL_DATA, SMALL_TRAINER, SMALL_UNET, run_command
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -177,10 +178,15 @@ def test_doubtful_labels_are_those_of_the_lowest_softmin_score(folder, page, sam
     assert page.captions("Labels most likely to be wrong") == sorted(scores, key=scores.get)[:6]
 
 
-def test_a_checkpoint_without_its_run_has_a_report_without_its_training(folder, tmp_path):
+def test_a_checkpoint_without_its_run_is_read_once_and_has_a_report_without_its_training(
+    folder, tmp_path, monkeypatch
+):
     shutil.copy(folder / "run/checkpoints/best.ckpt", tmp_path / "best.ckpt")
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: reads.append(str(a[0])) or load(*a, **k))
     line = "report best.ckpt split=val output_dir=report trainer.accelerator=cpu"
     assert run_command(line, tmp_path) == 0
+    assert len(reads) == 1
     page = Page((tmp_path / "report/report.html").read_text(encoding="utf-8"))
     assert "Training" not in page.texts
     assert "Best images" not in page.texts, "all four are among the worst"

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,7 @@ def test_every_output_of_an_image_is_a_file(segmenter, scene, tmp_path, output):
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     images = {tmp_path / "out/dataset/images/x/a.png"} if output == "dataset" else set()
     assert set(files) == {output_path(tmp_path / "out", output, "x/a"), *images}
+    assert output_path("out", "dataset", "x/a") == Path("out/dataset/masks/x/a.png")
     for copy in images:
         assert copy.read_bytes() == (tmp_path / "a.png").read_bytes()
     if output in ("mask", "geotiff", "dataset"):

@@ -119,7 +119,7 @@ def test_python_asks_for_the_same(photos, weights):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("min_confidence=1.5", "min_confidence=1.5: expected 0 to 1"),
+        ("min_confidence=1.5", "min_confidence=1.5: expected a probability"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(run, setting, message):
