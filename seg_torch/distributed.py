@@ -1,7 +1,5 @@
 """The processes of a command, one for each device, and what they do together."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterable

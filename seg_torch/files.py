@@ -1,7 +1,5 @@
 """Where the configurations lie, and writing so that a killed process leaves no half a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid

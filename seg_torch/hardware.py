@@ -1,7 +1,5 @@
 """What this machine is good at: the defaults of the user who sets nothing."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

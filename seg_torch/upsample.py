@@ -1,7 +1,5 @@
 """Logits from the resolution at which a head works to that of the labels, whole or by rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

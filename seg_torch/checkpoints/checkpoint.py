@@ -8,8 +8,6 @@ They may come from anybody. Reading one runs nothing that comes from the file, a
 is compared with what it holds before there is memory for it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """How an exported network compares with the network that it came from."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ The graph takes `images`, uint8 [N, C, H, W] of any N, H and W, and gives `class
 augmentation are made of, and, where they were asked for, `probabilities`, float32 [N, K, H, W].
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

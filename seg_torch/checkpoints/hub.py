@@ -4,8 +4,6 @@ Nothing of what is downloaded is run: the configuration is plain data that is ch
 stranger's checkpoint, and the weights are tensors.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What strangers' configurations may make: known models and data, of a size that is bounded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """seg-torch app: the server of `seg-torch serve` for this machine, and its page in the browser."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

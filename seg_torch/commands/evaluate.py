@@ -1,7 +1,5 @@
 """evaluate.py: scores a checkpoint on its own or on other data; or a published model."""
 
-from __future__ import annotations
-
 from omegaconf import DictConfig
 
 from seg_torch.evaluation.scorer import score

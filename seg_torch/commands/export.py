@@ -1,7 +1,5 @@
 """seg-torch export: a network as one file that other programs run."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What predict.py does: segment images and write masks, overlays and a table of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

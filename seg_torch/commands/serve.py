@@ -1,7 +1,5 @@
 """seg-torch serve: answer images that are sent over HTTP with their segmentation."""
 
-from __future__ import annotations
-
 import logging
 
 from omegaconf import DictConfig

@@ -1,7 +1,5 @@
 """train.py: trains a model, keeps its best epoch, and scores that on the test set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from hydra.utils import instantiate

@@ -1,7 +1,5 @@
 """Scorer: all scores of a network on the images of a split, for Lightning's Trainer."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext

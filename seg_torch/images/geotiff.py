@@ -1,7 +1,5 @@
 """TIFF files: their channels as they are stored, and masks that keep their place on earth."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

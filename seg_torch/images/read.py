@@ -1,7 +1,5 @@
 """Reading images: one loading rule for training, evaluation and prediction."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterator

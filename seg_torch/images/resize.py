@@ -1,7 +1,5 @@
 """The one way in which images and masks are resized, in training as in prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What losses have in common: sums over pixels, also over those of several processes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The boundary loss, and the distances that it takes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

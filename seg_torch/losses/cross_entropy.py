@@ -1,7 +1,5 @@
 """Cross-entropy, also weighted, focal and of the hardest pixels alone."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

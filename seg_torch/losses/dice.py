@@ -1,7 +1,5 @@
 """Dice and Tversky: how much what is predicted and what is labelled overlap."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Lovász-softmax."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

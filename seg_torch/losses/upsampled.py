@@ -1,7 +1,5 @@
 """Losses of logits at label size, in a fraction of the memory that these would take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

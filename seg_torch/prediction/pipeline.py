@@ -5,8 +5,6 @@ the headers of all files, before the first one is read, so that a run that was s
 makes the same batches.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping

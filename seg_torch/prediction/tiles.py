@@ -1,7 +1,5 @@
 """Overlapping tiles of a large image, and how the logits of one fade into those of the next."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

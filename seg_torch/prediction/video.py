@@ -1,7 +1,5 @@
 """Videos: the overlay of every frame at its own time. Needs PyAV."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """One queue of requests, and the processes with the model that take batches from it."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import multiprocessing

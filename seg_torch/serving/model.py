@@ -1,7 +1,5 @@
 """In a process with the model: uploaded images to answers."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import math

@@ -1,7 +1,5 @@
 """The process that speaks HTTP: it reads requests, refuses large ones, and gives the page."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -1,7 +1,5 @@
 """The moving average of the weights."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a configuration to the parts of a training: network, task, callbacks."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

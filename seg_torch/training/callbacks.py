@@ -1,7 +1,5 @@
 """What happens beside the training steps: scores by epoch, curves, samples, checkpoints."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run whose loss or weights are no longer numbers: it ends, and leaves the batch behind."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import partial

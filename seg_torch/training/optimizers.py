@@ -1,7 +1,5 @@
 """Parameter groups: learning rates and weight decay by part of the network."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any, cast
 

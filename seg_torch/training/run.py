@@ -1,7 +1,5 @@
 """A run's folder: who may write to it, and how its configuration comes back on resuming."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import logging

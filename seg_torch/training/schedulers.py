@@ -1,7 +1,5 @@
 """Learning-rate schedules by the number of steps, which only the trainer knows."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable

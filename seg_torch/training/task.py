@@ -1,7 +1,5 @@
 """SegmentationTask: loss, optimizer and validation scores of a network, for Lightning's Trainer."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

@@ -1,7 +1,5 @@
 """Lightning's Trainer for this hardware."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
