@@ -228,16 +228,16 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
         InputError: The model is none of seg_torch's and not trusted, is larger than the weights in
             the file, or these do not fit it.
     """
-    description = content[KEY]
-    labels = Labels.from_dict(description["labels"])
+    description, state = content[KEY], network_state(content)
+    preprocessing, names = description["preprocessing"], description["labels"]["names"]
+    is_rgb = image_format(description) == RGB
     config = dict(description["model"])
     known = str(config.get("_target_")) in trusted.MODELS
     if known or "weights" in config:
         config["weights"] = None  # they are in the checkpoint
     make = partial(
-        trusted.instantiate_trusted, config, trust, trusted.MODELS, num_classes=len(labels)
+        trusted.instantiate_trusted, config, trust, trusted.MODELS, num_classes=len(names)
     )
-    state = network_state(content)
     if known:
         trusted.check_numbers(config)
         # Weights in half precision have two bytes.
@@ -246,8 +246,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
         model = make()
     if not isinstance(model, nn.Module):
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
-    preprocessing = description["preprocessing"]
-    if image_format(description) != RGB:
+    if not is_rgb:
         weights.adapt_first_conv(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
@@ -255,7 +254,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     except RuntimeError as error:
         message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
         raise InputError(message) from None
-    return network, labels
+    return network, Labels.from_dict(description["labels"])
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:
