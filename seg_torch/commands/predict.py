@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from seg_torch.prediction.folder import OutputFolder, find_images, run_id
 from seg_torch.prediction.load import load_segmenters
 from seg_torch.prediction.outputs import OUTPUTS
 from seg_torch.prediction.pipeline import Pipeline, plan_batches
-from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.prediction.video import is_video, predict_video
-
-log = logging.getLogger(__name__)
 
 
 def predict(cfg: DictConfig) -> int:
@@ -42,7 +38,9 @@ def predict(cfg: DictConfig) -> int:
     segmenters = load_segmenters(cfg, processes.device)
     model = next(iter(segmenters.values()))
     if is_video(source):
-        return _predict_video(model, source, output, cfg.batch_size) if processes.is_first else 0
+        if processes.is_first:
+            predict_video(model, source, output / f"{source.stem}.mp4", cfg.batch_size)
+        return 0
     if model.format.files:
         files = find_images(source, output, model.format.files)
     processes.start()  # not before all settings are known to be right, or the others wait
@@ -68,11 +66,3 @@ def _outputs(save: Sequence[str], side_by_side: bool) -> list[str]:
     if unknown:
         raise InputError(f"save: there is no {', '.join(unknown)}; choose of {', '.join(choices)}")
     return [*save, *(["side_by_side"] if side_by_side and "side_by_side" not in save else [])]
-
-
-def _predict_video(segmenter: Segmenter, source: Path, output: Path, batch_size: int | None) -> int:
-    target = output / f"{source.stem}.mp4"
-    with segmenter.inference.autocast():  # as for images
-        frames = predict_video(segmenter, source, target, batch_size)
-    log.info("%d frames segmented: %s", frames, target)
-    return 0

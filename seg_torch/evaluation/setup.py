@@ -69,14 +69,14 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     """
     if cfg.split not in SPLITS:
         raise InputError(f"split={cfg.split}: expected train, val or test")
+    model = open_model(cfg)
+    data = open_data(cfg, model)
     processes = Processes(cfg.trainer)
     folder = Path(processes.same(str(cfg.output_dir)))
-    model = open_model(cfg)
-    trainer = build_trainer(cfg, processes, folder)
-    data = open_data(cfg, model)
     processes.first(lambda: len(data.dataset(cfg.split)))  # which fetches it, if it can
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
+    trainer = build_trainer(cfg, processes, folder)
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
     inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)

@@ -22,12 +22,12 @@ def load_segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
     Raises:
         InputError: It cannot be loaded, or a setting is impossible.
     """
-    options = _options(cfg, device)
+    name, options = model_name(cfg), _options(cfg, device)
     if cfg.checkpoint is not None:
         return Segmenter.load(cfg.checkpoint, trust=cfg.trust, **options)
     if cfg.model._target_ == HUB:
-        return Segmenter.from_hub(cfg.model.name, **options)
-    if model_name(cfg) in PRETRAINED:
+        return Segmenter.from_hub(name, **options)
+    if name in PRETRAINED:
         network = Network(instantiate(cfg.model, num_classes=len(VOC_LABELS)))
         return Segmenter(network, VOC_LABELS, **options)
     raise InputError(
@@ -42,9 +42,9 @@ def load_segmenters(cfg: DictConfig, device: torch.device) -> dict[str, Segmente
     Raises:
         InputError: One cannot be loaded, or they take images of different formats.
     """
-    first = load_segmenter(cfg, device)
+    name, first = model_name(cfg), load_segmenter(cfg, device)
     if cfg.compare_with is None:
-        return {model_name(cfg): first}
+        return {name: first}
     if cfg.compare_with in PRETRAINED:
         second = Segmenter.pretrained(cfg.compare_with, **_options(cfg, device))
     else:
@@ -52,7 +52,7 @@ def load_segmenters(cfg: DictConfig, device: torch.device) -> dict[str, Segmente
         second = load_segmenter(config, device)
     if second.format != first.format:
         raise InputError(f"compare_with={cfg.compare_with}: it takes images of other channels")
-    return {model_name(cfg): first, str(cfg.compare_with): second}
+    return {name: first, str(cfg.compare_with): second}
 
 
 def model_name(cfg: DictConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, islice
@@ -13,6 +14,8 @@ import numpy as np
 from seg_torch.errors import InputError, require
 from seg_torch.files import write_atomically
 from seg_torch.prediction.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
@@ -65,9 +68,11 @@ def predict_video(
             result.mux(encoder.encode())
 
     try:
-        write_atomically(target, write)
+        with segmenter.inference.autocast():  # as for images
+            write_atomically(target, write)
     except av.FFmpegError as error:
         raise InputError(f"{source}: cannot be read after frame {frames}: {error}") from None
+    log.info("%d frames segmented: %s", frames, target)
     return frames
 
 
