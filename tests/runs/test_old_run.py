@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import ROOT, run_command
+from forked import Forked
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -22,6 +23,13 @@ LOSS, SCORE = 1e-3, 0.02
 def old_run(tmp_path) -> Path:
     """A copy of the run, in another folder than that it was begun in."""
     return Path(shutil.copytree(STORED / "run", tmp_path / "old_run"))
+
+
+def resume(folder: Path, *settings: str) -> None:
+    """As a user does it: in a new process, of which no other test has changed anything."""
+    command = [ROOT / "train.py", "resume=old_run", *settings]
+    code, output = Forked(command, folder, OMP_NUM_THREADS="1").finish()
+    assert code == 0, output
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -39,7 +47,7 @@ def test_the_stored_run_has_old_names_and_stopped_within_an_epoch(old_run):
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_ends_as_it_would_have_then(old_run, tmp_path):
-    assert run_command("train resume=old_run", tmp_path) == 0
+    resume(tmp_path)
     found, expected = rows(old_run / "metrics.csv"), rows(STORED / "undisturbed/metrics.csv")
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     # The losses: which class is ahead in so short a training depends on how a CPU rounds.
@@ -54,7 +62,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_ends_as_it_would_have_then(old_
     config = OmegaConf.load(old_run / "config.yaml")
     assert config.data._target_ == "seg_torch.data.SegmentationDataModule"
     assert config.scheduler._target_ == "seg_torch.training.schedulers.poly"
-    assert run_command("train resume=old_run trainer.max_epochs=7", tmp_path) == 0
+    resume(tmp_path, "trainer.max_epochs=7")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_scored_and_predicts(old_run, tmp_path):
