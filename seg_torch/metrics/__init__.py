@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from seg_torch.metrics.confusion import report as report
     from seg_torch.metrics.confusion import scores as scores
     from seg_torch.metrics.images import ImageScores as ImageScores
-    from seg_torch.metrics.label_quality import LabelQuality as LabelQuality
+    from seg_torch.metrics.images import LabelQuality as LabelQuality
 
 MODULES = {
     "average_precision": ("AveragePrecision",),
@@ -25,8 +25,7 @@ MODULES = {
     "boundary": ("BoundaryScores",),
     "calibration": ("Calibration",),
     "confusion": ("ConfusionMatrix", "report", "scores"),
-    "images": ("ImageScores",),
-    "label_quality": ("LabelQuality",),
+    "images": ("ImageScores", "LabelQuality"),
 }
 
 

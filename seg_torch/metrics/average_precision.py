@@ -1,17 +1,15 @@
 """Average precision: how well the probabilities of a class rank the pixels."""
 
 import torch
-import torchmetrics
 from torch import Tensor
 
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.metrics.blocks import ScoredBlock
-from seg_torch.metrics.histogram import count
+from seg_torch.metrics.blocks import PixelCounts, ScoredBlock, count
 
 SCORE_STEPS = 1024  # scores are rounded to multiples of 1 / 1024
 
 
-class AveragePrecision(torchmetrics.Metric):
+class AveragePrecision(PixelCounts):
     """Average precision of each class against all others, over the pixels of a whole dataset.
 
     The sum over n of (R_n - R_n-1) P_n, as in scikit-learn's `average_precision_score`: R_n and P_n
@@ -25,16 +23,10 @@ class AveragePrecision(torchmetrics.Metric):
         num_classes: Number of classes C.
     """
 
-    full_state_update = False
-
-    counts: Tensor
-
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
         # By class, whether the label is that class, and score.
-        empty = torch.zeros(num_classes, 2, SCORE_STEPS + 1, dtype=torch.int64)
-        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+        super().__init__(num_classes, 2, SCORE_STEPS + 1)
+        self.num_classes = num_classes
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""

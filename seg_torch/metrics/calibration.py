@@ -3,29 +3,20 @@
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.metrics.blocks import CONFIDENCE_STEPS, ScoredBlock
+from seg_torch.metrics.blocks import CONFIDENCE_STEPS, PixelCounts, ScoredBlock, count
 from seg_torch.metrics.counts import number_or_none
-from seg_torch.metrics.histogram import count
 
 CALIBRATION_BINS = 15
 
 
-class Calibration(torchmetrics.Metric):
+class Calibration(PixelCounts):
     """Whether predictions are right as often as they are confident, over the labelled pixels."""
 
-    full_state_update = False
-
-    counts: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        # By whether the prediction is right, and by confidence.
-        empty = torch.zeros(2, CONFIDENCE_STEPS + 1, dtype=torch.int64)
-        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+        super().__init__(2, CONFIDENCE_STEPS + 1)  # by whether the prediction is right
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
