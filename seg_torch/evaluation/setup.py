@@ -1,7 +1,5 @@
 """What is scored, and on what: a checkpoint or a published model, and its own or other data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +25,6 @@ from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.trainer import build_trainer
 
 
-class Setup(NamedTuple):
-    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
-
-    trainer: Trainer
-    scorer: Scorer
-    data: SegmentationDataModule
-    folder: Path
-    model: Model
-
-
 class Model(NamedTuple):
     """A network, and what is known of it.
 
@@ -55,6 +43,16 @@ class Model(NamedTuple):
     resize: Sequence[int] | None
     format: ImageFormat
     config: dict[str, Any]
+
+
+class Setup(NamedTuple):
+    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
+
+    trainer: Trainer
+    scorer: Scorer
+    data: SegmentationDataModule
+    folder: Path
+    model: Model
 
 
 def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
