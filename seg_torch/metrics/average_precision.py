@@ -26,7 +26,6 @@ class AveragePrecision(PixelCounts):
     def __init__(self, num_classes: int) -> None:
         # By class, whether the label is that class, and score.
         super().__init__(num_classes, 2, SCORE_STEPS + 1)
-        self.num_classes = num_classes
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
@@ -34,7 +33,7 @@ class AveragePrecision(PixelCounts):
         ignored = target == IGNORE_INDEX
         num_scores = SCORE_STEPS + 1
         counts = []
-        for class_id in range(self.num_classes):  # class by class: a C-th of the memory
+        for class_id in range(len(self.counts)):  # class by class: a C-th of the memory
             bins = (probabilities[class_id] * SCORE_STEPS).round().to(torch.int16)
             bins += num_scores * (target == class_id)
             bins.masked_fill_(ignored, 2 * num_scores)

@@ -76,9 +76,8 @@ class BoundaryScores(PixelCounts):
                 matches |= line & _maximum_within(other.byte(), reach).bool()
         chosen = zip((*regions, both, *lines, *matched), (*maps, target, *maps, *maps), strict=True)
         bins = [torch.where(mask, ids, self.num_classes).to(torch.int16) for mask, ids in chosen]
-        self.counts = self.counts + torch.stack(
-            [count(each, self.num_classes + 1)[:-1] for each in bins]
-        )
+        counts = [count(each, self.num_classes + 1)[:-1] for each in bins]
+        self.counts = self.counts + torch.stack(counts)
 
     def compute(self) -> dict[str, Tensor]:
         """Return `boundary_iou` and `boundary_f`, each float64 [C] on the CPU.

@@ -24,7 +24,6 @@ class ConfusionMatrix(PixelCounts):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, num_classes)
-        self.num_classes = num_classes
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count a batch; on CUDA without waiting for the device.
@@ -38,10 +37,9 @@ class ConfusionMatrix(PixelCounts):
         """
         if prediction.shape != target.shape:
             raise InputError(
-                f"predictions of shape {tuple(prediction.shape)} cannot be compared with labels of "
-                f"shape {tuple(target.shape)}"
+                f"predictions of shape {[*prediction.shape]} but labels of shape {[*target.shape]}"
             )
-        num_classes = self.num_classes
+        num_classes = len(self.counts)
         if target.device.type == "cpu" and target.numel():
             lowest, highest = prediction.aminmax()
             if lowest < 0 or highest >= num_classes:

@@ -24,13 +24,12 @@ class ImageScores(PixelCounts):
 
     def __init__(self, num_classes: int, num_images: int) -> None:
         super().__init__(num_images, 3, num_classes)
-        self.num_classes = num_classes
         empty = torch.zeros(num_images, dtype=torch.int64)
         self.add_state("confidence", default=empty, dist_reduce_fx="sum")
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
-        num_classes = self.num_classes
+        num_classes = self.counts.shape[-1]
         prediction, target = block.prediction, block.target
         ignored = target == IGNORE_INDEX
         maps = (target.masked_fill(prediction != target, num_classes), target, prediction)
