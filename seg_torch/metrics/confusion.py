@@ -37,7 +37,7 @@ class ConfusionMatrix(PixelCounts):
         """
         if prediction.shape != target.shape:
             raise InputError(
-                f"predictions of shape {[*prediction.shape]} but labels of shape {[*target.shape]}"
+                f"predictions have shape {tuple(prediction.shape)}, labels {tuple(target.shape)}"
             )
         num_classes = len(self.counts)
         if target.device.type == "cpu" and target.numel():

@@ -59,7 +59,8 @@ class Calibration(PixelCounts):
     """Whether predictions are right as often as they are confident, over the labelled pixels."""
 
     def __init__(self) -> None:
-        super().__init__(2, CONFIDENCE_STEPS + 1)  # by whether the prediction is right
+        # By whether the prediction is right, and by confidence.
+        super().__init__(2, CONFIDENCE_STEPS + 1)
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
