@@ -90,7 +90,7 @@ class Segmentation:
         return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
 
     def coco(self) -> list[dict[str, Any]]:
-        """Return COCO annotations, one for each class that occurs: see `seg_torch.drawing.regions`."""
+        """Return a COCO annotation of each class that occurs: see `seg_torch.drawing.regions`."""
         return coco_annotations(self.mask)
 
     def polygons(self) -> dict[str, Any]:
