@@ -13,7 +13,7 @@ from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.data import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS
+from seg_torch.datasets.base import check_split
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
@@ -65,8 +65,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     Raises:
         InputError: The checkpoint, the data or a setting cannot be used.
     """
-    if cfg.split not in SPLITS:
-        raise InputError(f"split={cfg.split}: expected train, val or test")
+    check_split(cfg.split)
     model = open_model(cfg)
     data = open_data(cfg, model)
     processes = Processes(cfg.trainer)
