@@ -232,15 +232,13 @@ def _page(
     )
 
 
-def _duplicate_figure(duplicate: dict[str, Any], originals: dict[str, BaseDataset]) -> Figure:
+def _duplicate_figure(pair: dict[str, Any], originals: dict[str, BaseDataset]) -> Figure:
     images, names = [], []
-    for split, index, name in zip(
-        duplicate["splits"], duplicate["indices"], duplicate["names"], strict=True
-    ):
+    for split, index, name in zip(pair["splits"], pair["indices"], pair["names"], strict=True):
         dataset = originals[split]
         images.append(Image.fromarray(dataset.format.shown(as_array(dataset[index][0]))))
         names.append(f"{split}: {Path(name).name}")
-    how = "the same pixels" if duplicate["exact"] else f"correlation {duplicate['similarity']}"
+    how = "the same pixels" if pair["exact"] else f"correlation {pair['similarity']}"
     return figure(images, f"{', '.join(names)} ({how})")
 
 

@@ -29,8 +29,8 @@ def overlay(image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 
         RGB image of W x H pixels.
     """
     page = Image.new("RGB", mask.shape[::-1])
-    for top, strip in _overlay_strips(image, mask, labels, alpha):
-        page.paste(strip, (0, top))
+    for number, strip in enumerate(_overlay_strips(image, mask, labels, alpha)):
+        page.paste(strip, (0, number * STRIP))
     return page
 
 
@@ -53,7 +53,7 @@ def save_overlay(
             "most: leave overlay out of save"
         )
     with open(path, "wb") as file:
-        for number, (_, strip) in enumerate(_overlay_strips(image, mask, labels)):
+        for number, strip in enumerate(_overlay_strips(image, mask, labels)):
             buffer = BytesIO()
             # A marker for each 16 rows of 16 pixels, thus none within a strip.
             strip.save(buffer, "JPEG", quality=quality, restart_marker_rows=STRIP // 16)
@@ -81,8 +81,8 @@ def _find_in_jpeg(jpeg: bytes | bytearray) -> tuple[int, int]:
 
 def _overlay_strips(
     image: np.ndarray, mask: np.ndarray, labels: Labels, alpha: float = 0.5
-) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the first row of each strip of an overlay, and the strip."""
+) -> Iterator[Image.Image]:
+    """Yield an overlay from the top down, in strips."""
     for top in range(0, len(mask), STRIP):
         rows = slice(top, top + STRIP)
         original = Image.fromarray(image[rows])
@@ -91,7 +91,7 @@ def _overlay_strips(
         ignored = mask[rows] == IGNORE_INDEX
         if ignored.any():
             blended.paste(original, mask=Image.fromarray(ignored))
-        yield top, blended
+        yield blended
 
 
 def side_by_side(
@@ -178,8 +178,8 @@ def sample_sheet(
         # Shrinking averages colours, enlarging must not: pixels of small masks stay visible.
         shrinks = size[0] < image.shape[1]
         colour_filter = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
-        masks_shown = [palette_image(m, labels).convert("RGB") for m in maps]
-        coloured = [item.resize(size, colour_filter) for item in masks_shown]
+        colours = [palette_image(m, labels).convert("RGB") for m in maps]
+        coloured = [item.resize(size, colour_filter) for item in colours]
         rows.append([Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), *coloured])
     shown = np.unique(np.concatenate([m.ravel() for m in (*masks, *predictions)])).tolist()
     rows.append([legend(labels, [i for i in shown if i != IGNORE_INDEX], 3 * tile + 2 * GAP)])

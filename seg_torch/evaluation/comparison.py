@@ -12,13 +12,7 @@ from omegaconf import OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
-from seg_torch.evaluation.bootstrap import (
-    ImageCounts,
-    interval,
-    p_value,
-    read_image_counts,
-    resampled_sums,
-)
+from seg_torch.evaluation import bootstrap
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.metrics.counts import COUNTS, class_scores, mean_scores
 from seg_torch.training.run import COLUMNS, TIMES, read_table
@@ -51,7 +45,7 @@ class ScoredRun(NamedTuple):
     val_mean_iou: float
     seconds: float
     memory: float
-    counts: ImageCounts | None
+    counts: bootstrap.ImageCounts | None
 
 
 class Group(NamedTuple):
@@ -102,7 +96,7 @@ def _read_run(folder: Path, split: str) -> ScoredRun | None:
         raise InputError(f"{folder}: cannot be read as a run: {error}") from None
     counts = None
     if images.is_file():
-        counts = read_image_counts(images)
+        counts = bootstrap.read_image_counts(images)
     else:
         log.warning("%s holds no %s: it is not compared image by image", folder, images.name)
     return ScoredRun(
@@ -237,10 +231,10 @@ def compared(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[tuple]
         if baseline is None or other is None:
             continue
         means, ious = (b - a for a, b in zip(baseline, other, strict=True))
-        low, high = interval(means[1:])
+        low, high = bootstrap.interval(means[1:])
         row |= {"difference": means[0], "difference_low": low, "difference_high": high}
-        row["p"] = p_value(means[1:])
-        low, high = interval(ious[1:])
+        row["p"] = bootstrap.p_value(means[1:])
+        low, high = bootstrap.interval(ious[1:])
         for i in np.flatnonzero((low > 0) | (high < 0)):
             both = baseline[1][0, i], other[1][0, i]
             changes.append((group.name, classes[i], *both, (ious[0, i], low[i], high[i])))
@@ -254,16 +248,13 @@ def _row(group: Group) -> dict[str, Any]:
         ("pixel_accuracy", [run.scores["pixel_accuracy"] for run in group.runs]),
         ("val_mean_iou", [run.val_mean_iou for run in group.runs]),
     ):
-        row[name], row[f"{name}_sd"] = _mean_and_sd(values)
+        known = [np.nan if value is None else value for value in values]
+        row[name] = statistics.fmean(known)
+        row[f"{name}_sd"] = statistics.stdev(known) if len(known) > 1 else np.nan
     row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), np.nan)
     row["seconds_per_epoch"] = statistics.fmean(run.seconds for run in group.runs)
     row["gpu_memory_gb"] = max(run.memory for run in group.runs)
     return row
-
-
-def _mean_and_sd(values: Sequence[float | None]) -> tuple[float, float]:
-    known = [np.nan if value is None else value for value in values]
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else np.nan
 
 
 def _resampled(group: Group) -> tuple[np.ndarray, np.ndarray] | None:
@@ -276,7 +267,7 @@ def _resampled(group: Group) -> tuple[np.ndarray, np.ndarray] | None:
         if run.counts is None:
             return None
         counts = run.counts.counts
-        sums = np.concatenate([counts.sum(axis=0, keepdims=True), resampled_sums(counts)])
+        sums = np.concatenate([counts.sum(axis=0, keepdims=True), bootstrap.resampled_sums(counts)])
         means.append(mean_scores(sums)["mean_iou"])
         ious.append(class_scores(sums)["iou"])
     return np.mean(means, axis=0), np.mean(ious, axis=0)

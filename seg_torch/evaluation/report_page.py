@@ -19,7 +19,7 @@ from seg_torch.evaluation.bootstrap import METHOD, interval, resampled_sums
 from seg_torch.evaluation.results import Results
 from seg_torch.evaluation.setup import Setup
 from seg_torch.labels import palette_image
-from seg_torch.metrics.counts import class_scores, mean_over_classes, mean_scores, stack_counts
+from seg_torch.metrics.counts import class_scores, mean_scores, stack_counts
 from seg_torch.prediction.segmentation import segment
 from seg_torch.training.run import COLUMNS, read_table
 from seg_torch.version import __version__
@@ -38,8 +38,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
     """
     scores, counts = results.scores, stack_counts(results.images)
     sums = resampled_sums(counts)
-    low, high = interval(class_scores(sums)["iou"])
-    iou = mean_over_classes(class_scores(counts)["iou"])
+    iou = mean_scores(counts)["mean_iou"]
     order = _lowest(iou)
     doubtful = _lowest(results.images["label_quality"])[:DOUBTFUL]
     run = checkpoint.run_of(cfg.checkpoint)
@@ -57,7 +56,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
         labels=results.labels,
         scores=scores,
         limits={name: interval(values) for name, values in mean_scores(sums).items()},
-        class_limits=[*zip(low, high, strict=True)],
+        class_limits=np.transpose(interval(class_scores(sums)["iou"])),
         method=METHOD,
         confusion_matrix=plot(confusion_matrix(matrix, results.labels)),
         reliability=plot(reliability(bins)) if bins else None,

@@ -1,7 +1,5 @@
 """What scoring gives: scores of the dataset and of each image, as values, files and tables."""
 
-from __future__ import annotations
-
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +37,6 @@ class Results:
     images: dict[str, np.ndarray]
     names: list[str]
     labels: Labels
-
-    @classmethod
-    def of(
-        cls, scores: dict[str, Any], images: dict[str, np.ndarray], labels: Labels, dataset: Any
-    ) -> Results:
-        """Return the results of a dataset, which gives the names of the images."""
-        names = [dataset.name(index, "name") for index in range(len(dataset))]
-        return cls(scores, images, names, labels)
 
     def write(self, folder: Path, split: str) -> None:
         """Write `<split>_metrics.json`, `_images.npz` and `.csv`, and `_confusion_matrix.png`.

@@ -9,21 +9,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-from seg_torch import hardware
+from seg_torch import hardware, metrics
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.sampling import EvaluationGroup
 from seg_torch.evaluation.results import Results
 from seg_torch.labels import Labels
-from seg_torch.metrics import (
-    AveragePrecision,
-    BoundaryScores,
-    Calibration,
-    ConfusionMatrix,
-    ImageScores,
-    LabelQuality,
-    ScoredBlock,
-    report,
-)
 from seg_torch.prediction.inference import Inference, decide
 from seg_torch.training.trainer import shard
 
@@ -56,11 +46,9 @@ class Scorer(LightningModule):
         self.network = inference.network  # which the Trainer moves to its device
         self.inference = inference
         self.labels = labels
-        self.asked_for = {
-            "average_precision": average_precision,
-            "boundary": boundary,
-            "label_quality": label_quality,
-        }
+        self.average_precision = average_precision
+        self.boundary = boundary
+        self.label_quality = label_quality
         self.metrics: dict[str, Any] = {}
         self.results: Results | None = None
 
@@ -70,20 +58,20 @@ class Scorer(LightningModule):
     def on_test_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
         classes, images = len(self.labels), len(self._dataset())
-        width = self.asked_for["boundary"]
-        metrics: dict[str, Any] = {
-            "images": ImageScores(classes, images),
-            "calibration": Calibration(),
-            "average_precision": AveragePrecision(classes),
-            "boundary": BoundaryScores(classes, None if width is True else width or None),
-            "label_quality": LabelQuality(images),
-        }
-        self.confusion = ConfusionMatrix(classes).to(self.device)
+        self.confusion = metrics.ConfusionMatrix(classes).to(self.device)
         self.metrics = {
-            name: metric.to(self.device)
-            for name, metric in metrics.items()
-            if self.asked_for.get(name, True)
+            "images": metrics.ImageScores(classes, images),
+            "calibration": metrics.Calibration(),
         }
+        if self.average_precision:
+            self.metrics["average_precision"] = metrics.AveragePrecision(classes)
+        if self.boundary:
+            width = None if self.boundary is True else self.boundary
+            self.metrics["boundary"] = metrics.BoundaryScores(classes, width)
+        if self.label_quality:
+            self.metrics["label_quality"] = metrics.LabelQuality(images)
+        for metric in self.metrics.values():
+            metric.to(self.device)
 
     def test_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
         for images, masks, numbers in groups:
@@ -91,7 +79,7 @@ class Scorer(LightningModule):
             for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
                 predictions[index, rows, columns] = decide(logits)[0]
                 maps = predictions[index], masks[index]
-                block = ScoredBlock(numbers[index], rows, columns, logits, *maps)
+                block = metrics.ScoredBlock(numbers[index], rows, columns, logits, *maps)
                 self.confusion.update(block.prediction, block.target)
                 for metric in self.metrics.values():
                     metric.update(block)
@@ -101,12 +89,14 @@ class Scorer(LightningModule):
         per_class = values.get("boundary", {})
         if "average_precision" in values:
             per_class = {"average_precision": values["average_precision"], **per_class}
-        scores = report(self.confusion.compute(), self.labels.names, per_class)
+        scores = metrics.report(self.confusion.compute(), self.labels.names, per_class)
         scores |= {**values["calibration"], "precision": self.inference.precision}
         images = values["images"]
         if "label_quality" in values:
             images["label_quality"] = values["label_quality"]
-        self.results = Results.of(scores, images, self.labels, self._dataset())
+        dataset = self._dataset()
+        names = [dataset.name(index, "name") for index in range(len(dataset))]
+        self.results = Results(scores, images, names, self.labels)
 
     def _dataset(self) -> Any:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -1,7 +1,5 @@
 """What is scored, and on what: a checkpoint or a published model, and its own or other data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.data import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS
+from seg_torch.datasets.base import check_split
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
@@ -25,16 +23,6 @@ from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training.trainer import build_trainer
-
-
-class Setup(NamedTuple):
-    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
-
-    trainer: Trainer
-    scorer: Scorer
-    data: SegmentationDataModule
-    folder: Path
-    model: Model
 
 
 class Model(NamedTuple):
@@ -57,6 +45,16 @@ class Model(NamedTuple):
     config: dict[str, Any]
 
 
+class Setup(NamedTuple):
+    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
+
+    trainer: Trainer
+    scorer: Scorer
+    data: SegmentationDataModule
+    folder: Path
+    model: Model
+
+
 def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     """Open the model and the data of a command, in all its processes.
 
@@ -67,8 +65,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     Raises:
         InputError: The checkpoint, the data or a setting cannot be used.
     """
-    if cfg.split not in SPLITS:
-        raise InputError(f"split={cfg.split}: expected train, val or test")
+    check_split(cfg.split)
     model = open_model(cfg)
     data = open_data(cfg, model)
     processes = Processes(cfg.trainer)

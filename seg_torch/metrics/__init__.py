@@ -8,25 +8,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seg_torch.metrics.average_precision import AveragePrecision as AveragePrecision
     from seg_torch.metrics.blocks import ScoredBlock as ScoredBlock
     from seg_torch.metrics.blocks import confidence_steps as confidence_steps
     from seg_torch.metrics.boundary import BoundaryScores as BoundaryScores
-    from seg_torch.metrics.calibration import Calibration as Calibration
     from seg_torch.metrics.confusion import ConfusionMatrix as ConfusionMatrix
     from seg_torch.metrics.confusion import report as report
     from seg_torch.metrics.confusion import scores as scores
     from seg_torch.metrics.images import ImageScores as ImageScores
-    from seg_torch.metrics.label_quality import LabelQuality as LabelQuality
+    from seg_torch.metrics.images import LabelQuality as LabelQuality
+    from seg_torch.metrics.probabilities import AveragePrecision as AveragePrecision
+    from seg_torch.metrics.probabilities import Calibration as Calibration
 
 MODULES = {
-    "average_precision": ("AveragePrecision",),
     "blocks": ("ScoredBlock", "confidence_steps"),
     "boundary": ("BoundaryScores",),
-    "calibration": ("Calibration",),
     "confusion": ("ConfusionMatrix", "report", "scores"),
-    "images": ("ImageScores",),
-    "label_quality": ("LabelQuality",),
+    "images": ("ImageScores", "LabelQuality"),
+    "probabilities": ("AveragePrecision", "Calibration"),
 }
 
 

@@ -1,14 +1,17 @@
-"""What the metrics of a test take: the logits of a part of an image, its prediction and label."""
+"""What the metrics of a test take, parts of images, and what they share: how they count."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torchmetrics
 from torch import Tensor
 
 from seg_torch.hardware import CACHE_VALUES, row_chunks
 
 CONFIDENCE_STEPS = 65536
+# On CUDA, torch.bincount asks for the largest value, and waits for the device.
+BINCOUNT_DEVICES = ("cpu", "mps")
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,32 @@ def confidence_steps(logits: Tensor) -> Tensor:
     chunks = [logits[:, rows] for rows in row_chunks(height, num_classes * width, most)]
     highest = torch.cat([1 / (part.float() - part.amax(0)).exp_().sum(0) for part in chunks])
     return (highest.nan_to_num_() * CONFIDENCE_STEPS).round_().to(torch.int32)
+
+
+class PixelCounts(torchmetrics.Metric):
+    """A metric that counts pixels; processes add their counts up.
+
+    Args:
+        shape: Of the counts.
+
+    Attributes:
+        counts: int64.
+    """
+
+    full_state_update = False
+
+    counts: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        empty = torch.zeros(shape, dtype=torch.int64)
+        self.add_state("counts", default=empty, dist_reduce_fx="sum")
+
+
+def count(bins: Tensor, num_bins: int) -> Tensor:
+    """Count how often each of 0..num_bins-1 occurs: integer [...] to int64 [num_bins]."""
+    bins = bins.flatten()
+    if bins.device.type in BINCOUNT_DEVICES:
+        return torch.bincount(bins, minlength=num_bins)
+    bins = bins.long()
+    return bins.new_zeros(num_bins).scatter_add_(0, bins, bins.new_ones(1).expand_as(bins))

@@ -4,16 +4,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor
 
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.metrics.blocks import ScoredBlock
-from seg_torch.metrics.histogram import count
+from seg_torch.metrics.blocks import PixelCounts, ScoredBlock, count
 
 
-class BoundaryScores(torchmetrics.Metric):
+class BoundaryScores(PixelCounts):
     """How well the boundaries of each class are met, over a whole dataset.
 
     *Boundary IoU*: the IoU of a class, of those of its pixels alone that lie within a width of its
@@ -44,12 +42,8 @@ class BoundaryScores(torchmetrics.Metric):
         InputError: The width is below 1.
     """
 
-    full_state_update = False
-
-    counts: Tensor
-
     def __init__(self, num_classes: int, width: int | None = None) -> None:
-        super().__init__()
+        super().__init__(7, num_classes)
         if width is not None and (not isinstance(width, int) or width < 1):
             raise InputError(
                 f"boundary={width}: expected true for 2 % of the image's diagonal, or a width in "
@@ -57,8 +51,6 @@ class BoundaryScores(torchmetrics.Metric):
             )
         self.num_classes = num_classes
         self.width = width
-        empty = torch.zeros(7, num_classes, dtype=torch.int64)
-        self.add_state("counts", default=empty, dist_reduce_fx="sum")
 
     def update(self, block: ScoredBlock) -> None:
         """Count an image when its last block comes; on CUDA without waiting for the device."""
@@ -84,9 +76,8 @@ class BoundaryScores(torchmetrics.Metric):
                 matches |= line & _maximum_within(other.byte(), reach).bool()
         chosen = zip((*regions, both, *lines, *matched), (*maps, target, *maps, *maps), strict=True)
         bins = [torch.where(mask, ids, self.num_classes).to(torch.int16) for mask, ids in chosen]
-        self.counts = self.counts + torch.stack(
-            [count(each, self.num_classes + 1)[:-1] for each in bins]
-        )
+        counts = [count(each, self.num_classes + 1)[:-1] for each in bins]
+        self.counts = self.counts + torch.stack(counts)
 
     def compute(self) -> dict[str, Tensor]:
         """Return `boundary_iou` and `boundary_f`, each float64 [C] on the CPU.

@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 
 from seg_torch.errors import InputError
 from seg_torch.labels import check_labels
+from seg_torch.metrics.blocks import PixelCounts, count
 from seg_torch.metrics.counts import class_scores, counts_of_matrix, mean_scores, number_or_none
-from seg_torch.metrics.histogram import count
 
 
-class ConfusionMatrix(torchmetrics.Metric):
+class ConfusionMatrix(PixelCounts):
     """Counts of (label, prediction) pairs over a whole dataset.
 
     The counts are integers that add up, so the result is the same for every batch size and every
@@ -23,15 +22,8 @@ class ConfusionMatrix(torchmetrics.Metric):
         num_classes: Number of classes C.
     """
 
-    full_state_update = False
-
-    matrix: Tensor
-
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.add_state("matrix", default=empty, dist_reduce_fx="sum")
+        super().__init__(num_classes, num_classes)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count a batch; on CUDA without waiting for the device.
@@ -45,13 +37,10 @@ class ConfusionMatrix(torchmetrics.Metric):
         """
         if prediction.shape != target.shape:
             raise InputError(
-                f"predictions of shape {tuple(prediction.shape)} cannot be compared with labels of "
-                f"shape {tuple(target.shape)}"
+                f"predictions have shape {tuple(prediction.shape)}, labels {tuple(target.shape)}"
             )
-        if target.numel() == 0:
-            return
-        num_classes = self.num_classes
-        if target.device.type == "cpu":
+        num_classes = len(self.counts)
+        if target.device.type == "cpu" and target.numel():
             lowest, highest = prediction.aminmax()
             if lowest < 0 or highest >= num_classes:
                 raise InputError(
@@ -65,11 +54,11 @@ class ConfusionMatrix(torchmetrics.Metric):
         dtype = torch.int16 if num_bins <= torch.iinfo(torch.int16).max else torch.int32
         bins = target.clamp(max=num_classes).to(dtype) * num_classes + prediction.to(dtype)
         counts = count(bins, num_bins)
-        self.matrix = self.matrix + counts[: num_classes**2].view(num_classes, num_classes)
+        self.counts = self.counts + counts[: num_classes**2].view(num_classes, num_classes)
 
     def compute(self) -> Tensor:
         """Return the counts so far: int64 [C, C], rows label, columns prediction."""
-        return self.matrix
+        return self.counts
 
 
 def scores(matrix: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What each image by itself was scored."""
+"""What each image by itself was scored, and whose labels are likely to be wrong."""
 
 import numpy as np
 import torch
@@ -6,12 +6,13 @@ import torchmetrics
 from torch import Tensor
 
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.metrics.blocks import CONFIDENCE_STEPS, ScoredBlock
+from seg_torch.metrics.blocks import CONFIDENCE_STEPS, PixelCounts, ScoredBlock, count
 from seg_torch.metrics.counts import COUNTS
-from seg_torch.metrics.histogram import count
+
+LABEL_TEMPERATURE = 0.1
 
 
-class ImageScores(torchmetrics.Metric):
+class ImageScores(PixelCounts):
     """What each image by itself was scored: counts from which its IoU and accuracy follow.
 
     Args:
@@ -19,21 +20,16 @@ class ImageScores(torchmetrics.Metric):
         num_images: Number of images N of the dataset.
     """
 
-    full_state_update = False
-
-    counts: Tensor
     confidence: Tensor
 
     def __init__(self, num_classes: int, num_images: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        empty = torch.zeros(num_images, 3, num_classes, dtype=torch.int64)
-        self.add_state("counts", default=empty, dist_reduce_fx="sum")
-        self.add_state("confidence", default=empty[:, 0, 0].clone(), dist_reduce_fx="sum")
+        super().__init__(num_images, 3, num_classes)
+        empty = torch.zeros(num_images, dtype=torch.int64)
+        self.add_state("confidence", default=empty, dist_reduce_fx="sum")
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
-        num_classes = self.num_classes
+        num_classes = self.counts.shape[-1]
         prediction, target = block.prediction, block.target
         ignored = target == IGNORE_INDEX
         maps = (target.masked_fill(prediction != target, num_classes), target, prediction)
@@ -54,3 +50,37 @@ class ImageScores(torchmetrics.Metric):
         with np.errstate(invalid="ignore"):
             confidence = self.confidence.cpu().numpy() / arrays["label_pixels"].sum(1)
         return {**arrays, "confidence": (confidence / CONFIDENCE_STEPS).astype(np.float32)}
+
+
+class LabelQuality(torchmetrics.Metric):
+    """How likely the label of each image is to be right: the softmin score of cleanlab.
+
+    The mean over the labelled pixels of s, the probability that the network gives the label,
+    weighted by exp((1 - s) / 0.1), so that a few improbable labels count more than many probable
+    ones (Lad and Mueller 2023, "Estimating label quality and errors in semantic segmentation data
+    via any model"; the temperature is that of their code).
+
+    Args:
+        num_images: Number of images N of the dataset.
+    """
+
+    full_state_update = False
+
+    sums: Tensor
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__()
+        self.add_state("sums", default=torch.zeros(num_images, 2), dist_reduce_fx="sum")
+
+    def update(self, block: ScoredBlock) -> None:
+        """Count a part of an image; on CUDA without waiting for the device."""
+        logits, ignored = block.logits.float(), block.target == IGNORE_INDEX
+        of_label = logits.gather(0, block.target.masked_fill(ignored, 0).long()[None])[0]
+        probability = (of_label - logits.logsumexp(0)).exp()
+        weight = ((1 - probability) / LABEL_TEMPERATURE).exp().masked_fill(ignored, 0)
+        self.sums[block.image] += torch.stack([(weight * probability).sum(), weight.sum()])
+
+    def compute(self) -> np.ndarray:
+        """Return float32 [N] in [0, 1], or nan for an image without labelled pixels."""
+        weighted, weights = self.sums.cpu().double().unbind(1)
+        return (weighted / weights).float().numpy()

@@ -28,7 +28,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.datasets.base import list_files
 from seg_torch.datasets.folder import write_classes
 from seg_torch.distributed import Processes
-from seg_torch.drawing.coco import write_coco
+from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_text

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from seg_torch.drawing.coco import write_coco
-from seg_torch.drawing.polygons import write_polygons
+from seg_torch.drawing.regions import write_coco, write_polygons
 from seg_torch.drawing.visualize import save_overlay
 from seg_torch.errors import InputError
 from seg_torch.images.geotiff import write_geotiff

@@ -17,8 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from seg_torch.drawing.coco import coco_annotations
-from seg_torch.drawing.polygons import polygon_features
+from seg_torch.drawing.regions import coco_annotations, polygon_features
 from seg_torch.drawing.visualize import legend, overlay, side_by_side
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
@@ -91,11 +90,11 @@ class Segmentation:
         return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
 
     def coco(self) -> list[dict[str, Any]]:
-        """Return COCO annotations, one for each class that occurs: see `seg_torch.drawing.coco`."""
+        """Return a COCO annotation of each class that occurs: see `seg_torch.drawing.regions`."""
         return coco_annotations(self.mask)
 
     def polygons(self) -> dict[str, Any]:
-        """Return outlines as a GeoJSON FeatureCollection: see `seg_torch.drawing.polygons`."""
+        """Return outlines as a GeoJSON FeatureCollection: see `seg_torch.drawing.regions`."""
         features = list(polygon_features(self.mask, self.labels))
         return {"type": "FeatureCollection", "features": features}
 

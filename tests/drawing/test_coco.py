@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from seg_torch.drawing.coco import write_coco
+from seg_torch.drawing.regions import write_coco
 from seg_torch.labels import Labels
 from seg_torch.prediction.segmentation import Segmentation
 

@@ -21,7 +21,7 @@ from seg_torch.metrics import (
     ConfusionMatrix,
     ImageScores,
     LabelQuality,
-    histogram,
+    blocks,
 )
 
 
@@ -46,7 +46,7 @@ def test_d30_no_metric_waits_for_the_device():
 @pytest.mark.promise(25)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_d30_counts_of_the_way_that_gpus_take_are_exact(monkeypatch, deterministic):
-    monkeypatch.setattr(histogram, "BINCOUNT_DEVICES", ())
+    monkeypatch.setattr(blocks, "BINCOUNT_DEVICES", ())
     monkeypatch.setattr(torch, "bincount", None)
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -85,13 +85,13 @@ def test_d30_cuda_counts_like_the_cpu_and_never_synchronises(deterministic):
             )
         ]
         maps = [tensor.to(device) for tensor in (prediction, target)]
-        blocks = [*blocks_of(maps[1][0], logits=probabilities[0].log().to(device), image=1)]
+        parts = [*blocks_of(maps[1][0], logits=probabilities[0].log().to(device), image=1)]
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
             confusion.update(*maps)
             for metric in others:
-                updated(metric, blocks)
+                updated(metric, parts)
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")

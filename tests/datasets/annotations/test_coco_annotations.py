@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from seg_torch import datasets
 from seg_torch.data.inspection import inspect_dataset
-from seg_torch.drawing.coco import coco_annotations, write_coco
+from seg_torch.drawing.regions import coco_annotations, write_coco
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 
