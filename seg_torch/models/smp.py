@@ -12,9 +12,8 @@ import timm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice, reason, require
-from seg_torch.models.encoder import image_statistics
+from seg_torch.models.base import image_statistics, pad_to_multiple
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.padding import pad_to_multiple
 from seg_torch.models.weights import download_from_hugging_face, read_state_dict, timm_model
 
 log = logging.getLogger(__name__)

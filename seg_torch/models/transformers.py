@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice, require
 from seg_torch.labels import IGNORE_INDEX
+from seg_torch.models.base import ceil_div, pad_to_multiple
 from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.padding import ceil_div, pad_to_multiple
 from seg_torch.models.weights import download_from_hugging_face, log_loading
 
 MASK_MODELS = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
