@@ -1,6 +1,6 @@
 """What a CPU computes in another way than the papers, for speed: the same but for rounding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -68,13 +68,7 @@ class FastDepthwiseGradients(TorchFunctionMode):
     ones. The values are the same but for rounding.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 

@@ -91,11 +91,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
+    read = safetensors.torch.load_file if path.suffix == ".safetensors" else load
     try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = load(path)
+        content: Any = read(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
