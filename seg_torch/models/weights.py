@@ -194,7 +194,7 @@ def weights_file(weights: str | Path, published: Collection[str]) -> Path:
     """
     if not Path(weights).is_file():
         raise InputError(
-            f"model.weights is {str(weights)!r}, which is not a file; use one of "
+            f"model.weights is {str(weights)!r}, which is not a file; use "
             f"{', '.join(published)}, a file, or null for random ones"
         )
     return Path(weights)
