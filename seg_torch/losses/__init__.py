@@ -5,12 +5,9 @@ returns a finite zero with zero gradients when every pixel is ignored, and compu
 whatever type the model ran in. None of them makes the CPU wait for a GPU.
 """
 
-from seg_torch.labels import check_labels as check_labels
 from seg_torch.losses.base import SegmentationLoss as SegmentationLoss
-from seg_torch.losses.base import Sums as Sums
-from seg_torch.losses.base import mean_over_processes as mean_over_processes
+from seg_torch.losses.base import WeightedSum as WeightedSum
 from seg_torch.losses.boundary import BoundaryLoss as BoundaryLoss
-from seg_torch.losses.combine import WeightedSum as WeightedSum
 from seg_torch.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from seg_torch.losses.cross_entropy import FocalLoss as FocalLoss
 from seg_torch.losses.cross_entropy import ModelLoss as ModelLoss

@@ -86,8 +86,7 @@ class CrossEntropyLoss(base.SegmentationLoss):
         weights = class_weights(counts, self.balance)
         self.class_weights = weights.to(self.class_weights)
         self.needs_pixel_counts = False
-        rounded = [round(weight, 4) for weight in weights.tolist()]
-        log.info("class weights (%s): %s", self.balance, rounded)
+        log.info("class weights (%s): %s", self.balance, [round(w, 4) for w in weights.tolist()])
 
     def sums(self, logits: Tensor, target: Tensor) -> base.Sums:
         """Add up the loss of the pixels, and what it is divided by.

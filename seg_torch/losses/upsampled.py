@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from seg_torch.hardware import total_memory
-from seg_torch.losses.base import SegmentationLoss, Sums
-from seg_torch.losses.combine import WeightedSum
+from seg_torch.losses.base import SegmentationLoss, Sums, WeightedSum
 from seg_torch.upsample import RowChunk, split_rows, upsample
 
 # What a loss takes of memory for each logit at label size, with its gradient.

@@ -1,6 +1,6 @@
 """What a CPU computes in another way than the papers, for speed: the same but for rounding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 # Of a batch, with which adding up the weights takes less time than it saves (AVX512-BF16).
@@ -67,13 +68,7 @@ class FastDepthwiseGradients(TorchFunctionMode):
     ones. The values are the same but for rounding.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 
@@ -119,13 +114,10 @@ class _DepthwiseConv2d(torch.autograd.Function):
             dtype = gradient.dtype
             # With a stride, float32 is the fast one.
             wide = torch.promote_types(dtype, torch.float32) if max(ctx.stride) > 1 else dtype
-            of_x, _ = _gradients(
-                gradient.to(wide),
-                torch.empty_like(x, dtype=wide),  # whose values do not matter
-                weight.to(wide),
-                ctx.stride,
-                ctx.padding,
-                (True, False),
+            unread = torch.empty_like(x, dtype=wide)  # whose values do not matter
+            of_x, _, _ = torch.ops.aten.convolution_backward(
+                *(gradient.to(wide), unread, weight.to(wide), None, ctx.stride, ctx.padding),
+                *((1, 1), False, (0, 0), len(weight), (True, False, False)),
             )
             of_x = of_x.to(dtype)
         if ctx.needs_input_grad[1]:
@@ -143,30 +135,14 @@ def _weight_gradient(
     A column of the kernel meets the columns of the image from its own place on, so the gradient of
     some of the columns is that of a narrower kernel which starts there.
     """
-    columns = weight.shape[-1]
+    columns, groups = weight.shape[-1], len(weight)
     if columns <= 3:
-        return _gradients(gradient, x, weight, stride, padding, (False, True))[1]
+        return conv2d_weight(x, weight.shape, gradient, stride, padding, groups=groups)
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     parts = []
     for first in range(0, columns, 3):
         part = weight[..., first : first + 3]
         last = first + stride[1] * (gradient.shape[-1] - 1) + part.shape[-1]
         seen = x[..., first:last].contiguous(memory_format=torch.channels_last)
-        parts.append(_gradients(gradient, seen, part, stride, (0, 0), (False, True))[1])
+        parts.append(conv2d_weight(seen, part.shape, gradient, stride, groups=groups))
     return torch.cat(parts, dim=-1)
-
-
-def _gradients(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """Return PyTorch's own gradients, those that are wanted of the input's and the weights'."""
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-        *(gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), len(weight)),
-        (*wanted, False),
-    )
-    return of_x, of_weight

@@ -1,18 +1,15 @@
 """HRNetV2: high resolution from the first layer to the last."""
 
 from pathlib import Path
-from typing import cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import check_choice
-from seg_torch.models.encoder import EncoderModel
-from seg_torch.models.padding import ceil_div, pad_to_multiple
+from seg_torch.models.base import EncoderModel, ceil_div, pad_to_multiple
 from seg_torch.models.weights import timm_model
 
 
@@ -33,7 +30,7 @@ class HRNetV2(EncoderModel):
     ) -> None:
         super().__init__(encoder)
         self.extra_background = extra_background
-        channels = sum(cast(FeatureInfo, encoder.feature_info).channels())
+        channels = sum(self.encoder.feature_info.channels())
         self.head = nn.Sequential(
             *Conv2dNormActivation(channels, channels, kernel_size=1),
             nn.Conv2d(channels, num_classes + extra_background, 1),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.losses import mean_over_processes
+from seg_torch.losses.base import mean_over_processes
 from seg_torch.upsample import upsample
 
 
@@ -81,21 +81,21 @@ class MaskLoss(nn.Module):
         Returns:
             float32 scalars, not yet weighted; 0 where all pixels are ignored.
         """
-        last = {
-            "masks_queries_logits": masks_queries_logits,
-            "class_queries_logits": class_queries_logits,
-        }
+        layers = [
+            (each["class_queries_logits"], each["masks_queries_logits"])
+            for each in auxiliary_predictions or ()
+        ]
+        layers.append((class_queries_logits, masks_queries_logits))
         size = masks_queries_logits.shape[-2:]
         coarse = F.interpolate(mask_labels[:, None].float(), size=size, mode="nearest")
         present = [target[target != IGNORE_INDEX].unique().long() for target in mask_labels]
         count = torch.tensor(float(sum(map(len, present))), device=mask_labels.device)
         num_masks = mean_over_processes(count).clamp(min=1)
         terms: dict[str, Tensor] = {}
-        for i, layer in enumerate([*(auxiliary_predictions or []), last]):
+        for i, (classes, masks) in enumerate(layers):
             with torch.autocast(mask_labels.device.type, enabled=False):
-                classes = layer["class_queries_logits"].float()
-                masks = layer["masks_queries_logits"].float()
-                values = self._terms(classes, masks, mask_labels, coarse[:, 0], present, num_masks)
+                logits = classes.float(), masks.float()
+                values = self._terms(*logits, mask_labels, coarse[:, 0], present, num_masks)
             terms |= {f"{name}_{i}": value for name, value in values.items()}
         return terms
 
@@ -126,9 +126,7 @@ class MaskLoss(nn.Module):
         if any(map(len, present)):
             # As rows, which a GPU can do deterministically.
             terms["loss_cross_entropy"] = F.cross_entropy(
-                classes.flatten(0, 1),
-                expected.flatten(),
-                self.criterion.empty_weight,
+                classes.flatten(0, 1), expected.flatten(), self.criterion.empty_weight
             )
         return terms
 
@@ -158,10 +156,7 @@ class MaskLoss(nn.Module):
         )
         # A diverged network is told by its loss, not by an error in here.
         queries, columns = linear_sum_assignment(cost.nan_to_num(1e30, 1e30, -1e30).cpu())
-        return (
-            torch.from_numpy(queries).to(masks.device),
-            torch.from_numpy(columns).to(masks.device),
-        )
+        return torch.tensor(queries, device=cost.device), torch.tensor(columns, device=cost.device)
 
     def _points(self, logits: Tensor, labelled: Tensor) -> Tensor:
         """Return the labelled positions int64 [k, P] at which masks [k, H * W] are compared.

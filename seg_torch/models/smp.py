@@ -6,16 +6,15 @@ import logging
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice, reason, require
-from seg_torch.models.encoder import image_statistics
+from seg_torch.models import weights as pretrained
+from seg_torch.models.base import image_statistics, pad_to_multiple
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.padding import pad_to_multiple
-from seg_torch.models.weights import download_from_hugging_face, read_state_dict, timm_model
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class SMP(nn.Module):
 
     def __init__(self, model: nn.Module, multiple: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.multiple = multiple
         self.mean: Sequence[float] = IMAGENET_MEAN
         self.std: Sequence[float] = IMAGENET_STD
@@ -85,7 +84,7 @@ def published_smp(config: dict[str, Any], weights: Path) -> SMP:
     architecture, encoder, _, num_classes, _ = (options.pop(key, None) for key in left_out)
     options.update(activation=None, aux_params=None)
     model = _library_model(str(architecture), str(encoder), num_classes, options)
-    state = read_state_dict(weights)
+    state = pretrained.read_state_dict(weights)
     state = {k: v for k, v in state.items() if not k.startswith("classification_head.")}
     try:
         model.model.load_state_dict(state)
@@ -127,10 +126,10 @@ def smp(
         _load_encoder(model, encoder, weights)
         return model
     options = {"num_classes": 0} if is_dpt else {"features_only": True}
-    timm_encoder = timm_model(encoder.removeprefix("tu-"), weights, **options)
+    timm_encoder = pretrained.timm_model(encoder.removeprefix("tu-"), weights, **options)
     model.mean, model.std = image_statistics(timm_encoder)
     state = timm_encoder.state_dict()  # may have stages that the library cuts off
-    inner: Any = cast(Any, model.model.encoder).model
+    inner = model.model.encoder.model
     inner.load_state_dict({name: state[name] for name in inner.state_dict()})
     return model
 
@@ -172,18 +171,13 @@ def _load_encoder(model: SMP, encoder: str, weights: str | Path) -> None:
     if str(weights) in published:
         # Asked for here, since the library asks for a minute when there is no network.
         repository, revision = itemgetter("repo_id", "revision")(published[str(weights)])
-        file = download_from_hugging_face(repository, "model.safetensors", revision)
-        settings = download_from_hugging_face(repository, "config.json", revision)
+        file = pretrained.download_from_hugging_face(repository, "model.safetensors", revision)
+        settings = pretrained.download_from_hugging_face(repository, "config.json", revision)
         model.mean, model.std = itemgetter("mean", "std")(json.loads(settings.read_text()))
-    elif Path(weights).is_file():
-        file = Path(weights)
     else:
-        raise InputError(
-            f"model.weights is {str(weights)!r}, which is not a file; use one of "
-            f"{', '.join(published)}, a file, or null for random ones"
-        )
+        file = pretrained.weights_file(weights, published)
     try:
-        cast(nn.Module, model.model.encoder).load_state_dict(read_state_dict(file))
+        model.model.encoder.load_state_dict(pretrained.read_state_dict(file))
     except RuntimeError as error:
         raise InputError(f"{file} does not fit the encoder {encoder}: {reason(error)}") from error
     log.info("loaded the weights of the encoder %s from %s", encoder, file)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice, require
 from seg_torch.labels import IGNORE_INDEX
+from seg_torch.models.base import ceil_div, pad_to_multiple
 from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
-from seg_torch.models.padding import ceil_div, pad_to_multiple
 from seg_torch.models.weights import download_from_hugging_face, log_loading
 
 MASK_MODELS = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
@@ -42,7 +42,7 @@ class TransformersModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.train()  # from_pretrained leaves it in evaluation mode
+        self.model: Any = model.train()  # from_pretrained leaves it in evaluation mode
         size = getattr(model.config, "image_size", None)
         self.image_size = size if isinstance(size, int) else 64
         self.mean: Sequence[float] = IMAGENET_MEAN
@@ -71,15 +71,13 @@ class MaskClassificationModel(TransformersModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        library_model: Any = model
-        config = library_model.config
+        config = self.model.config
         self.image_size = 64  # EoMT's takes others, too
-        library_model.criterion = MaskLoss(library_model.criterion)
+        self.model.criterion = MaskLoss(self.model.criterion)
         self.is_eomt = config.model_type.startswith("eomt")
         self.multiple = config.patch_size if self.is_eomt else 32
         if config.model_type == "eomt":
-            embeddings = library_model.embeddings.position_embeddings
-            embeddings.register_forward_hook(self._fit_positions)
+            self.model.embeddings.position_embeddings.register_forward_hook(self._fit_positions)
         if config.model_type == "oneformer":
             task = torch.zeros(1, config.task_seq_len, dtype=torch.long)
             task[0, : len(SEMANTIC_TASK)] = torch.tensor(SEMANTIC_TASK)
@@ -98,21 +96,20 @@ class MaskClassificationModel(TransformersModel):
         """
         height, width = x.shape[-2:]
         x = pad_to_multiple(x, self.multiple)
-        model: Any = self.model
         options: dict[str, Any] = {}
         if self.is_eomt:
-            model.grid_size = tuple(side // self.multiple for side in x.shape[-2:])
+            self.model.grid_size = tuple(side // self.multiple for side in x.shape[-2:])
         else:
             options["output_hidden_states"] = True  # MaskFormer's auxiliary loss fails without
-        if model.config.model_type == "oneformer":
+        if self.model.config.model_type == "oneformer":
             options["task_inputs"] = self.get_buffer("task").expand(len(x), -1)
         if target is not None:
             padding = (0, x.shape[-1] - width, 0, x.shape[-2] - height)
             target = F.pad(target, padding, value=IGNORE_INDEX)
             # They are passed on to the criterion, which is ours.
-            result = model(pixel_values=x, mask_labels=target, class_labels=target, **options)
-            return {"loss": result.loss}
-        result = model(pixel_values=x, **options)
+            options |= {"mask_labels": target, "class_labels": target}
+            return {"loss": self.model(pixel_values=x, **options).loss}
+        result = self.model(pixel_values=x, **options)
         logits = semantic_logits(result.class_queries_logits, result.masks_queries_logits)
         stride = x.shape[-1] // logits.shape[-1]
         return {"out": logits[..., : ceil_div(height, stride), : ceil_div(width, stride)]}
@@ -120,7 +117,7 @@ class MaskClassificationModel(TransformersModel):
     def _fit_positions(self, module: nn.Module, inputs: Any, positions: Tensor) -> Tensor:
         """Resize the position embeddings [1, S * S, D] of EoMT to the grid of the image."""
         side = math.isqrt(positions.shape[1])
-        grid: Any = self.model.grid_size
+        grid = self.model.grid_size
         if grid == (side, side):
             return positions
         square = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
@@ -191,11 +188,9 @@ def _model_config(config: dict[str, Any], num_classes: int) -> Any:
         Exception: Of many types; an InputError for what a stranger's must not say.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as MODEL_NAMES,
-    )
+    from transformers.models.auto import modeling_auto
 
-    kinds = [*MODEL_NAMES, *MASK_MODELS]
+    kinds = [*modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, *MASK_MODELS]
     check_choice("model.config.model_type", config.get("model_type"), kinds)
     # These can name files, or weights and code on the Hub, and the configuration may come from
     # anybody's checkpoint.

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import InputError
 from seg_torch.models import cpu
-from seg_torch.models.encoder import EncoderModel
-from seg_torch.models.padding import ceil_div
+from seg_torch.models.base import EncoderModel, ceil_div
 from seg_torch.models.weights import timm_model
 
 
@@ -31,16 +29,15 @@ class EncoderDecoder(EncoderModel):
 
     def __init__(self, encoder: nn.Module, freeze_encoder: bool) -> None:
         super().__init__(encoder, freeze_encoder)
-        feature_info = cast(FeatureInfo, encoder.feature_info)
-        self.encoder_channels: list[int] = feature_info.channels()
-        self.encoder_strides: list[int] = feature_info.reduction()
+        self.encoder_channels: list[int] = self.encoder.feature_info.channels()
+        self.encoder_strides: list[int] = self.encoder.feature_info.reduction()
         doubled = [2 * stride for stride in self.encoder_strides[:-1]]
         if self.encoder_strides[1:] != doubled or self.encoder_strides[-1].bit_count() != 1:
             raise InputError(
                 f"the encoder's feature maps have strides {self.encoder_strides}; U-Net needs each "
                 "to be twice the one before, as in model.encoder=resnet34"
             )
-        pretrained_cfg = cast(dict[str, Any], encoder.pretrained_cfg)
+        pretrained_cfg = self.encoder.pretrained_cfg
         channels_last_axis = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
         if channels_last_axis or pretrained_cfg.get("fixed_input_size"):
             raise InputError(

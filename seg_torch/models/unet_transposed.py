@@ -86,9 +86,8 @@ def unet_transposed(
 
     The skip connections of a MobileNetV2 are those of the tutorial: the expanded features that go
     into each strided convolution, and the projection that ends the last block, before its
-    BatchNorm. Those of a DenseNet come,
-    as its Keras variant has them, after the BatchNorm and ReLU of the stem, of each transition and
-    of the end.
+    BatchNorm. Those of a DenseNet come, as its Keras variant has them, after the BatchNorm and ReLU
+    of the stem, of each transition and of the end.
 
     Args:
         num_classes: Number of classes K.

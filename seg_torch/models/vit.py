@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.models.encoder import EncoderModel
-from seg_torch.models.padding import ceil_div, pad_to_multiple
+from seg_torch.models.base import EncoderModel, ceil_div, pad_to_multiple
 from seg_torch.models.weights import timm_model
 
 
@@ -132,14 +131,15 @@ class ViT(EncoderModel):
         freeze_encoder: Keep the encoder's parameters as they are.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, freeze_encoder: bool) -> None:
+    def __init__(
+        self, encoder: nn.Module, head: DPTHead | LinearHead, freeze_encoder: bool
+    ) -> None:
         super().__init__(encoder, freeze_encoder)
-        timm_encoder = cast(Any, encoder)
-        depth, count = len(timm_encoder.blocks), cast(int, head.num_layers)
+        depth, count = len(self.encoder.blocks), head.num_layers
         self.layers = [depth * i // count - 1 for i in range(1, count + 1)]
-        timm_encoder.prune_intermediate_layers(self.layers)  # of the classifier
+        self.encoder.prune_intermediate_layers(self.layers)  # of the classifier
         self.head = head
-        self.patch_size: int = timm_encoder.feature_info[0]["reduction"]
+        self.patch_size: int = self.encoder.feature_info[0]["reduction"]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute logits.
@@ -151,14 +151,13 @@ class ViT(EncoderModel):
             `out`: float [N, K, ceil(H/s), ceil(W/s)], where the stride s is a patch for the linear
             head and an eighth of it for DPT: 1.75 for DINOv2.
         """
-        height, width = x.shape[-2:]
+        size = x.shape[-2:]
         x = pad_to_multiple(x, self.patch_size)
-        features = cast(Any, self.encoder).forward_intermediates(
+        features = self.encoder.forward_intermediates(
             x, indices=self.layers, norm=True, intermediates_only=True
         )
         logits = self.head(features)
-        scale = cast(int, self.head.scale)
-        rows, columns = (ceil_div(length * scale, self.patch_size) for length in (height, width))
+        rows, columns = (ceil_div(side * self.head.scale, self.patch_size) for side in size)
         return {"out": logits[..., :rows, :columns]}
 
 

@@ -16,7 +16,6 @@ import safetensors.torch
 import timm
 import torch
 from filelock import FileLock
-from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -92,11 +91,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
+    read = safetensors.torch.load_file if path.suffix == ".safetensors" else load
     try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = load(path)
+        content: Any = read(path)
     except Exception as error:  # text alone makes the unpickler raise a dozen different ones
         raise InputError(
             f"{path} cannot be read as a state dict (is the download complete?): "
@@ -180,14 +177,27 @@ def load_torchvision_weights(
     published = get_model_weights(name)
     if str(weights) in published.__members__:
         state_dict = _downloaded(published[str(weights)].url)
-    elif Path(weights).is_file():
-        state_dict = read_state_dict(weights)
     else:
+        state_dict = read_state_dict(weights_file(weights, published.__members__))
+    load_matching_weights(model, state_dict, str(weights), new_layers)
+
+
+def weights_file(weights: str | Path, published: Collection[str]) -> Path:
+    """Return the path of a file of weights.
+
+    Args:
+        weights: The setting, which is no name of published weights.
+        published: These names.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    if not Path(weights).is_file():
         raise InputError(
             f"model.weights is {str(weights)!r}, which is not a file; use "
-            f"{', '.join(member.name for member in published)}, a file, or null for random ones"
+            f"{', '.join(published)}, a file, or null for random ones"
         )
-    load_matching_weights(model, state_dict, str(weights), new_layers)
+    return Path(weights)
 
 
 def _downloaded(url: str) -> dict[str, Tensor]:
@@ -226,13 +236,9 @@ def download_from_hugging_face(
     Raises:
         InputError: It is not in the cache and cannot be downloaded.
     """
-    try:
-        cached = huggingface_hub.hf_hub_download(
-            repository, file_name, revision=revision, local_files_only=True
-        )
+    cached = huggingface_hub.try_to_load_from_cache(repository, file_name, revision=revision)
+    if isinstance(cached, str):
         return Path(cached)
-    except LocalEntryNotFoundError:
-        pass
     url = huggingface_hub.hf_hub_url(repository, file_name, revision=revision)
     try:
         # Asked once, since hf_hub_download asks for half a minute when there is no network.
@@ -350,12 +356,11 @@ def _with_active_residuals(model: nn.Module) -> nn.Module:
     with another decoder) mIoU was 0.39 with them, 0.42 without, though the latter run also flipped
     by image, not by batch.
     """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # On "meta", where a stranger's model is made at first, there are no values to look at.
-            if module.weight.is_meta or module.weight.any():
-                continue
-            nn.init.ones_(module.weight)
+    gains = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for gain in gains:
+        # On "meta", where a stranger's model is made at first, there are no values to look at.
+        if not gain.is_meta and not gain.any():
+            nn.init.ones_(gain)
     return model
 
 

@@ -239,3 +239,14 @@ def test_a_label_that_is_no_class_is_named(loss, batch, value):
         loss(logits, target)
     with pytest.raises(InputError, match=r"\[-1, .* allowed are"):
         loss(logits, torch.where(target == value, -1, target.long()))
+
+
+def test_weighted_sum_adds_up(batch):
+    expected = 2 * losses.CrossEntropyLoss()(*batch) + 0.5 * losses.DiceLoss()(*batch)
+    total = losses.WeightedSum([losses.CrossEntropyLoss(), losses.DiceLoss()], [2, 0.5])(*batch)
+    torch.testing.assert_close(total, expected)
+
+
+def test_weighted_sum_refuses_lists_of_different_length():
+    with pytest.raises(InputError, match="2 losses and 1 weights"):
+        losses.WeightedSum([losses.CrossEntropyLoss(), losses.DiceLoss()], [1.0])

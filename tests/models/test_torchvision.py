@@ -1,6 +1,7 @@
-"""FCN and DeepLabv3, beside torchvision's with the same weights."""
+"""FCN, DeepLabv3 and LR-ASPP, beside torchvision's with the same weights."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torchvision.models import segmentation as tv
 
 from seg_torch.errors import InputError
-from seg_torch.models import deeplabv3, fcn
+from seg_torch.models import deeplabv3, fcn, lraspp
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -122,3 +123,35 @@ def test_deeplabv3_with_frozen_batchnorm_trains_on_a_batch_of_one():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert model(images(1, 3, 32, 32))["out"].requires_grad
+
+
+@pytest.fixture
+def published_lraspp(tmp_path: Path) -> tv.LRASPP:
+    published = tv.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21)
+    name = "lraspp_mobilenet_v3_large-d234d4ea.pth"
+    torch.save(published.state_dict(), torch_cache(tmp_path) / name)
+    return published.eval()
+
+
+def test_published_weights_give_torchvisions_lraspp(published_lraspp):
+    model = lraspp(21).eval()
+    x = images(1, 3, 65, 71)
+    with torch.no_grad():
+        expected, logits = published_lraspp(x)["out"], model(x)["out"]
+    assert torch.equal(enlarge(logits, (65, 71)), expected)
+    assert model.state_dict().keys() == published_lraspp.state_dict().keys()
+
+
+def test_another_number_of_classes_exchanges_both_classifiers_of_lraspp(published_lraspp, caplog):
+    with caplog.at_level(logging.INFO):
+        model = lraspp(NUM_CLASSES)
+    exchanged = {
+        f"classifier.{branch}_classifier.{kind}"
+        for branch in ("low", "high")
+        for kind in ("weight", "bias")
+    }
+    skipped = next(r.getMessage() for r in caplog.records if "skipped" in r.getMessage())
+    assert set(skipped.split(": ")[1].split(", ")) == exchanged
+    published = published_lraspp.state_dict()
+    own = model.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in published.items() if k not in exchanged)

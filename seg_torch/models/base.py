@@ -1,0 +1,74 @@
+"""What models have in common: an encoder of timm, and sizes that a model takes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EncoderModel(nn.Module):
+    """A model with an encoder of timm, frozen or not.
+
+    Args:
+        encoder: With timm's `pretrained_cfg`.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+
+    Attributes:
+        mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
+        std: Their standard deviations.
+    """
+
+    encoder: Any  # with what timm adds to a module
+
+    def __init__(self, encoder: nn.Module, freeze_encoder: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mean, self.std = image_statistics(encoder)
+        self.freeze_encoder = freeze_encoder
+        encoder.requires_grad_(not freeze_encoder)
+        self.train()
+
+    def train(self, mode: bool = True) -> "EncoderModel":
+        """Set training mode, except for the statistics of a frozen encoder."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+
+def image_statistics(encoder: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the images that a timm model was trained with.
+
+    Of each channel, for images scaled to [0, 1].
+    """
+    return tuple(encoder.pretrained_cfg["mean"]), tuple(encoder.pretrained_cfg["std"])
+
+
+def ceil_div(length: int, divisor: int) -> int:
+    """Return the quotient, rounded up.
+
+    Not by -(-length // divisor): ONNX rounds negative quotients towards zero.
+    """
+    return (length + divisor - 1) // divisor
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until height and width are multiples of a number.
+
+    What the model makes of the padding is cut off by `logits[..., :height, :width]`. Repeated
+    pixels continue the image; zeros would draw an edge along it.
+
+    Args:
+        x: Float [N, C, H, W].
+        multiple: Such as the stride of the model's deepest feature map.
+
+    Returns:
+        Float [N, C, H', W'], H' >= H and W' >= W; `x` itself where nothing is to be done.
+    """
+    height, width = x.shape[-2:]
+    # An exported graph is for images of other sizes, too.
+    wanted = torch.compiler.is_exporting() or height % multiple or width % multiple
+    bottom = ceil_div(height, multiple) * multiple - height
+    right = ceil_div(width, multiple) * multiple - width
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if wanted else x
