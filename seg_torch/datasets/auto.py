@@ -16,7 +16,6 @@ from seg_torch.datasets.annotations.voc_style import cvat, labelme_voc
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
-from seg_torch.datasets.reading import read_json
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def recognise(home: Path) -> tuple[Callable[..., Any], str]:
 def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], str]:
     """Return the same for the formats that are JSON."""
     for file in files[:20]:  # one without annotations, such as a description, may come first
-        content = read_json(home / file)
+        content = base.read_json(home / file)
         if is_labelme(content):
             return labelme, f"the shapes and the imagePath in {file}"
         if is_label_studio(content):

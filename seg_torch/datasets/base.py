@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -22,7 +23,6 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
@@ -96,6 +96,16 @@ def check_split(split: str) -> None:
         raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
 
 
+def split_of(path: str) -> str:
+    """Return which split the words of a path stand for, "" where there are none.
+
+    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood.
+    """
+    words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
+    splits = re.findall(words, path.lower())
+    return splits[-1] if splits else ""
+
+
 def val_for_test(split: str, dataset: str) -> str:
     """Return the split to read where a dataset has no labelled test images: val for test."""
     check_split(split)
@@ -158,6 +168,35 @@ def raise_problems(problems: Sequence[str], what: str) -> None:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
         listing = "\n  ".join([*problems[:5], *more])
         raise InputError(f"{len(problems)} {what}:\n  {listing}", problems)
+
+
+@contextmanager
+def parsing(file: str | Path, part: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong in reading a part of a file into an InputError that names both."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{file}: {part}{error} is missing") from None
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{file}: {part}{reason}", pixels=getattr(error, "pixels", {})) from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        InputError: It is no JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        what = f"no valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 (byte {error.start})"
+    except RecursionError:
+        what = "no annotations: lists within lists without end"
+    raise InputError(f"{path}: {what}; is the download complete?")
 
 
 def read_list(path: Path) -> list[str]:

@@ -12,7 +12,6 @@ from torchvision import tv_tensors
 
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
-from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError, require
 from seg_torch.images.read import decode_image
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -61,7 +60,7 @@ def hf(
     table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(names)})
     if unlabelled is not None:
         table[unlabelled] = IGNORE_INDEX
-    by_split = {split_of(part): content for part, content in parts.items()}
+    by_split = {base.split_of(part): content for part, content in parts.items()}
     if split == "test" and "test" not in by_split:
         split = base.val_for_test(split, str(name))
     rows = by_split.get(split)
@@ -70,7 +69,7 @@ def hf(
         numbers = [str(i) for i in range(len(rows))]
         chosen = split_names(Path(name), numbers, split, val_fraction, seed)
         rows = rows.select(sorted(map(int, chosen)))
-    with parsing(name, "id2label: "):
+    with base.parsing(name, "id2label: "):
         labels = Labels(tuple(names.values()))
     return HubDataset(rows, labels, table, f"{name} {split}")
 
@@ -161,8 +160,8 @@ def _class_names(name: str, file: str | Path | None) -> dict[int, str]:
             f"{path}: no such file, so the classes have no names; write them to a file, such as "
             f"{json.dumps({'0': 'background', '1': 'car'})}, and give data.dataset.id2label=FILE"
         )
-    with parsing(path):
-        names = dict(sorted((int(i), str(label)) for i, label in read_json(path).items()))
+    with base.parsing(path):
+        names = dict(sorted((int(i), str(label)) for i, label in base.read_json(path).items()))
         if not names or min(names) < 0 or max(names) > 255:
             raise InputError(f"{len(names)} ids; masks hold 0 to 255")
         return names

@@ -20,7 +20,6 @@ from PIL import Image
 
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
-from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -85,7 +84,7 @@ class AnnotatedFolder:
         for file in self.files:
             content = None
             with self.collected():
-                content = read_json(self.home / file)
+                content = base.read_json(self.home / file)
             if recognise(content):
                 recognised = True
                 yield file, content
@@ -103,7 +102,7 @@ class AnnotatedFolder:
     @contextmanager
     def part(self, file: str, part: str = "") -> Iterator[None]:
         """Add what goes wrong in a part of a file to the problems, and go on after the block."""
-        with self.collected(), parsing(self.home / file, part):
+        with self.collected(), base.parsing(self.home / file, part):
             yield
 
     def find_image(self, name: str, beside: str) -> str:
@@ -123,7 +122,8 @@ class AnnotatedFolder:
         if in_folder in named:
             return in_folder
         named = [image for image in named if f"/{image}".endswith(f"/{wanted}")] or named
-        of_split = [i for i in named if split_of(posixpath.dirname(i)) == split_of(beside)]
+        split = base.split_of(beside)
+        of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
         candidates = of_split or named
         if len(candidates) == 1:
             return candidates[0]
@@ -213,7 +213,7 @@ class AnnotatedDataset(base.SegmentationDataset):
             )
         mask = Image.new("L", (width, height), self.rest)
         for number, (name, shape) in enumerate(self.shapes(index), 1):
-            with parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
+            with base.parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
                 self.draw(mask, self.values[name], shape)
         return np.array(mask)
 
@@ -272,7 +272,7 @@ def dataset(
         names = names if called else [background, *names]
         rest = names.index(called[0] if called else background)
         values |= {BACKGROUND: rest}
-    with parsing(home):
+    with base.parsing(home):
         labels = Labels(tuple(names))
     values |= {name: value for value, name in enumerate(names)}
     chosen = choose_split(home, samples, split, val_fraction, seed)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
+from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX
@@ -130,13 +130,13 @@ def _categories(home: Path, contents: Mapping[str, dict[str, Any]]) -> dict[int,
     names: dict[int, str] = {}
     used, groups = set(), set()
     for file, content in contents.items():
-        with parsing(home / file, "categories: "):
+        with base.parsing(home / file, "categories: "):
             for category in content["categories"]:
                 number, name = int(category["id"]), str(category["name"])
                 if names.setdefault(number, name) != name:
                     raise InputError(f"{number} is {name!r}, in another file {names[number]!r}")
                 groups.add(category.get("supercategory"))
-        with parsing(home / file, "annotations: "):
+        with base.parsing(home / file, "annotations: "):
             for annotation in content["annotations"]:
                 segments = annotation.get("segments_info", [annotation])
                 used |= {int(segment["category_id"]) for segment in segments}
@@ -149,7 +149,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     contents = _contents(folder)
     categories = _categories(folder.home, contents)
     for file, content in contents.items():
-        with parsing(folder.home / file, "images: "):
+        with base.parsing(folder.home / file, "images: "):
             sizes = {i["id"]: (int(i["width"]), int(i["height"])) for i in content["images"]}
         shapes: dict[Any, list[tuple[float, str, Any]]] = {number: [] for number in sizes}
         for annotation in content["annotations"]:
@@ -164,7 +164,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 path = folder.find_image(image["file_name"], file)
                 ordered = sorted(shapes[image["id"]], key=lambda shape: shape[0])
                 named = [(name, shape) for _, name, shape in ordered]
-                folder.add(path, path, file, named, split_of(file), sizes[image["id"]])
+                folder.add(path, path, file, named, base.split_of(file), sizes[image["id"]])
     return list(dict.fromkeys(categories.values()))
 
 
@@ -209,7 +209,7 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     contents = _contents(folder)
     categories = _categories(folder.home, contents)
     for file, content in contents.items():
-        with parsing(folder.home / file, "images: "):
+        with base.parsing(folder.home / file, "images: "):
             file_names = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
             with folder.part(file, f"image {annotation.get('image_id')}: "):
@@ -219,5 +219,5 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
                     (categories[segment["category_id"]], segment["id"])
                     for segment in annotation["segments_info"]
                 ]
-                folder.add(path, path, png, segments, split_of(file))
+                folder.add(path, path, png, segments, base.split_of(file))
     return list(dict.fromkeys(categories.values()))

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageDraw
 
+from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import split_of
 from seg_torch.errors import InputError
 
 # The kinds of regions that have an area, and where their class is.
@@ -81,7 +81,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
                 path = _image(folder, task["data"], file)
                 size = sizes[0] if sizes else (0, 0)
-                folder.add(path, path, file, shapes, split_of(file), size)
+                folder.add(path, path, file, shapes, base.split_of(file), size)
                 names |= {name for name, _ in shapes}
     return sorted(names)
 

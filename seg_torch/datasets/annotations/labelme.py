@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image, opened
 
@@ -70,8 +69,9 @@ class LabelmeDataset(annotated.AnnotatedDataset):
         pair = self.pairs[index]
         if pair.image != pair.mask:
             return super().image(index)
-        with parsing(pair.mask, "imageData: "):
-            return decode_image(base64.b64decode(read_json(pair.mask)["imageData"]), str(pair.mask))
+        with base.parsing(pair.mask, "imageData: "):
+            content = base64.b64decode(base.read_json(pair.mask)["imageData"])
+            return decode_image(content, str(pair.mask))
 
 
 def is_labelme(content: Any) -> bool:
@@ -97,7 +97,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             with suppress(InputError) if content.get("imageData") else nullcontext():
                 image = folder.find_image(content["imagePath"], file)
             size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-            folder.add(file, image, file, shapes, split_of(posixpath.dirname(file)), size)
+            folder.add(file, image, file, shapes, base.split_of(posixpath.dirname(file)), size)
             names |= used
     special = {annotated.BACKGROUND, annotated.IGNORED}
     return listed or [*sorted(names & special), *sorted(names - special)]

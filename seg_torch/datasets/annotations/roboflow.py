@@ -5,7 +5,6 @@ from pathlib import Path
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations.annotated import Annotated, choose_split, files_in, name_of
-from seg_torch.datasets.reading import parsing, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -47,12 +46,12 @@ def roboflow(
     missing = [f"{home / name}{MASK}" for name in masks if name not in images]
     base.raise_problems(missing, "masks have no image of their name beside them")
     samples = [
-        Annotated(name, f"{home}/{images[name]}", f"{home}/{name}{MASK}", split=split_of(name))
+        Annotated(name, f"{home}/{images[name]}", f"{home}/{name}{MASK}", split=base.split_of(name))
         for name in masks
     ]
     chosen = choose_split(home, samples, split, val_fraction, seed)
     ids = {IGNORE_INDEX: IGNORE_INDEX} | {value: i for i, value in enumerate(classes)}
-    with parsing(home / files[0]):
+    with base.parsing(home / files[0]):
         labels = Labels(tuple(classes.values()))
     pairs = [sample[:3] for sample in chosen]
     return base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
@@ -64,7 +63,7 @@ def read_csv(path: Path) -> dict[int, str]:
     Raises:
         InputError: A line is not "value, name".
     """
-    with parsing(path):
+    with base.parsing(path):
         first, *rows = csv.reader(base.read_list(path))
         if first[0].strip() != "Pixel Value":
             raise InputError(f"its first line is {first}, not Pixel Value, Class")

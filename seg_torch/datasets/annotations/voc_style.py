@@ -14,7 +14,6 @@ from seg_torch.datasets.annotations.annotated import (
     choose_split,
     name_of,
 )
-from seg_torch.datasets.reading import parsing
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
@@ -85,7 +84,7 @@ def labelme_voc(
     classes, *folders = base.find(root, "An export of labelme2voc.py", entries, source)
     names = [name for name in base.read_list(classes) if name != IGNORED]
     names = ["background" if name == BACKGROUND else name for name in names]
-    with parsing(classes):
+    with base.parsing(classes):
         labels = Labels(tuple(names))
     pairs = _pairs(folders[0], folders[1], split, val_fraction, seed)
     return base.SegmentationDataset(pairs, labels)
@@ -109,7 +108,7 @@ def read_labelmap(path: Path) -> Labels:
     twice = sorted({tuple(colour) for colour in colours if colours.count(colour) > 1})
     if twice:
         raise InputError(f"{path}: two classes have the colour {twice[0]}, give each its own")
-    with parsing(path):
+    with base.parsing(path):
         return Labels(tuple(names), np.array(colours).reshape(-1, 3))
 
 

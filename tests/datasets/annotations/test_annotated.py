@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from seg_torch import datasets
 from seg_torch.data.inspection import inspect_dataset
-from seg_torch.datasets.reading import split_of
+from seg_torch.datasets.base import split_of
 from seg_torch.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
