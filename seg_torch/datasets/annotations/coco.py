@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX
@@ -200,8 +200,8 @@ def _draw(mask: Image.Image, value: int, shape: Any) -> None:
     """Draw a COCO segmentation: a list of polygons, or run lengths."""
     if isinstance(shape, list):
         for ring in shape:
-            drawing.checked_points(mask, ring, 3)
-    drawing.draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
+            annotated.checked_points(mask, ring, 3)
+    annotated.draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
 
 
 def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:

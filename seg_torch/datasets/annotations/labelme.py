@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image, opened
 
@@ -107,8 +107,8 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw one of labelme's shapes, as its `shape_to_mask` does."""
     kind, draw = shape["shape_type"] or "polygon", ImageDraw.Draw(mask)
     if kind in ("polygon", "oriented_rectangle"):
-        return drawing.draw_polygon(mask, value, shape["points"])
-    points = drawing.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
+        return annotated.draw_polygon(mask, value, shape["points"])
+    points = annotated.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
     if len(points) != POINTS.get(kind, len(points)):
         raise InputError(f"a {kind} of {len(points)} points, it has {POINTS[kind]}")
     (x0, y0), (x1, y1) = points[0], points[-1]
@@ -124,7 +124,7 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
             draw.circle(point, POINT_RADIUS, fill=value, outline=value)
     elif kind == "mask":
         with opened("its mask", "a mask", base64.b64decode(shape["mask"])) as image:
-            drawing.draw_pixels(mask, value, np.array(image), int(x0), int(y0))
+            annotated.draw_pixels(mask, value, np.array(image), int(x0), int(y0))
     else:
         raise InputError(f"shapes of the type {kind!r} are not known")
     return None

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations import annotated, drawing
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 
@@ -151,4 +151,4 @@ def _area(coordinates: list[float]) -> float:
 
 def _draw(mask: Image.Image, value: int, shape: list[float]) -> None:
     """Draw a polygon x0, y0, x1, y1 ... of fractions of the image."""
-    drawing.draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)
+    annotated.draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)
