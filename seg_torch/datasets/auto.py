@@ -11,8 +11,7 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations.coco import coco, coco_panoptic, is_coco
 from seg_torch.datasets.annotations.label_studio import is_label_studio, label_studio
 from seg_torch.datasets.annotations.labelme import is_labelme, labelme
-from seg_torch.datasets.annotations.roboflow import roboflow
-from seg_torch.datasets.annotations.voc_style import cvat, labelme_voc
+from seg_torch.datasets.annotations.masks import cvat, labelme_voc, roboflow
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
@@ -53,7 +52,6 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
         InputError: The folder is in none of these formats, or not as its format has it; or the
             format has no such option.
     """
-    base.check_split(split)
     dataset, reason = recognise(Path(root).expanduser())
     _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
     known = [*inspect.signature(dataset).parameters][2:]
