@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.read import opened, plain_png
@@ -90,12 +90,6 @@ class Pairs(Sequence[Pair]):
         return os.fsdecode(bytes(pair)).split("\0")
 
 
-def check_split(split: str) -> None:
-    """Raise InputError unless the split is one of the three."""
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-
-
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
@@ -106,10 +100,14 @@ def split_of(path: str) -> str:
     return splits[-1] if splits else ""
 
 
-def val_for_test(split: str, dataset: str) -> str:
-    """Return the split to read where a dataset has no labelled test images: val for test."""
-    check_split(split)
-    if split == "test":
+def val_for_test(split: str, dataset: object, has_test: bool = False) -> str:
+    """Return the split to read: val for test where a dataset has no labelled test images.
+
+    Raises:
+        InputError: The split is none of the three.
+    """
+    check_choice("split", split, SPLITS)
+    if split == "test" and not has_test:
         log.info("%s: no labelled test images here, so the test split is val", dataset)
         return "val"
     return split

@@ -58,7 +58,6 @@ def folder(
         InputError: The split is unknown, something is missing in `root`, a list has unknown names,
             pairs are incomplete or ambiguous, or an extra folder has other classes.
     """
-    base.check_split(split)
     source = (
         "put your images in images/, masks of the same names in masks/, and write the class names "
         "to classes.txt, one per line"
@@ -70,8 +69,6 @@ def folder(
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
-    if split == "test" and not (home / "test.txt").exists():
-        split = base.val_for_test(split, str(home))
     chosen = split_names(home, list(endings), split, val_fraction, seed)
     pairs = _pairs(chosen, endings, images, masks)
     if split == "train" and extra:  # a copy of all pairs
@@ -155,7 +152,8 @@ def split_names(
 
     They are read from `train.txt`, `val.txt` and `test.txt` in `root`. Where there is
     neither `train.txt` nor `val.txt`, whatever is not in `test.txt` is split at random, by a hash
-    of each name, so that adding an image moves at most one other to the other split.
+    of each name, so that adding an image moves at most one other to the other split. Without
+    `test.txt` the test split is val.
 
     Args:
         root: The folder of the lists.
@@ -172,6 +170,7 @@ def split_names(
             or there are too few names to split.
     """
     lists = read_split_lists(root, names)
+    split = base.val_for_test(split, root, "test" in lists)
     if split in lists:
         return lists[split]
     if "train" in lists or "val" in lists:

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
-from seg_torch.errors import InputError, require
+from seg_torch.errors import InputError, check_choice, require
 from seg_torch.images.read import decode_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
@@ -52,7 +52,7 @@ def hf(
         InputError: The split is unknown, the package `datasets` or the dataset is missing, or it
             has no such columns or no class names.
     """
-    base.check_split(split)
+    check_choice("split", split, base.SPLITS)
     parts = _load(str(name))
     names = _class_names(str(name), id2label)
     if unlabelled is not None:
@@ -61,8 +61,7 @@ def hf(
     if unlabelled is not None:
         table[unlabelled] = IGNORE_INDEX
     by_split = {base.split_of(part): content for part, content in parts.items()}
-    if split == "test" and "test" not in by_split:
-        split = base.val_for_test(split, str(name))
+    split = base.val_for_test(split, name, "test" in by_split)
     rows = by_split.get(split)
     if rows is None or (split == "train" and "val" not in by_split):
         rows = by_split.get("train", next(iter(parts.values())))

@@ -311,16 +311,13 @@ def choose_split(
     Raises:
         InputError: The split is unknown, or has no samples.
     """
-    base.check_split(split)
     by_split: dict[str, list[Annotated]] = {}
     for sample in samples:
         by_split.setdefault(sample.split, []).append(sample)
-    if split == "test" and "test" not in by_split and not (home / "test.txt").exists():
-        split = base.val_for_test(split, str(home))
     if "" in by_split and len(by_split) > 1:
         log.info("%s: %d images are in no split of its own", home, len(by_split[""]))
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
-        return by_split[split]
+        return by_split[base.val_for_test(split, home, "test" in by_split)]
     rest = {sample.name: sample for sample in samples if sample.split != "test"}
     return [rest[name] for name in split_names(home, list(rest), split, val_fraction, seed)]
 

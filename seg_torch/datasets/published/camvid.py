@@ -32,10 +32,8 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
     Raises:
         InputError: The split is unknown, there is no such dataset, or listed files are missing.
     """
-    base.check_split(split)
     folder = Path(root).expanduser()
-    if split == "test" and not (folder / "test").exists():
-        split = base.val_for_test(split, "CamVid")
+    split = base.val_for_test(split, "CamVid", (folder / "test").exists())
     images, masks = base.find(root, "CamVid", [split, f"{split}annot"], SOURCE)
     listing = folder / f"{split}.txt"
     if not listing.exists():
