@@ -119,35 +119,30 @@ def is_coco(content: Any) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(p), list) for p in parts)
 
 
-def _contents(folder: annotated.AnnotatedFolder) -> dict[str, dict[str, Any]]:
-    """Return what the COCO files of a folder hold."""
+def _contents(folder: annotated.AnnotatedFolder) -> tuple[dict[str, Any], dict[int, str]]:
+    """Return what the COCO files of a folder hold, and all categories by id, in order."""
     what = "COCO dataset, which has the lists images, annotations and categories"
-    return dict(folder.contents(is_coco, what))
-
-
-def _categories(home: Path, contents: Mapping[str, dict[str, Any]]) -> dict[int, str]:
-    """Return the names of the categories by id, of all files together and in order."""
+    contents = dict(folder.contents(is_coco, what))
     names: dict[int, str] = {}
     used, groups = set(), set()
     for file, content in contents.items():
-        with base.parsing(home / file, "categories: "):
+        with base.parsing(folder.home / file, "categories: "):
             for category in content["categories"]:
                 number, name = int(category["id"]), str(category["name"])
                 if names.setdefault(number, name) != name:
                     raise InputError(f"{number} is {name!r}, in another file {names[number]!r}")
                 groups.add(category.get("supercategory"))
-        with base.parsing(home / file, "annotations: "):
+        with base.parsing(folder.home / file, "annotations: "):
             for annotation in content["annotations"]:
                 segments = annotation.get("segments_info", [annotation])
                 used |= {int(segment["category_id"]) for segment in segments}
     # Roboflow gives the project itself the id 0.
-    return {i: names[i] for i in sorted(names) if i in used or names[i] not in groups}
+    return contents, {i: names[i] for i in sorted(names) if i in used or names[i] not in groups}
 
 
 def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files."""
-    contents = _contents(folder)
-    categories = _categories(folder.home, contents)
+    contents, categories = _contents(folder)
     for file, content in contents.items():
         with base.parsing(folder.home / file, "images: "):
             sizes = {i["id"]: (int(i["width"]), int(i["height"])) for i in content["images"]}
@@ -206,8 +201,7 @@ def _draw(mask: Image.Image, value: int, shape: Any) -> None:
 
 def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files; their shapes are the ids of the segments."""
-    contents = _contents(folder)
-    categories = _categories(folder.home, contents)
+    contents, categories = _contents(folder)
     for file, content in contents.items():
         with base.parsing(folder.home / file, "images: "):
             file_names = {image["id"]: image["file_name"] for image in content["images"]}
