@@ -60,7 +60,7 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
             f"data.dataset.{option}: data={dataset.__name__} has no such option; it has "
             f"{', '.join(known)}"
         )
-    return dataset(str(root) if dataset is hf else root, split, **options)
+    return dataset(root, split, **options)
 
 
 @cache

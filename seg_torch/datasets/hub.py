@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ IMAGES, MASKS = ("image", "pixel_values"), ("label", "annotation", "mask", "segm
 
 
 def hf(
-    name: str,
+    name: str | Path,
     split: str,
     id2label: str | Path | None = None,
     unlabelled: int | None = None,
@@ -55,11 +56,11 @@ def hf(
     check_choice("split", split, base.SPLITS)
     parts = _load(str(name))
     names = _class_names(str(name), id2label)
+    ids = {IGNORE_INDEX: IGNORE_INDEX}
     if unlabelled is not None:
         names.pop(unlabelled, None)
-    table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(names)})
-    if unlabelled is not None:
-        table[unlabelled] = IGNORE_INDEX
+        ids[unlabelled] = IGNORE_INDEX
+    table = base.id_table(ids | {value: i for i, value in enumerate(names)})
     by_split = {base.split_of(part): content for part, content in parts.items()}
     split = base.val_for_test(split, name, "test" in by_split)
     rows = by_split.get(split)
@@ -131,7 +132,7 @@ class HubDataset(base.BaseDataset):
 def _load(name: str) -> Mapping[str, Any]:
     """Return the tables of a dataset by the names of its splits."""
     require("data=hf", "hf", "datasets")
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(name).expanduser()
     saved = any((folder / f).exists() for f in ("dataset_dict.json", "dataset_info.json"))
@@ -139,21 +140,17 @@ def _load(name: str) -> Mapping[str, Any]:
         content = load_from_disk(folder) if saved else load_dataset(str(folder))
     except Exception as error:  # of the Hub, the network, or any of its readers
         raise InputError(f"data.name={name}: cannot be loaded by datasets: {error}") from None
-    if isinstance(content, Dataset):
-        content = DatasetDict({"train": content})
-    return content
+    return {"train": content} if isinstance(content, Dataset) else content
 
 
 def _class_names(name: str, file: str | Path | None) -> dict[int, str]:
     """Return the names of the classes by id, in order."""
     path = Path(name).expanduser() / "id2label.json" if file is None else Path(file).expanduser()
-    if not path.exists() and file is None and not path.parent.is_dir():
+    if file is None and not path.parent.is_dir():
         from huggingface_hub import hf_hub_download
 
-        try:
+        with suppress(Exception):  # the Hub, the network, or no such file
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception:  # the Hub, the network, or no such file
-            path = Path(name, "id2label.json")
     if not path.exists():
         raise InputError(
             f"{path}: no such file, so the classes have no names; write them to a file, such as "
