@@ -69,7 +69,7 @@ class Pairs(Sequence[Pair]):
         chosen = range(len(self))[index]
         if isinstance(chosen, range):
             return Pairs(self[i] for i in chosen)
-        name, image, mask = self._strings(chosen)
+        name, image, mask = self.strings(chosen)
         return Pair(name, Path(image), Path(mask))
 
     def __eq__(self, other: object) -> bool:
@@ -80,12 +80,8 @@ class Pairs(Sequence[Pair]):
     def __add__(self, other: Iterable[Pair]) -> Pairs:
         return Pairs([*self, *other])
 
-    def files(self) -> Iterator[str]:
-        """Yield the paths of all images and masks, without the cost of a `Path`."""
-        for index in range(len(self)):
-            yield from self._strings(index)[1:]
-
-    def _strings(self, index: int) -> list[str]:
+    def strings(self, index: int) -> list[str]:
+        """Return the name and the paths of a pair, without the cost of a `Path`."""
         pair = self._content[self._ends[index] : self._ends[index + 1]]
         return os.fsdecode(bytes(pair)).split("\0")
 
@@ -329,9 +325,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
     """
     with opened(path, "a mask", content) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
-            raise InputError(
-                f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
-            )
+            raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path) if content is None else None
         ids = np.array(image) if decoded is None else decoded
     if ids.dtype != np.uint8:
@@ -395,13 +389,14 @@ def read_mapped_mask(
     ids = np.frombuffer(looked_up, np.uint8).reshape(values.shape)
     wrong = ids == NOT_ALLOWED
     if wrong.any():
-        allowed = np.flatnonzero(table != NOT_ALLOWED).tolist()
-        raise InputError(
-            f"{path}: mask values {np.unique(values).tolist()}; in this dataset's files they are "
-            f"{allowed}",
-            pixels=most_frequent(values[wrong]),
-        )
+        raise _wrong_values(path, values, wrong, np.flatnonzero(table != NOT_ALLOWED).tolist())
     return ids
+
+
+def _wrong_values(name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object) -> InputError:
+    found = np.unique(mask).tolist()
+    pixels = most_frequent(mask[wrong])
+    return InputError(f"{name}: mask values {found}; allowed are {allowed}", pixels=pixels)
 
 
 class BaseDataset(Dataset):
@@ -521,11 +516,10 @@ class SegmentationDataset(BaseDataset):
 
     def files(self) -> Iterator[str]:
         """Yield the paths of all files."""
-        if not self.format.files:
-            yield from self.pairs.files()
-            return
-        for pair in self.pairs:
-            yield from map(str, [*self.format.paths(pair.image), pair.mask])
+        for index in range(len(self)):
+            _, image, mask = self.pairs.strings(index)
+            yield from map(str, self.format.paths(image)) if self.format.files else [image]
+            yield mask
 
     def fingerprint(self) -> str | None:
         """Return what changes with the files and with how they are read.
@@ -580,11 +574,9 @@ def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
     # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
     if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
-        raise InputError(
-            f"{name}: mask values {np.unique(mask).tolist()}; allowed are 0 to {len(labels) - 1} "
-            f"(the {len(labels)} classes) and {IGNORE_INDEX} (not labelled)",
-            pixels=most_frequent(mask[(mask >= len(labels)) & (mask != IGNORE_INDEX)]),
-        )
+        wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
+        classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
+        raise _wrong_values(name, mask, wrong, f"{classes} and {IGNORE_INDEX} (not labelled)")
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
