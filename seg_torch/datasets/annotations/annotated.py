@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -177,20 +177,18 @@ class AnnotatedDataset(base.SegmentationDataset):
 
     def __init__(
         self,
-        samples: Sequence[Annotated],
+        samples: list[Annotated],
         labels: Labels,
         draw: Draw,
-        values: Mapping[str, int],
+        values: dict[str, int],
         rest: int,
     ) -> None:
-        pairs = base.Pairs((sample.name, sample.image, sample.file) for sample in samples)
         # The function is part of what `check` remembers a result by.
-        super().__init__(pairs, labels, draw)  # type: ignore[arg-type]
-        self.draw, self.values, self.rest = draw, dict(values), rest
-        ends = np.cumsum([0, *(len(sample.shapes) for sample in samples)])
+        super().__init__((s[:3] for s in samples), labels, draw)  # type: ignore[arg-type]
+        self.draw, self.values, self.rest = draw, values, rest
         content = bytearray().join(sample.shapes for sample in samples)
         self._content = torch.frombuffer(content, dtype=torch.uint8)
-        self._ends = torch.from_numpy(ends)
+        self._ends = torch.tensor([0, *(len(sample.shapes) for sample in samples)]).cumsum(0)
         self._sizes = torch.tensor([sample.size for sample in samples])
 
     def shapes(self, index: int) -> list[tuple[str, Any]]:
@@ -344,10 +342,8 @@ def checked_points(mask: Image.Image, points: Any, at_least: int) -> list[tuple[
     inside = ((array >= -margin) & (array <= mask.size + margin)).all(axis=1)
     if not inside.all():
         x, y = array[~inside][0]
-        raise InputError(
-            f"the point ({x:g}, {y:g}) is outside of the image of {mask.width} x {mask.height} "
-            "pixels"
-        )
+        size = f"{mask.width} x {mask.height} pixels"
+        raise InputError(f"the point ({x:g}, {y:g}) is outside of the image of {size}")
     return [(x, y) for x, y in array.tolist()]
 
 

@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all text files that belong to the images of `data.yaml`."""
-    config = folder.home / ("data.yaml" if "data.yaml" in folder.files else folder.files[0])
+    config = folder.home / folder.files[0]
     content = read_yaml(config)
     with base.parsing(config, "names: "):
         names = content["names"]

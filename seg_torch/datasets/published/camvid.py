@@ -1,6 +1,5 @@
 """CamVid with 11 classes, as the SegNet tutorial prepared it."""
 
-import os
 from pathlib import Path
 
 from seg_torch.datasets import base
@@ -45,6 +44,6 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
         base.raise_problems(wrong, f"lines in {listing} are not the paths of an image and a mask")
         paths = [[folder.joinpath(*Path(path).parts[-2:]) for path in line] for line in lines]
         pairs = base.Pairs((image.stem, image, mask) for image, mask in paths)
-        missing = [str(path) for line in paths for path in line if not os.path.exists(path)]
+        missing = [str(path) for line in paths for path in line if not path.exists()]
         base.raise_problems(missing, f"files that {listing} names do not exist")
     return base.SegmentationDataset(pairs, CAMVID_LABELS, read_mask)

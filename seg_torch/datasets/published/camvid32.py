@@ -10,8 +10,7 @@ from seg_torch.errors import InputError
 
 CAMVID32_LABELS = base.published_labels("camvid32")
 SOURCE = (
-    "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and the labelled "
-    "images"
+    "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and their labels"
 )
 
 
