@@ -1,4 +1,4 @@
-"""What all datasets share: pairs of files, read under one rule and checked."""
+"""What all datasets share: files of others, read under one rule, paired and checked."""
 
 from __future__ import annotations
 

@@ -112,6 +112,12 @@ def test_annotations_are_read_once_for_all_splits_until_one_changes(make, monkey
     assert len(calls) == 2
 
 
+def test_val_stands_in_for_test_where_the_format_makes_the_split_without_one(make):
+    root = make("coco")
+    (root / "test.txt").write_text("of another tool\n")
+    assert datasets.coco(root, "test").pairs == datasets.coco(root, "val").pairs
+
+
 @pytest.mark.parametrize("name", ["coco", "label_studio", "labelme", "yolo"])
 def test_without_a_background_the_rest_is_not_labelled(make, name):
     read, root = getattr(datasets, name), make(name)
