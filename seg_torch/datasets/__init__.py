@@ -4,9 +4,9 @@ from seg_torch.datasets.annotations.coco import coco as coco
 from seg_torch.datasets.annotations.coco import coco_panoptic as coco_panoptic
 from seg_torch.datasets.annotations.label_studio import label_studio as label_studio
 from seg_torch.datasets.annotations.labelme import labelme as labelme
-from seg_torch.datasets.annotations.roboflow import roboflow as roboflow
-from seg_torch.datasets.annotations.voc_style import cvat as cvat
-from seg_torch.datasets.annotations.voc_style import labelme_voc as labelme_voc
+from seg_torch.datasets.annotations.masks import cvat as cvat
+from seg_torch.datasets.annotations.masks import labelme_voc as labelme_voc
+from seg_torch.datasets.annotations.masks import roboflow as roboflow
 from seg_torch.datasets.annotations.yolo import yolo as yolo
 from seg_torch.datasets.auto import auto as auto
 from seg_torch.datasets.base import Pair as Pair

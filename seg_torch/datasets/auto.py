@@ -11,12 +11,10 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations.coco import coco, coco_panoptic, is_coco
 from seg_torch.datasets.annotations.label_studio import is_label_studio, label_studio
 from seg_torch.datasets.annotations.labelme import is_labelme, labelme
-from seg_torch.datasets.annotations.roboflow import roboflow
-from seg_torch.datasets.annotations.voc_style import cvat, labelme_voc
+from seg_torch.datasets.annotations.masks import cvat, labelme_voc, roboflow
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
-from seg_torch.datasets.reading import read_json
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,6 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
         InputError: The folder is in none of these formats, or not as its format has it; or the
             format has no such option.
     """
-    base.check_split(split)
     dataset, reason = recognise(Path(root).expanduser())
     _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
     known = [*inspect.signature(dataset).parameters][2:]
@@ -63,7 +60,7 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
             f"data.dataset.{option}: data={dataset.__name__} has no such option; it has "
             f"{', '.join(known)}"
         )
-    return dataset(str(root) if dataset is hf else root, split, **options)
+    return dataset(root, split, **options)
 
 
 @cache
@@ -108,7 +105,7 @@ def recognise(home: Path) -> tuple[Callable[..., Any], str]:
 def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], str]:
     """Return the same for the formats that are JSON."""
     for file in files[:20]:  # one without annotations, such as a description, may come first
-        content = read_json(home / file)
+        content = base.read_json(home / file)
         if is_labelme(content):
             return labelme, f"the shapes and the imagePath in {file}"
         if is_label_studio(content):

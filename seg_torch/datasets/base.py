@@ -1,10 +1,11 @@
-"""What all datasets share: pairs of files, read under one rule and checked."""
+"""What all datasets share: files of others, read under one rule, paired and checked."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -22,8 +23,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.datasets.reading import parsing
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.read import opened, plain_png
@@ -69,7 +69,7 @@ class Pairs(Sequence[Pair]):
         chosen = range(len(self))[index]
         if isinstance(chosen, range):
             return Pairs(self[i] for i in chosen)
-        name, image, mask = self._strings(chosen)
+        name, image, mask = self.strings(chosen)
         return Pair(name, Path(image), Path(mask))
 
     def __eq__(self, other: object) -> bool:
@@ -80,26 +80,30 @@ class Pairs(Sequence[Pair]):
     def __add__(self, other: Iterable[Pair]) -> Pairs:
         return Pairs([*self, *other])
 
-    def files(self) -> Iterator[str]:
-        """Yield the paths of all images and masks, without the cost of a `Path`."""
-        for index in range(len(self)):
-            yield from self._strings(index)[1:]
-
-    def _strings(self, index: int) -> list[str]:
+    def strings(self, index: int) -> list[str]:
+        """Return the name and the paths of a pair, without the cost of a `Path`."""
         pair = self._content[self._ends[index] : self._ends[index + 1]]
         return os.fsdecode(bytes(pair)).split("\0")
 
 
-def check_split(split: str) -> None:
-    """Raise InputError unless the split is one of the three."""
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+def split_of(path: str) -> str:
+    """Return which split the words of a path stand for, "" where there are none.
+
+    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood.
+    """
+    words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
+    splits = re.findall(words, path.lower())
+    return splits[-1] if splits else ""
 
 
-def val_for_test(split: str, dataset: str) -> str:
-    """Return the split to read where a dataset has no labelled test images: val for test."""
-    check_split(split)
-    if split == "test":
+def val_for_test(split: str, dataset: object, has_test: bool = False) -> str:
+    """Return the split to read: val for test where a dataset has no labelled test images.
+
+    Raises:
+        InputError: The split is none of the three.
+    """
+    check_choice("split", split, SPLITS)
+    if split == "test" and not has_test:
         log.info("%s: no labelled test images here, so the test split is val", dataset)
         return "val"
     return split
@@ -158,6 +162,35 @@ def raise_problems(problems: Sequence[str], what: str) -> None:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
         listing = "\n  ".join([*problems[:5], *more])
         raise InputError(f"{len(problems)} {what}:\n  {listing}", problems)
+
+
+@contextmanager
+def parsing(file: str | Path, part: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong in reading a part of a file into an InputError that names both."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{file}: {part}{error} is missing") from None
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{file}: {part}{reason}", pixels=getattr(error, "pixels", {})) from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        InputError: It is no JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        what = f"no valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 (byte {error.start})"
+    except RecursionError:
+        what = "no annotations: lists within lists without end"
+    raise InputError(f"{path}: {what}; is the download complete?")
 
 
 def read_list(path: Path) -> list[str]:
@@ -292,9 +325,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
     """
     with opened(path, "a mask", content) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
-            raise InputError(
-                f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
-            )
+            raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path) if content is None else None
         ids = np.array(image) if decoded is None else decoded
     if ids.dtype != np.uint8:
@@ -358,13 +389,14 @@ def read_mapped_mask(
     ids = np.frombuffer(looked_up, np.uint8).reshape(values.shape)
     wrong = ids == NOT_ALLOWED
     if wrong.any():
-        allowed = np.flatnonzero(table != NOT_ALLOWED).tolist()
-        raise InputError(
-            f"{path}: mask values {np.unique(values).tolist()}; in this dataset's files they are "
-            f"{allowed}",
-            pixels=most_frequent(values[wrong]),
-        )
+        raise _wrong_values(path, values, wrong, np.flatnonzero(table != NOT_ALLOWED).tolist())
     return ids
+
+
+def _wrong_values(name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object) -> InputError:
+    found = np.unique(mask).tolist()
+    pixels = most_frequent(mask[wrong])
+    return InputError(f"{name}: mask values {found}; allowed are {allowed}", pixels=pixels)
 
 
 class BaseDataset(Dataset):
@@ -484,11 +516,10 @@ class SegmentationDataset(BaseDataset):
 
     def files(self) -> Iterator[str]:
         """Yield the paths of all files."""
-        if not self.format.files:
-            yield from self.pairs.files()
-            return
-        for pair in self.pairs:
-            yield from map(str, [*self.format.paths(pair.image), pair.mask])
+        for index in range(len(self)):
+            _, image, mask = self.pairs.strings(index)
+            yield from map(str, self.format.paths(image)) if self.format.files else [image]
+            yield mask
 
     def fingerprint(self) -> str | None:
         """Return what changes with the files and with how they are read.
@@ -543,11 +574,9 @@ def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv
 def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
     # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
     if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
-        raise InputError(
-            f"{name}: mask values {np.unique(mask).tolist()}; allowed are 0 to {len(labels) - 1} "
-            f"(the {len(labels)} classes) and {IGNORE_INDEX} (not labelled)",
-            pixels=most_frequent(mask[(mask >= len(labels)) & (mask != IGNORE_INDEX)]),
-        )
+        wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
+        classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
+        raise _wrong_values(name, mask, wrong, f"{classes} and {IGNORE_INDEX} (not labelled)")
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:

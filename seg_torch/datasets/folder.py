@@ -1,9 +1,11 @@
 """Your own images and masks, in two folders and a list of class names."""
 
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,44 +60,39 @@ def folder(
         InputError: The split is unknown, something is missing in `root`, a list has unknown names,
             pairs are incomplete or ambiguous, or an extra folder has other classes.
     """
-    base.check_split(split)
-    source = (
-        "put your images in images/, masks of the same names in masks/, and write the class names "
-        "to classes.txt, one per line"
-    )
+    source = "put images in images/, masks of the same names in masks/, class names in classes.txt"
     images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
     home, endings = images.parent, _paired_endings(images, masks, format)
     if not (home / "classes.txt").exists():
-        mask_files = [f"{masks}/{name}{ending}" for name, (_, ending) in endings.items()]
+        mask_files = [mask for _, _, mask in _pairs(endings, endings, images, masks)]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
-    if split == "test" and not (home / "test.txt").exists():
-        split = base.val_for_test(split, str(home))
     chosen = split_names(home, list(endings), split, val_fraction, seed)
     pairs = _pairs(chosen, endings, images, masks)
-    if split == "train" and extra:  # a copy of all pairs
-        pairs += [pair for more in extra for pair in _extra_pairs(more, labels, format)]
+    if split == "train":
+        pairs = itertools.chain(pairs, *(_extra_pairs(more, labels, format) for more in extra))
     return base.SegmentationDataset(pairs, labels, read_mask, format)
 
 
-def _extra_pairs(root: str | Path, labels: Labels, format: ImageFormat) -> list[base.Pair]:
+def _extra_pairs(
+    root: str | Path, labels: Labels, format: ImageFormat
+) -> Iterator[tuple[str, str, str]]:
     entries = ["images", "masks", "classes.txt"]
     images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
     endings = _paired_endings(images, masks, format)
-    pairs = _pairs(endings, endings, images, masks)
-    return [base.Pair(f"{root}/{name}", image, mask) for name, image, mask in pairs]
+    for name, image, mask in _pairs(endings, endings, images, masks):
+        yield f"{root}/{name}", image, mask
 
 
 def _pairs(
     names: Iterable[str], endings: dict[str, tuple[str, str]], images: Path, masks: Path
-) -> base.Pairs:
-    return base.Pairs(
-        (name, f"{images}/{name}{endings[name][0]}", f"{masks}/{name}{endings[name][1]}")
-        for name in names
-    )
+) -> Iterator[tuple[str, str, str]]:
+    for name in names:
+        image, mask = endings[name]
+        yield name, f"{images}/{name}{image}", f"{masks}/{name}{mask}"
 
 
 def write_folder(
@@ -141,10 +138,7 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
         return base.read_index_mask(path)
     if palette is None:
-        raise InputError(
-            f"{path}: a mask of colours ({mode}), but classes.txt gives no colours; write each "
-            "class as: name R G B"
-        )
+        raise InputError(f"{path}: a mask of colours ({mode}); classes.txt needs them: name R G B")
     return base.read_colour_mask(path, palette)
 
 
@@ -155,7 +149,8 @@ def split_names(
 
     They are read from `train.txt`, `val.txt` and `test.txt` in `root`. Where there is
     neither `train.txt` nor `val.txt`, whatever is not in `test.txt` is split at random, by a hash
-    of each name, so that adding an image moves at most one other to the other split.
+    of each name, so that adding an image moves at most one other to the other split. Without
+    `test.txt` the test split is val.
 
     Args:
         root: The folder of the lists.
@@ -172,6 +167,7 @@ def split_names(
             or there are too few names to split.
     """
     lists = read_split_lists(root, names)
+    split = base.val_for_test(split, root, "test" in lists)
     if split in lists:
         return lists[split]
     if "train" in lists or "val" in lists:
@@ -210,36 +206,37 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> dict[str,
 
     The names and their files' paths would take five times the memory of names alone.
     """
-    pairs: dict[str, tuple[str, str]] = {}  # an ending is "" where there is no file
-    same: dict[tuple[str, str], tuple[str, str]] = {}  # one tuple for all pairs with its endings
-    problems = []
-    for kind, home in enumerate((images, masks)):
-        ambiguous: dict[str, list[str]] = {}
-        first = format.files[:1] if home == images else ()
-        for file in base.list_files(home, tuple(map(str.lower, first)) or IMAGE_SUFFIXES):
-            cut = -len(first[0]) if first else file.rindex(".") - len(file)
-            name, ending = file[:cut], file[cut:]
-            if file.startswith(".", file.rfind("/") + 1):
-                continue
-            known = pairs.get(name, ("", ""))
-            if known[kind]:
-                ambiguous.setdefault(f"{name}{known[kind]}", []).append(os.path.basename(file))
-            else:
-                both = (ending, "") if kind == 0 else (known[0], ending)
-                pairs[name] = same.setdefault(both, both)
-        for file, others in ambiguous.items():
-            problems.append(f"{home / file}: ambiguous, there is also {', '.join(others)}")
-    if not pairs:
+    problems: list[str] = []
+    image_endings = _endings(images, "".join(format.files[:1]), problems)
+    mask_endings = _endings(masks, "", problems)
+    if not image_endings and not mask_endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
-    for name, (image, mask) in pairs.items():
-        if not mask:
-            problems.append(f"{images / name}{image}: no mask")
-        elif not image:
-            problems.append(f"{masks / name}{mask}: no image")
-        others = [f"{images / name}{ending}" for ending in format.files] if image else []
+    for name, ending in image_endings.items():
+        if name not in mask_endings:
+            problems.append(f"{images / name}{ending}: no mask")
+        others = [f"{images / name}{ending}" for ending in format.files]
         problems += [f"{file}: no such file" for file in others if not os.path.exists(file)]
+    for name in mask_endings.keys() - image_endings.keys():
+        problems.append(f"{masks / name}{mask_endings[name]}: no image")
     base.raise_problems(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return {name: pairs[name] for name in sorted(pairs)}
+    return {name: (image_endings[name], mask_endings[name]) for name in sorted(image_endings)}
+
+
+def _endings(folder: Path, suffix: str, problems: list[str]) -> dict[str, str]:
+    """Return the ending of each image by name: the suffix or, without one, what an image may have.
+
+    Where several have one name, that is added to the problems.
+    """
+    endings: dict[str, str] = {}
+    for file in base.list_files(folder, (suffix.lower(),) if suffix else IMAGE_SUFFIXES):
+        cut = len(file) - len(suffix) if suffix else file.rindex(".")
+        name, ending = file[:cut], sys.intern(file[cut:])
+        if os.path.basename(file).startswith("."):
+            continue
+        if endings.setdefault(name, ending) != ending:
+            first = folder / f"{name}{endings[name]}"
+            problems.append(f"{first}: ambiguous, there is also {os.path.basename(file)}")
+    return endings
 
 
 def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from torchvision import tv_tensors
 
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
-from seg_torch.datasets.reading import parsing, read_json, split_of
-from seg_torch.errors import InputError, require
+from seg_torch.errors import InputError, check_choice, require
 from seg_torch.images.read import decode_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
@@ -21,7 +21,7 @@ IMAGES, MASKS = ("image", "pixel_values"), ("label", "annotation", "mask", "segm
 
 
 def hf(
-    name: str,
+    name: str | Path,
     split: str,
     id2label: str | Path | None = None,
     unlabelled: int | None = None,
@@ -53,24 +53,23 @@ def hf(
         InputError: The split is unknown, the package `datasets` or the dataset is missing, or it
             has no such columns or no class names.
     """
-    base.check_split(split)
+    check_choice("split", split, base.SPLITS)
     parts = _load(str(name))
     names = _class_names(str(name), id2label)
+    ids = {IGNORE_INDEX: IGNORE_INDEX}
     if unlabelled is not None:
         names.pop(unlabelled, None)
-    table = base.id_table({IGNORE_INDEX: IGNORE_INDEX} | {v: i for i, v in enumerate(names)})
-    if unlabelled is not None:
-        table[unlabelled] = IGNORE_INDEX
-    by_split = {split_of(part): content for part, content in parts.items()}
-    if split == "test" and "test" not in by_split:
-        split = base.val_for_test(split, str(name))
+        ids[unlabelled] = IGNORE_INDEX
+    table = base.id_table(ids | {value: i for i, value in enumerate(names)})
+    by_split = {base.split_of(part): content for part, content in parts.items()}
+    split = base.val_for_test(split, name, "test" in by_split)
     rows = by_split.get(split)
     if rows is None or (split == "train" and "val" not in by_split):
         rows = by_split.get("train", next(iter(parts.values())))
         numbers = [str(i) for i in range(len(rows))]
         chosen = split_names(Path(name), numbers, split, val_fraction, seed)
         rows = rows.select(sorted(map(int, chosen)))
-    with parsing(name, "id2label: "):
+    with base.parsing(name, "id2label: "):
         labels = Labels(tuple(names.values()))
     return HubDataset(rows, labels, table, f"{name} {split}")
 
@@ -133,7 +132,7 @@ class HubDataset(base.BaseDataset):
 def _load(name: str) -> Mapping[str, Any]:
     """Return the tables of a dataset by the names of its splits."""
     require("data=hf", "hf", "datasets")
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(name).expanduser()
     saved = any((folder / f).exists() for f in ("dataset_dict.json", "dataset_info.json"))
@@ -141,28 +140,24 @@ def _load(name: str) -> Mapping[str, Any]:
         content = load_from_disk(folder) if saved else load_dataset(str(folder))
     except Exception as error:  # of the Hub, the network, or any of its readers
         raise InputError(f"data.name={name}: cannot be loaded by datasets: {error}") from None
-    if isinstance(content, Dataset):
-        content = DatasetDict({"train": content})
-    return content
+    return {"train": content} if isinstance(content, Dataset) else content
 
 
 def _class_names(name: str, file: str | Path | None) -> dict[int, str]:
     """Return the names of the classes by id, in order."""
     path = Path(name).expanduser() / "id2label.json" if file is None else Path(file).expanduser()
-    if not path.exists() and file is None and not path.parent.is_dir():
+    if file is None and not path.parent.is_dir():
         from huggingface_hub import hf_hub_download
 
-        try:
+        with suppress(Exception):  # the Hub, the network, or no such file
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception:  # the Hub, the network, or no such file
-            path = Path(name, "id2label.json")
     if not path.exists():
         raise InputError(
             f"{path}: no such file, so the classes have no names; write them to a file, such as "
             f"{json.dumps({'0': 'background', '1': 'car'})}, and give data.dataset.id2label=FILE"
         )
-    with parsing(path):
-        names = dict(sorted((int(i), str(label)) for i, label in read_json(path).items()))
+    with base.parsing(path):
+        names = dict(sorted((int(i), str(label)) for i, label in base.read_json(path).items()))
         if not names or min(names) < 0 or max(names) > 255:
             raise InputError(f"{len(names)} ids; masks hold 0 to 255")
         return names

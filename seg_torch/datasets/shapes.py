@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from torchvision import tv_tensors
 
-from seg_torch.datasets.base import SPLITS, BaseDataset, as_sample, check_split, published_labels
-from seg_torch.errors import InputError
+from seg_torch.datasets.base import SPLITS, BaseDataset, as_sample, published_labels
+from seg_torch.errors import InputError, check_choice
 from seg_torch.labels import IGNORE_INDEX
 
 SHAPES_LABELS = published_labels("shapes")
@@ -192,7 +192,7 @@ def shapes(
         InputError: The split is unknown, the size is below 32 or above 4,096, or there are more
             than 10 million samples.
     """
-    check_split(split)
+    check_choice("split", split, SPLITS)
     if not 32 <= size <= 4096:
         raise InputError(f"shapes of size {size} cannot be drawn; set size to 32 to 4096")
     if not 0 <= max(train, val, test) <= 10_000_000:

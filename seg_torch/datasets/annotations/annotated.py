@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
-from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -31,6 +30,9 @@ log = logging.getLogger(__name__)
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 # A change in one of these files is noticed.
 TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".yml")
+# Points so far outside, as a share of the image's sides, are cut off; points beyond belong to
+# another image, or to another size of it.
+MARGIN = 0.05
 
 
 class Annotated(NamedTuple):
@@ -85,7 +87,7 @@ class AnnotatedFolder:
         for file in self.files:
             content = None
             with self.collected():
-                content = read_json(self.home / file)
+                content = base.read_json(self.home / file)
             if recognise(content):
                 recognised = True
                 yield file, content
@@ -103,7 +105,7 @@ class AnnotatedFolder:
     @contextmanager
     def part(self, file: str, part: str = "") -> Iterator[None]:
         """Add what goes wrong in a part of a file to the problems, and go on after the block."""
-        with self.collected(), parsing(self.home / file, part):
+        with self.collected(), base.parsing(self.home / file, part):
             yield
 
     def find_image(self, name: str, beside: str) -> str:
@@ -123,7 +125,8 @@ class AnnotatedFolder:
         if in_folder in named:
             return in_folder
         named = [image for image in named if f"/{image}".endswith(f"/{wanted}")] or named
-        of_split = [i for i in named if split_of(posixpath.dirname(i)) == split_of(beside)]
+        split = base.split_of(beside)
+        of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
         candidates = of_split or named
         if len(candidates) == 1:
             return candidates[0]
@@ -174,20 +177,18 @@ class AnnotatedDataset(base.SegmentationDataset):
 
     def __init__(
         self,
-        samples: Sequence[Annotated],
+        samples: list[Annotated],
         labels: Labels,
         draw: Draw,
-        values: Mapping[str, int],
+        values: dict[str, int],
         rest: int,
     ) -> None:
-        pairs = base.Pairs((sample.name, sample.image, sample.file) for sample in samples)
         # The function is part of what `check` remembers a result by.
-        super().__init__(pairs, labels, draw)  # type: ignore[arg-type]
-        self.draw, self.values, self.rest = draw, dict(values), rest
-        ends = np.cumsum([0, *(len(sample.shapes) for sample in samples)])
+        super().__init__((s[:3] for s in samples), labels, draw)  # type: ignore[arg-type]
+        self.draw, self.values, self.rest = draw, values, rest
         content = bytearray().join(sample.shapes for sample in samples)
         self._content = torch.frombuffer(content, dtype=torch.uint8)
-        self._ends = torch.from_numpy(ends)
+        self._ends = torch.tensor([0, *(len(sample.shapes) for sample in samples)]).cumsum(0)
         self._sizes = torch.tensor([sample.size for sample in samples])
 
     def shapes(self, index: int) -> list[tuple[str, Any]]:
@@ -213,7 +214,7 @@ class AnnotatedDataset(base.SegmentationDataset):
             )
         mask = Image.new("L", (width, height), self.rest)
         for number, (name, shape) in enumerate(self.shapes(index), 1):
-            with parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
+            with base.parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
                 self.draw(mask, self.values[name], shape)
         return np.array(mask)
 
@@ -272,7 +273,7 @@ def dataset(
         names = names if called else [background, *names]
         rest = names.index(called[0] if called else background)
         values |= {BACKGROUND: rest}
-    with parsing(home):
+    with base.parsing(home):
         labels = Labels(tuple(names))
     values |= {name: value for value, name in enumerate(names)}
     chosen = choose_split(home, samples, split, val_fraction, seed)
@@ -308,16 +309,13 @@ def choose_split(
     Raises:
         InputError: The split is unknown, or has no samples.
     """
-    base.check_split(split)
     by_split: dict[str, list[Annotated]] = {}
     for sample in samples:
         by_split.setdefault(sample.split, []).append(sample)
-    if split == "test" and "test" not in by_split and not (home / "test.txt").exists():
-        split = base.val_for_test(split, str(home))
     if "" in by_split and len(by_split) > 1:
         log.info("%s: %d images are in no split of its own", home, len(by_split[""]))
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
-        return by_split[split]
+        return by_split[base.val_for_test(split, home, "test" in by_split)]
     rest = {sample.name: sample for sample in samples if sample.split != "test"}
     return [rest[name] for name in split_names(home, list(rest), split, val_fraction, seed)]
 
@@ -325,3 +323,35 @@ def choose_split(
 def name_of(image: str) -> str:
     """Return what a sample is called: the path of its image without suffix."""
     return posixpath.splitext(image)[0]
+
+
+def checked_points(mask: Image.Image, points: Any, at_least: int) -> list[tuple[float, float]]:
+    """Return points (x, y) in pixels as Pillow takes them.
+
+    Raises:
+        InputError: There are too few, or one is far outside of the image.
+    """
+    array = np.array(points, np.float64)
+    if array.ndim == 1 and array.size % 2 == 0:  # x0, y0, x1, y1 ...
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise InputError("its points are not pairs of x and y")
+    if len(array) < at_least:
+        raise InputError(f"{len(array)} points, but it takes at least {at_least}")
+    margin = MARGIN * np.array(mask.size) + 1
+    inside = ((array >= -margin) & (array <= mask.size + margin)).all(axis=1)
+    if not inside.all():
+        x, y = array[~inside][0]
+        size = f"{mask.width} x {mask.height} pixels"
+        raise InputError(f"the point ({x:g}, {y:g}) is outside of the image of {size}")
+    return [(x, y) for x, y in array.tolist()]
+
+
+def draw_polygon(mask: Image.Image, value: int, points: Any) -> None:
+    """Fill a polygon of points (x, y) in pixels, as labelme does: with its outline."""
+    ImageDraw.Draw(mask).polygon(checked_points(mask, points, 3), fill=value, outline=value)
+
+
+def draw_pixels(mask: Image.Image, value: int, pixels: np.ndarray, x: int = 0, y: int = 0) -> None:
+    """Draw where an array [h, w] is not 0, with its upper left corner at (x, y)."""
+    mask.paste(value, (x, y), Image.fromarray((pixels != 0).astype(np.uint8) * 255))

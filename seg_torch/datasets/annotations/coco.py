@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import parsing, split_of
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX
@@ -119,37 +119,32 @@ def is_coco(content: Any) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(p), list) for p in parts)
 
 
-def _contents(folder: annotated.AnnotatedFolder) -> dict[str, dict[str, Any]]:
-    """Return what the COCO files of a folder hold."""
+def _contents(folder: annotated.AnnotatedFolder) -> tuple[dict[str, Any], dict[int, str]]:
+    """Return what the COCO files of a folder hold, and all categories by id, in order."""
     what = "COCO dataset, which has the lists images, annotations and categories"
-    return dict(folder.contents(is_coco, what))
-
-
-def _categories(home: Path, contents: Mapping[str, dict[str, Any]]) -> dict[int, str]:
-    """Return the names of the categories by id, of all files together and in order."""
+    contents = dict(folder.contents(is_coco, what))
     names: dict[int, str] = {}
     used, groups = set(), set()
     for file, content in contents.items():
-        with parsing(home / file, "categories: "):
+        with base.parsing(folder.home / file, "categories: "):
             for category in content["categories"]:
                 number, name = int(category["id"]), str(category["name"])
                 if names.setdefault(number, name) != name:
                     raise InputError(f"{number} is {name!r}, in another file {names[number]!r}")
                 groups.add(category.get("supercategory"))
-        with parsing(home / file, "annotations: "):
+        with base.parsing(folder.home / file, "annotations: "):
             for annotation in content["annotations"]:
                 segments = annotation.get("segments_info", [annotation])
                 used |= {int(segment["category_id"]) for segment in segments}
     # Roboflow gives the project itself the id 0.
-    return {i: names[i] for i in sorted(names) if i in used or names[i] not in groups}
+    return contents, {i: names[i] for i in sorted(names) if i in used or names[i] not in groups}
 
 
 def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files."""
-    contents = _contents(folder)
-    categories = _categories(folder.home, contents)
+    contents, categories = _contents(folder)
     for file, content in contents.items():
-        with parsing(folder.home / file, "images: "):
+        with base.parsing(folder.home / file, "images: "):
             sizes = {i["id"]: (int(i["width"]), int(i["height"])) for i in content["images"]}
         shapes: dict[Any, list[tuple[float, str, Any]]] = {number: [] for number in sizes}
         for annotation in content["annotations"]:
@@ -164,7 +159,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 path = folder.find_image(image["file_name"], file)
                 ordered = sorted(shapes[image["id"]], key=lambda shape: shape[0])
                 named = [(name, shape) for _, name, shape in ordered]
-                folder.add(path, path, file, named, split_of(file), sizes[image["id"]])
+                folder.add(path, path, file, named, base.split_of(file), sizes[image["id"]])
     return list(dict.fromkeys(categories.values()))
 
 
@@ -200,16 +195,15 @@ def _draw(mask: Image.Image, value: int, shape: Any) -> None:
     """Draw a COCO segmentation: a list of polygons, or run lengths."""
     if isinstance(shape, list):
         for ring in shape:
-            drawing.checked_points(mask, ring, 3)
-    drawing.draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
+            annotated.checked_points(mask, ring, 3)
+    annotated.draw_pixels(mask, value, rle.decode(_encoded(shape, *mask.size)))
 
 
 def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all images of all files; their shapes are the ids of the segments."""
-    contents = _contents(folder)
-    categories = _categories(folder.home, contents)
+    contents, categories = _contents(folder)
     for file, content in contents.items():
-        with parsing(folder.home / file, "images: "):
+        with base.parsing(folder.home / file, "images: "):
             file_names = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
             with folder.part(file, f"image {annotation.get('image_id')}: "):
@@ -219,5 +213,5 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
                     (categories[segment["category_id"]], segment["id"])
                     for segment in annotation["segments_info"]
                 ]
-                folder.add(path, path, png, segments, split_of(file))
+                folder.add(path, path, png, segments, base.split_of(file))
     return list(dict.fromkeys(categories.values()))

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageDraw
 
-from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import split_of
+from seg_torch.datasets import base
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 
 # The kinds of regions that have an area, and where their class is.
@@ -81,7 +81,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
                 path = _image(folder, task["data"], file)
                 size = sizes[0] if sizes else (0, 0)
-                folder.add(path, path, file, shapes, split_of(file), size)
+                folder.add(path, path, file, shapes, base.split_of(file), size)
                 names |= {name for name, _ in shapes}
     return sorted(names)
 
@@ -116,16 +116,16 @@ def _image(folder: annotated.AnnotatedFolder, data: Mapping[str, Any], file: str
 
 def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw a region; all of its lengths are percentages of the image's sides."""
-    kind, size, draw = shape["kind"], np.array(mask.size), ImageDraw.Draw(mask)
+    kind, size = shape["kind"], np.array(mask.size)
     if kind == "polygonlabels":
-        drawing.draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
+        annotated.draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
     elif kind == "brushlabels":
-        drawing.draw_pixels(mask, value, decode_brush(shape["rle"], mask.height, mask.width) >= 128)
+        opacity = decode_brush(shape["rle"], mask.height, mask.width)
+        annotated.draw_pixels(mask, value, opacity >= 128)
     else:
         # What is turned or round may go over the edge, but begins inside.
-        (start,) = drawing.checked_points(
-            mask, [np.array([shape["x"], shape["y"]]) * size / 100], 1
-        )
+        corner = np.array([shape["x"], shape["y"]]) * size / 100
+        (start,) = annotated.checked_points(mask, corner, 1)
         if kind == "ellipselabels":
             radii = np.array([shape["radiusX"], shape["radiusY"]]) * size / 100
             angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
@@ -136,7 +136,7 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
         turn = np.deg2rad(shape.get("rotation", 0))  # clockwise, about (x, y)
         matrix = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
         points = (corners @ matrix + start).ravel().tolist()
-        draw.polygon(points, fill=value, outline=value)
+        ImageDraw.Draw(mask).polygon(points, fill=value, outline=value)
 
 
 def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:

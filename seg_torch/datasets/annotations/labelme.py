@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import parsing, read_json, split_of
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import decode_image, opened
 
@@ -70,8 +69,9 @@ class LabelmeDataset(annotated.AnnotatedDataset):
         pair = self.pairs[index]
         if pair.image != pair.mask:
             return super().image(index)
-        with parsing(pair.mask, "imageData: "):
-            return decode_image(base64.b64decode(read_json(pair.mask)["imageData"]), str(pair.mask))
+        with base.parsing(pair.mask, "imageData: "):
+            content = base64.b64decode(base.read_json(pair.mask)["imageData"])
+            return decode_image(content, str(pair.mask))
 
 
 def is_labelme(content: Any) -> bool:
@@ -97,7 +97,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             with suppress(InputError) if content.get("imageData") else nullcontext():
                 image = folder.find_image(content["imagePath"], file)
             size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-            folder.add(file, image, file, shapes, split_of(posixpath.dirname(file)), size)
+            folder.add(file, image, file, shapes, base.split_of(posixpath.dirname(file)), size)
             names |= used
     special = {annotated.BACKGROUND, annotated.IGNORED}
     return listed or [*sorted(names & special), *sorted(names - special)]
@@ -107,8 +107,8 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw one of labelme's shapes, as its `shape_to_mask` does."""
     kind, draw = shape["shape_type"] or "polygon", ImageDraw.Draw(mask)
     if kind in ("polygon", "oriented_rectangle"):
-        return drawing.draw_polygon(mask, value, shape["points"])
-    points = drawing.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
+        return annotated.draw_polygon(mask, value, shape["points"])
+    points = annotated.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
     if len(points) != POINTS.get(kind, len(points)):
         raise InputError(f"a {kind} of {len(points)} points, it has {POINTS[kind]}")
     (x0, y0), (x1, y1) = points[0], points[-1]
@@ -124,7 +124,7 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
             draw.circle(point, POINT_RADIUS, fill=value, outline=value)
     elif kind == "mask":
         with opened("its mask", "a mask", base64.b64decode(shape["mask"])) as image:
-            drawing.draw_pixels(mask, value, np.array(image), int(x0), int(y0))
+            annotated.draw_pixels(mask, value, np.array(image), int(x0), int(y0))
     else:
         raise InputError(f"shapes of the type {kind!r} are not known")
     return None

@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from seg_torch.datasets import base
-from seg_torch.datasets.annotations import annotated, drawing
-from seg_torch.datasets.reading import parsing
+from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 
@@ -63,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It has not, or is no YAML.
     """
-    with parsing(path):
+    with base.parsing(path):
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(content, dict) or not content.get("names") or not KEYS.keys() & content:
             raise InputError("it has no names of classes, or no train and val: no YOLO dataset")
@@ -72,9 +71,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all text files that belong to the images of `data.yaml`."""
-    config = folder.home / ("data.yaml" if "data.yaml" in folder.files else folder.files[0])
+    config = folder.home / folder.files[0]
     content = read_yaml(config)
-    with parsing(config, "names: "):
+    with base.parsing(config, "names: "):
         names = content["names"]
         classes = names if isinstance(names, dict) else dict(enumerate(names))
         classes = {int(i): str(name) for i, name in sorted(classes.items())}
@@ -132,7 +131,7 @@ def _polygons(path: Path, classes: dict[int, str]) -> list[tuple[str, list[float
     """Return class and coordinates of each line, the largest polygon first."""
     shapes = []
     for number, line in enumerate(base.read_list(path), 1):
-        with parsing(path, f"object {number}: "):
+        with base.parsing(path, f"object {number}: "):
             first, *values = map(float, line.split())
             if int(first) != first or int(first) not in classes:
                 raise InputError(f"class {first:g} is not in the names {[*classes]} of data.yaml")
@@ -152,4 +151,4 @@ def _area(coordinates: list[float]) -> float:
 
 def _draw(mask: Image.Image, value: int, shape: list[float]) -> None:
     """Draw a polygon x0, y0, x1, y1 ... of fractions of the image."""
-    drawing.draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)
+    annotated.draw_polygon(mask, value, np.reshape(shape, (-1, 2)) * mask.size)

@@ -1,6 +1,5 @@
 """CamVid with 11 classes, as the SegNet tutorial prepared it."""
 
-import os
 from pathlib import Path
 
 from seg_torch.datasets import base
@@ -32,10 +31,8 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
     Raises:
         InputError: The split is unknown, there is no such dataset, or listed files are missing.
     """
-    base.check_split(split)
     folder = Path(root).expanduser()
-    if split == "test" and not (folder / "test").exists():
-        split = base.val_for_test(split, "CamVid")
+    split = base.val_for_test(split, "CamVid", (folder / "test").exists())
     images, masks = base.find(root, "CamVid", [split, f"{split}annot"], SOURCE)
     listing = folder / f"{split}.txt"
     if not listing.exists():
@@ -47,6 +44,6 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
         base.raise_problems(wrong, f"lines in {listing} are not the paths of an image and a mask")
         paths = [[folder.joinpath(*Path(path).parts[-2:]) for path in line] for line in lines]
         pairs = base.Pairs((image.stem, image, mask) for image, mask in paths)
-        missing = [str(path) for line in paths for path in line if not os.path.exists(path)]
+        missing = [str(path) for line in paths for path in line if not path.exists()]
         base.raise_problems(missing, f"files that {listing} names do not exist")
     return base.SegmentationDataset(pairs, CAMVID_LABELS, read_mask)

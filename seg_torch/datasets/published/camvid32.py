@@ -10,8 +10,7 @@ from seg_torch.errors import InputError
 
 CAMVID32_LABELS = base.published_labels("camvid32")
 SOURCE = (
-    "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and the labelled "
-    "images"
+    "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/, the raw stills and their labels"
 )
 
 
@@ -63,14 +62,12 @@ def camvid32(root: str | Path, split: str) -> base.SegmentationDataset:
         InputError: The split is unknown, there is no such dataset, a mask has no image, or a name
             is no frame of CamVid.
     """
-    base.check_split(split)
     entries = ["701_StillsRaw_full", "LabeledApproved_full"]
     images, masks = base.find(root, "CamVid (32 classes)", entries, SOURCE)
     folder = images.parent
     pairs = {pair.name: pair for pair in base.pair_files(images, masks, ".png", "_L.png")}
     lists = read_split_lists(folder, list(pairs))
-    if lists and "test" not in lists:
-        split = base.val_for_test(split, "CamVid (32 classes)")
+    split = base.val_for_test(split, "CamVid (32 classes)", not lists or "test" in lists)
     if lists and split not in lists:
         raise InputError(f"{folder / split}.txt is missing: give train.txt and val.txt, or neither")
     chosen = lists.get(split) or [name for name in pairs if standard_split(name) == split]

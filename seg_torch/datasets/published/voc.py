@@ -50,15 +50,12 @@ def voc(
     Raises:
         InputError: The split or year is unknown, there is no such dataset, or the download failed.
     """
-    base.check_split(split)
     year = str(year)  # data.year=2012 on the command line is a number
     check_choice("data.dataset.year", year, YEARS)
     devkit = f"{'TrainVal/' if year == '2011' else ''}VOCdevkit/VOC{year}"
     lists = f"{devkit}/ImageSets/Segmentation"
-    has_test = year == "2007" and not halve_val
-    listing = split if has_test or split == "train" else "val"
-    if split == "test" and not (has_test or halve_val):
-        base.val_for_test(split, f"VOC {year}")
+    split = base.val_for_test(split, f"VOC {year}", year == "2007" or halve_val)
+    listing = "val" if halve_val and split == "test" else split
     if download and not (Path(root).expanduser() / lists / f"{listing}.txt").exists():
         with base.downloading(f"VOC {year}", root):
             VOCSegmentation(Path(root).expanduser(), year, listing, download=True)
@@ -103,7 +100,6 @@ def voc_sbd(root: str | Path, split: str) -> base.SegmentationDataset:
     Raises:
         InputError: The split is unknown, or one of the two datasets is missing.
     """
-    base.check_split(split)
     if split != "train":
         return voc(root, split)
     folder = Path(root).expanduser()

@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from seg_torch import datasets
 from seg_torch.data.inspection import inspect_dataset
-from seg_torch.datasets.reading import split_of
+from seg_torch.datasets.base import split_of
 from seg_torch.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
@@ -110,6 +110,12 @@ def test_annotations_are_read_once_for_all_splits_until_one_changes(make, monkey
     path.write_text(path.read_text() + "\n\n")
     getattr(datasets, name)(root, "train")
     assert len(calls) == 2
+
+
+def test_val_stands_in_for_test_where_the_format_makes_the_split_without_one(make):
+    root = make("coco")
+    (root / "test.txt").write_text("of another tool\n")
+    assert datasets.coco(root, "test").pairs == datasets.coco(root, "val").pairs
 
 
 @pytest.mark.parametrize("name", ["coco", "label_studio", "labelme", "yolo"])
