@@ -21,7 +21,7 @@ from seg_torch.checkpoints.checkpoint import CONFIG, HUB_SCHEME, KEY, WEIGHTS
 from seg_torch.checkpoints.trusted import nodes
 from seg_torch.drawing.page import render
 from seg_torch.drawing.visualize import legend
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.files import write_atomically, write_text
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -93,29 +93,23 @@ def upload(folder: Path, name: str, private: bool, message: str) -> str:
         InputError: Nobody is logged in, the account may not write there, the name is none, or the
             Hub cannot be reached.
     """
-    keep = "; Segmenter.save_pretrained(FOLDER) keeps the files meanwhile"
     try:
         api = HfApi()
         address = str(api.create_repo(name, private=private, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-    except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError) as error:
+    except Exception as error:  # whatever the HTTP library of the installed version raises
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
-            reason = (
-                "not logged in: run hf auth login, or set HF_TOKEN, with a token that may write"
-            )
+            why = "not logged in: run hf auth login, or set HF_TOKEN, with a token that may write"
         elif status in (403, 404):
             owner = name.split("/")[0]
-            reason = (
-                f"the token in use may not write there; is {owner} your account or organisation?"
-            )
+            why = f"the token in use may not write there; is {owner} your account or organisation?"
+        elif isinstance(error, HFValidationError | HfHubHTTPError):
+            why = f"the Hugging Face Hub refused it: {reason(error)}"
         else:
-            reason = f"the Hugging Face Hub refused it: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"push_to_hub({name!r}): {reason}") from error
-    except Exception as error:  # whatever the HTTP library of the installed version raises
-        raise InputError(
-            f"push_to_hub({name!r}): the Hugging Face Hub cannot be reached ({error}){keep}"
-        ) from error
+            keep = "Segmenter.save_pretrained(FOLDER) keeps the files meanwhile"
+            why = f"the Hugging Face Hub cannot be reached ({error}); {keep}"
+        raise InputError(f"push_to_hub({name!r}): {why}") from error
     return address
 
 
