@@ -169,26 +169,23 @@ def hub_file(source: str | Path, file: str, setting: str, revision: str | None =
     Raises:
         InputError: It cannot be had; the message says why, and what to do.
     """
+    absent = _AbsentError(
+        f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
+        "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
+    )
     if isinstance(source, Path):
-        if (source / file).is_file():
-            return source / file
-        cause: BaseException | None = errors.EntryNotFoundError()
-    else:
-        try:
-            return download_from_hugging_face(source, file, revision)
-        except errors.HFValidationError:
-            raise InputError(
-                f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
-            ) from None
-        except InputError as error:
-            cause = error.__cause__
-    if isinstance(cause, errors.EntryNotFoundError) and not isinstance(
-        cause, errors.LocalEntryNotFoundError
-    ):
-        raise _AbsentError(
-            f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
-            "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
-        ) from cause
+        if not (source / file).is_file():
+            raise absent
+        return source / file
+    try:
+        return download_from_hugging_face(source, file, revision)
+    except errors.HFValidationError:
+        message = f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
+        raise InputError(message) from None
+    except InputError as error:
+        cause = error.__cause__
+    if isinstance(cause, errors.RemoteEntryNotFoundError):
+        raise absent from cause
     if isinstance(cause, errors.GatedRepoError):
         reason = (
             f"its owner asks for consent: give it at https://huggingface.co/{source} and log in "
