@@ -97,10 +97,9 @@ def write(
             "models that classify masks cannot be exported: in transformers they take Python's "
             "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
         )
-    versions = {name: version(name) for name in ("torch", *packages)}
+    versions = {"seg_torch": __version__, **{name: version(name) for name in ("torch", *packages)}}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"versions": {"seg_torch": __version__, **versions}, "exported": now}
-    about = json.dumps({**description, **facts})
+    about = json.dumps({**description, "versions": versions, "exported": now})
     draft = path.with_suffix(".onnx")  # which OpenVINO's file is made of
     try:
         _write_onnx(graph, draft, about)

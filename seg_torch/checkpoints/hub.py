@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import errors
 from torch import Tensor, nn
 
-from seg_torch.datasets.published.ade20k import ADE20K_LABELS
-from seg_torch.datasets.published.cityscapes import CITYSCAPES_LABELS
-from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.datasets.base import published_labels
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -26,8 +24,9 @@ from seg_torch.models.weights import download_from_hugging_face
 log = logging.getLogger(__name__)
 
 HUB = "seg_torch.checkpoints.hub.hub"  # as conf/model/hub.yaml names it
-# What SMP's models are published for stands in their names alone.
-KNOWN_LABELS = {"ade": ADE20K_LABELS, "cityscapes": CITYSCAPES_LABELS, "voc": VOC_LABELS}
+# What SMP's models are published for stands in their names alone: a word there -> dataset.
+WORDS = {"ade": "ade20k", "cityscapes": "cityscapes", "voc": "voc"}
+KNOWN_LABELS = {word: published_labels(name) for word, name in WORDS.items()}
 # Models whose position embeddings fit images of one size.
 FIXED_SIZE = ("dpt", "data2vec-vision", "sapiens2", "tipsv2_dpt")
 
