@@ -153,18 +153,11 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
         content = _read_published(file) if published else weights.load(file)
-        ours = isinstance(content, dict) and KEY in content and "state_dict" in content
-        if ours:
-            _check(content, os.path.getsize(file))
-            content[KEY] = with_current_names(content[KEY])
+        _check(content, os.path.getsize(file))
+        content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
         why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
         raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {why}") from None
-    if not ours:
-        raise InputError(
-            f"checkpoint={path}: not a checkpoint of seg_torch; expected one that train.py wrote, "
-            "such as runs/.../checkpoints/best.ckpt"
-        )
     return content
 
 
@@ -174,12 +167,17 @@ def _read_published(file: Path) -> dict[str, Any]:
     return {**config, "state_dict": {f"network.{key}": value for key, value in state.items()}}
 
 
-def _check(content: dict[str, Any], size: int) -> None:
+def _check(content: Any, size: int) -> None:
     """Refuse what `describe` and PyTorch would not have written into a file of so many bytes.
 
     Raises:
         Exception: Of any type.
     """
+    if not isinstance(content, dict) or not {KEY, "state_dict"} <= content.keys():
+        raise InputError(
+            "it is not a checkpoint of seg_torch; expected one that train.py wrote, such as "
+            "runs/.../checkpoints/best.ckpt"
+        )
     state, description = content["state_dict"], content[KEY]
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -215,8 +213,8 @@ def check_description(description: dict[str, Any]) -> None:
         raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
 
 
-def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[Network, Labels]:
-    """Build the network that a checkpoint describes, with its weights, and its labels.
+def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> Network:
+    """Build the network that a checkpoint describes, with its weights.
 
     Args:
         content: From `read`.
@@ -228,7 +226,6 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     """
     description, state = content[KEY], network_state(content)
     preprocessing, names = description["preprocessing"], description["labels"]["names"]
-    is_rgb = image_format(description) == RGB
     config = dict(description["model"])
     known = str(config.get("_target_")) in trusted.MODELS
     if known or "weights" in config:
@@ -244,7 +241,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
         model = make()
     if not isinstance(model, nn.Module):
         raise InputError(f"the checkpoint's model is a {type(model).__name__}, not a module")
-    if not is_rgb:
+    if image_format(description) != RGB:
         weights.adapt_first_conv(model, len(preprocessing["mean"]))
     network = Network(model, preprocessing["mean"], preprocessing["std"])
     try:
@@ -252,7 +249,7 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> tuple[N
     except RuntimeError as error:
         message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
         raise InputError(message) from None
-    return network, Labels.from_dict(description["labels"])
+    return network
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,20 +1,19 @@
 """How an exported network compares with the network that it came from."""
 
 import logging
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader
 
 from seg_torch.checkpoints.exported import Graph, GraphRunner
 from seg_torch.datasets import shapes
+from seg_torch.drawing.table import print_table
 from seg_torch.errors import InputError, reason
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.upsample import upsample
@@ -27,10 +26,8 @@ SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are co
 @torch.no_grad()
 def compare(graph: Graph, run: GraphRunner) -> float:
     """Print how an exported graph compares, and return the smallest share of equal pixels."""
-    table = Table(title="exported against the network")
-    for column in ("image", "pixels the same", "probabilities differ by", "network", "exported"):
-        table.add_column(column, justify="right")
-    shares = []
+    header = ("image", "pixels the same", "probabilities differ by", "network", "exported")
+    rows, shares = [], []
     channels = len(graph.network.mean)
     image, _ = shapes("val", size=max(map(max, SIZES)))[0]
     scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
@@ -49,29 +46,21 @@ def compare(graph: Graph, run: GraphRunner) -> float:
         probabilities = [*chosen, *expected[2:], *result[2:]]
         difference = max((p - probabilities[0]).abs().max().item() for p in probabilities)
         times = (f"{1000 * seconds:.1f} ms" for seconds in (before, after))
-        row = (size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}")
-        table.add_row(*row, *times)
-    Console().print(table)
+        rows.append([size, f"{100 * shares[-1]:.3f} %", f"{difference:.1e}", *times])
+    print_table("exported against the network", header, rows)
     return min(shares)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[list[Tensor], float]:
     """Return the result, and the median of three times after a first call."""
-    result, times = function(), []
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return list(result), median(times)
+    return list(function()), median(timeit.repeat(function, number=1, repeat=3))
 
 
 @torch.no_grad()
-def log_int8_scores(graph: Graph, run: GraphRunner, samples: Subset[Any], num_classes: int) -> None:
+def log_int8_scores(graph: Graph, run: GraphRunner, samples: DataLoader, num_classes: int) -> None:
     """Log what int8 costs on validation images: the pixels that change, and the mean IoU."""
     before, after, changes = (ConfusionMatrix(num_classes) for _ in range(3))
-    for i in range(len(samples)):
-        image, mask = samples[i]
-        images, target = image.as_subclass(Tensor)[None], mask.as_subclass(Tensor)[None]
+    for images, target in samples:
         expected = graph(images)[0]
         (result,) = run(images, ["classes"])
         before.update(expected, target)

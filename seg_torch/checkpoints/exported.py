@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError, require
+from seg_torch.errors import InputError, reason, require
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.upsample import upsample
@@ -97,66 +97,50 @@ def write(
             "models that classify masks cannot be exported: in transformers they take Python's "
             "numbers from the size of the image (Swin encoders) or branch on values (EoMT)"
         )
-    versions = {name: version(name) for name in ("torch", *packages)}
+    versions = {"seg_torch": __version__, **{name: version(name) for name in ("torch", *packages)}}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"versions": {"seg_torch": __version__, **versions}, "exported": now}
-    about = json.dumps({**description, **facts})
+    about = json.dumps({**description, "versions": versions, "exported": now})
+    draft = path.with_suffix(".onnx")  # which OpenVINO's file is made of
     try:
-        FORMATS[format].write(_trace(graph), graph.outputs, about, path, calibration)
+        _write_onnx(graph, draft, about)
+        if format == "openvino":
+            _convert_to_openvino(draft, path, about, calibration)
+            draft.unlink()
     except Exception as error:  # there is no end to what the exporters raise
         raise InputError(f"the model cannot be exported to {format}: {_reason(error)}") from error
 
 
-def _trace(graph: Graph) -> torch.export.ExportedProgram:
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause, in a line: exporters wrap it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {reason(error)}"
+
+
+def _write_onnx(graph: Graph, path: Path, about: str) -> None:
     images = torch.zeros(2, len(graph.network.mean), *EXAMPLE, dtype=torch.uint8)
     free = torch.export.Dim.DYNAMIC
+    shapes = {"images": {0: free, 2: free, 3: free}}
     with torch.no_grad():
-        return torch.export.export(
-            graph, (images,), dynamic_shapes={"images": {0: free, 2: free, 3: free}}, strict=False
-        )
-
-
-def _reason(error: Exception) -> str:
-    """Return the innermost cause, in a line: exporters wrap it in pages of advice."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {' '.join(lines)[:300]}"
-
-
-def _write_onnx(
-    program: torch.export.ExportedProgram,
-    outputs: list[str],
-    about: str,
-    path: Path,
-    calibration: Sequence[np.ndarray] | None = None,
-) -> None:
-    exported = torch.onnx.export(
+        program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
+    exported: Any = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=outputs,
+        output_names=graph.outputs,
         verbose=False,
     )
-    onnx_program = cast(Any, exported)
-    onnx_program.model.metadata_props[checkpoint.KEY] = about
-    onnx_program.save(str(path))
+    exported.model.metadata_props[checkpoint.KEY] = about
+    exported.save(str(path))
 
 
-def _write_openvino(
-    program: torch.export.ExportedProgram,
-    outputs: list[str],
-    about: str,
-    path: Path,
-    calibration: Sequence[np.ndarray] | None,
+def _convert_to_openvino(
+    onnx: Path, path: Path, about: str, calibration: Sequence[np.ndarray] | None
 ) -> None:
     import openvino
 
-    draft = path.with_suffix(".onnx")
-    _write_onnx(program, outputs, about, draft)
-    model = openvino.Core().read_model(draft)
+    model = openvino.Core().read_model(onnx)  # keeps the file open
     _antialias(model)
     if calibration is not None:
         os.environ.setdefault("NNCF_CI", "1")  # it would send statistics of its use
@@ -166,8 +150,6 @@ def _write_openvino(
         model = nncf.quantize(model, images, subset_size=len(calibration))
     model.set_rt_info(about, [checkpoint.KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
-    del model  # it reads from the file
-    draft.unlink()
 
 
 def _antialias(model: Any) -> None:
@@ -188,12 +170,6 @@ def _antialias(model: Any) -> None:
         node.output(0).replace(new.output(0))
 
 
-def _format_of(path: str | Path) -> str | None:
-    """Return the format of an exported network by the name of its file."""
-    names = (name for name, format in FORMATS.items() if str(path).endswith(format.suffix))
-    return next(names, None)
-
-
 def open_exported(path: str | Path) -> tuple[GraphRunner, dict[str, Any]]:
     """Open an exported network, which runs on the CPU, in float32 but for what is quantised.
 
@@ -208,17 +184,16 @@ def open_exported(path: str | Path) -> tuple[GraphRunner, dict[str, Any]]:
     """
     if not os.path.isfile(path):
         raise InputError(f"checkpoint={path}: no such file")
-    name = cast(str, _format_of(path))
-    format = FORMATS[name]
+    name, format = next(item for item in FORMATS.items() if str(path).endswith(item[1].suffix))
     require(f"checkpoint={path}", name, format.packages[-1])
     try:
         run, about = format.open(str(path))
         description = json.loads(about)
         checkpoint.check_description(description)
     except Exception as error:  # as of checkpoints
-        reason = "it does not say what it is" if isinstance(error, KeyError) else _reason(error)
+        why = "it does not say what it is" if isinstance(error, KeyError) else _reason(error)
         raise InputError(
-            f"checkpoint={path}: not a network that seg_torch has exported: {reason}"
+            f"checkpoint={path}: not a network that seg_torch has exported: {why}"
         ) from None
     return run, with_current_names(description)
 
@@ -259,19 +234,17 @@ class Format(NamedTuple):
     Attributes:
         suffix: Of its name.
         packages: That it takes to write one; the last also reads it.
-        write: (program, names of outputs, description, path, images for int8 or `None`).
         open: Path -> the network and its description.
     """
 
     suffix: str
     packages: tuple[str, ...]
-    write: Callable[..., None]
     open: Callable[[str], tuple[GraphRunner, str]]
 
 
 FORMATS = {
-    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
-    "openvino": Format(".xml", ("onnx", "onnxscript", "openvino"), _write_openvino, _open_openvino),
+    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _open_onnx),
+    "openvino": Format(".xml", ("onnx", "onnxscript", "openvino"), _open_openvino),
 }
 
 
@@ -318,10 +291,11 @@ def load_network(
     Raises:
         InputError: The file cannot be used, see `checkpoint.read` and `open_exported`.
     """
-    if _format_of(path) and not str(path).startswith(checkpoint.HUB_SCHEME):
+    suffixes = tuple(format.suffix for format in FORMATS.values())
+    if str(path).endswith(suffixes) and not str(path).startswith(checkpoint.HUB_SCHEME):
         run, description = open_exported(path)
         network: Network = ExportedNetwork(run, description["preprocessing"])
-        return network, Labels.from_dict(description["labels"]), description
-    content = checkpoint.read(path)
-    network, labels = checkpoint.build_network(content, trust)
-    return network, labels, content[checkpoint.KEY]
+    else:
+        content = checkpoint.read(path)
+        network, description = checkpoint.build_network(content, trust), content[checkpoint.KEY]
+    return network, Labels.from_dict(description["labels"]), description

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import errors
 from torch import Tensor, nn
 
-from seg_torch.datasets.published.ade20k import ADE20K_LABELS
-from seg_torch.datasets.published.cityscapes import CITYSCAPES_LABELS
-from seg_torch.datasets.published.voc import VOC_LABELS
+from seg_torch.datasets.base import published_labels
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
@@ -26,8 +24,9 @@ from seg_torch.models.weights import download_from_hugging_face
 log = logging.getLogger(__name__)
 
 HUB = "seg_torch.checkpoints.hub.hub"  # as conf/model/hub.yaml names it
-# What SMP's models are published for stands in their names alone.
-KNOWN_LABELS = {"ade": ADE20K_LABELS, "cityscapes": CITYSCAPES_LABELS, "voc": VOC_LABELS}
+# What SMP's models are published for stands in their names alone: a word there -> dataset.
+WORDS = {"ade": "ade20k", "cityscapes": "cityscapes", "voc": "voc"}
+KNOWN_LABELS = {word: published_labels(name) for word, name in WORDS.items()}
 # Models whose position embeddings fit images of one size.
 FIXED_SIZE = ("dpt", "data2vec-vision", "sapiens2", "tipsv2_dpt")
 
@@ -169,26 +168,23 @@ def hub_file(source: str | Path, file: str, setting: str, revision: str | None =
     Raises:
         InputError: It cannot be had; the message says why, and what to do.
     """
+    absent = _AbsentError(
+        f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
+        "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
+    )
     if isinstance(source, Path):
-        if (source / file).is_file():
-            return source / file
-        cause: BaseException | None = errors.EntryNotFoundError()
-    else:
-        try:
-            return download_from_hugging_face(source, file, revision)
-        except errors.HFValidationError:
-            raise InputError(
-                f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
-            ) from None
-        except InputError as error:
-            cause = error.__cause__
-    if isinstance(cause, errors.EntryNotFoundError) and not isinstance(
-        cause, errors.LocalEntryNotFoundError
-    ):
-        raise _AbsentError(
-            f"{setting}: there is no {file} in it; expected a model of transformers or SMP for "
-            "model=hub, or what Segmenter.save_pretrained writes for checkpoint="
-        ) from cause
+        if not (source / file).is_file():
+            raise absent
+        return source / file
+    try:
+        return download_from_hugging_face(source, file, revision)
+    except errors.HFValidationError:
+        message = f"{setting}: neither a folder nor the name of a repository (OWNER/NAME)"
+        raise InputError(message) from None
+    except InputError as error:
+        cause = error.__cause__
+    if isinstance(cause, errors.RemoteEntryNotFoundError):
+        raise absent from cause
     if isinstance(cause, errors.GatedRepoError):
         reason = (
             f"its owner asks for consent: give it at https://huggingface.co/{source} and log in "

@@ -97,7 +97,7 @@ def upload(folder: Path, name: str, private: bool, message: str) -> str:
         api = HfApi()
         address = str(api.create_repo(name, private=private, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-    except Exception as error:  # the Hub's, or what the HTTP library of its version raises
+    except Exception as error:  # whatever the HTTP library of the installed version raises
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             why = "not logged in: run hf auth login, or set HF_TOKEN, with a token that may write"
@@ -107,10 +107,8 @@ def upload(folder: Path, name: str, private: bool, message: str) -> str:
         elif isinstance(error, HFValidationError | HfHubHTTPError):
             why = f"the Hugging Face Hub refused it: {reason(error)}"
         else:
-            why = (
-                f"the Hugging Face Hub cannot be reached ({error}); "
-                "Segmenter.save_pretrained(FOLDER) keeps the files meanwhile"
-            )
+            keep = "Segmenter.save_pretrained(FOLDER) keeps the files meanwhile"
+            why = f"the Hugging Face Hub cannot be reached ({error}); {keep}"
         raise InputError(f"push_to_hub({name!r}): {why}") from error
     return address
 

@@ -139,17 +139,13 @@ def made_within(make: Callable[[], Any], values: int) -> Any:
             raise refusal
 
     refusal = InputError("the checkpoint's model is larger than the weights in the file")
-    hooks = [
+    with (
         register_module_parameter_registration_hook(count),
         register_module_buffer_registration_hook(count),
-    ]
-    try:
+    ):
         with suppress(Exception), torch.device("meta"):
             make()
         if total > values:
             raise refusal
         total = 0
         return make()
-    finally:
-        for hook in hooks:
-            hook.remove()

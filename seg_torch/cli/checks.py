@@ -39,7 +39,7 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
         cfg, defaults = _with_current_names(cfg), _with_current_names(defaults)
     if "callbacks" in defaults and cfg.get("callbacks") is None:
         OmegaConf.update(cfg, "callbacks", {}, force_add=True)
-    for key in [*(str(k) for k in defaults if not OmegaConf.is_missing(defaults, k)), *NOT_NULL]:
+    for key in [*map(str, defaults), *NOT_NULL]:
         default = OmegaConf.select(defaults, key)
         if default not in (None, "auto") and OmegaConf.select(cfg, key) is None:
             raise InputError(f"{key} must not be null")

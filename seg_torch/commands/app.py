@@ -41,8 +41,6 @@ def _tell(address: str) -> None:
 def _open(address: str) -> None:
     _tell(address)
     # Without a screen Python would open a browser for text in this terminal.
-    has_screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {
-        *os.environ
-    }
-    if has_screen:
+    screens = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if screens or sys.platform in ("darwin", "win32"):
         webbrowser.open(address)

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from seg_torch.drawing.page import render
+from seg_torch.drawing.table import print_table
 from seg_torch.errors import check_choice
 from seg_torch.evaluation.bootstrap import METHOD
 from seg_torch.evaluation.comparison import Group, compared, differing, grouped, read_runs
@@ -50,12 +48,7 @@ def compare(cfg: DictConfig) -> None:
     tables = [_runs_table(rows, cfg.split), _classes_table(changes), _settings_table(groups)]
     tables = [table for table in tables if table.rows]
     for table in tables:
-        shown = Table(title=table.title)
-        for i, name in enumerate(table.header):
-            shown.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-        for cells in table.rows:
-            shown.add_row(*map(escape, cells))
-        Console().print(shown)
+        print_table(*table)
     log.info(NOTE)
     folder = Path(cfg.output_dir)
     write_text(folder / "compare.md", render("compare.md", tables=tables, note=NOTE))

@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from seg_torch.checkpoints import checkpoint, exported
 from seg_torch.checkpoints.comparison import compare, log_int8_scores
@@ -77,16 +76,15 @@ def _output(cfg: DictConfig, source: Path) -> Path:
     return path
 
 
-def _calibration(cfg: DictConfig, model: Model) -> Subset[Any]:
-    """Return validation images, evenly spaced, since neighbours are often alike."""
+def _calibration(cfg: DictConfig, model: Model) -> DataLoader:
+    """Return validation images one by one, evenly spaced, since neighbours are often alike."""
     dataset = open_data(cfg, model).dataset("val")
-    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION)))
+    return DataLoader(Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION))))
 
 
-def _images(samples: Subset[Any], resize: Sequence[int] | None) -> list[np.ndarray]:
+def _images(samples: DataLoader, resize: Sequence[int] | None) -> list[np.ndarray]:
     """Return images uint8 [1, C, H, W], at the size at which the network sees them."""
-    images = (samples[i][0] for i in range(len(samples)))
-    return [(i if resize is None else resize_image(i, resize)).numpy()[None] for i in images]
+    return [(x if resize is None else resize_image(x, resize)).numpy() for x, _ in samples]
 
 
 def _files(path: Path) -> list[Path]:

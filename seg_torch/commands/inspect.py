@@ -2,15 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from seg_torch.data.inspection import class_cells, inspect_data
+from seg_torch.drawing.table import print_table
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +16,11 @@ def inspect(cfg: DictConfig) -> bool:
     """Print and write what is in all splits; return whether training would be refused."""
     findings = inspect_data(instantiate(cfg.data, _convert_="all"), cfg.output_dir)
     if findings["splits"]:
-        Console().print(_class_table(findings))
+        splits = [f"{name}: {of['images']:,} images" for name, of in findings["splits"].items()]
+        rows = [[name, *class_cells(findings, row)] for name, row in findings["classes"].items()]
+        cells = [[cell.replace("\n", " in ") for cell in row] for row in rows]
+        title = "share of the pixels, in so many images"
+        print_table(title, ["class", *splits, "weight"], cells)
     if findings["mean"]:
         mean, std = ([round(v, 4) for v in findings[key]] for key in ("mean", "std"))
         log.info("training images: mean %s, standard deviation %s", mean, std)
@@ -36,15 +37,3 @@ def inspect(cfg: DictConfig) -> bool:
     for name in ("inspect.html", "inspect.json"):
         log.info("%s", Path(cfg.output_dir, name))
     return findings["refused"]
-
-
-def _class_table(findings: dict[str, Any]) -> Table:
-    table = Table(title="share of the pixels, in so many images")
-    table.add_column("class")
-    for split, counts in findings["splits"].items():
-        table.add_column(f"{split}: {counts['images']:,} images", justify="right")
-    table.add_column("weight", justify="right")
-    for name, row in findings["classes"].items():
-        cells = [cell.replace("\n", " in ") for cell in class_cells(findings, row)]
-        table.add_row(escape(name), *cells)
-    return table

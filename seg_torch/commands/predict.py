@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from seg_torch import hardware
 from seg_torch.distributed import Processes
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, check_choice
 from seg_torch.images.read import pixel_limit
 from seg_torch.prediction.folder import OutputFolder, find_images, run_id
 from seg_torch.prediction.load import load_segmenters
@@ -59,8 +59,6 @@ def predict(cfg: DictConfig) -> int:
 
 
 def _outputs(save: Sequence[str], side_by_side: bool) -> list[str]:
-    choices = ("legend", *OUTPUTS)
-    unknown = [str(output) for output in save if output not in choices]
-    if unknown:
-        raise InputError(f"save: there is no {', '.join(unknown)}; choose of {', '.join(choices)}")
+    for output in save:
+        check_choice("save", output, ("legend", *OUTPUTS))
     return [*save, *(["side_by_side"] if side_by_side and "side_by_side" not in save else [])]

@@ -326,7 +326,7 @@ def test_two_models_stand_side_by_side_in_one_image(run, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("save=[masks]", "there is no masks; choose of legend, mask"),
+        ("save=[masks]", "save is 'masks'; use one of legend, mask"),
         ("tta=[flop]", "expected flip, factors, or both"),
         ("tta=[0]", "expected numbers above 0"),
         ("tile=100", "expected auto, null or a multiple of 32"),
