@@ -68,21 +68,16 @@ def fits_memory(samples: ResizedSamples) -> bool:
     return size < total_memory(torch.device("cpu")) / 16
 
 
-def in_memory(samples: ResizedSamples) -> CachedSamples:
-    """Read all samples into memory."""
-    # One array, since each tensor that is sent to a spawned worker takes up a file descriptor.
-    content = bytearray()
-    layout = _append(samples, content.extend)
-    return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), layout, None)
-
-
-def shared_by_processes(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
+def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
     """Read all samples into memory that all processes of a machine share.
 
     One process of each machine reads the images, and all of them map its file.
     """
     if trainer is None or trainer.num_devices == 1:
-        return in_memory(samples)
+        # One array, since each tensor that is sent to a spawned worker takes up a file descriptor.
+        content = bytearray()
+        layout = _append(samples, content.extend)
+        return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), layout, None)
     # Machines may share the folder of temporary files, too.
     name = f"seg_torch-{trainer.strategy.broadcast(uuid.uuid4().hex)}-{trainer.node_rank}"
     path = Path(tempfile.gettempdir(), name)

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from seg_torch.data import sampling
-from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk, shared_by_processes
+from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
 from seg_torch.data.workers import number_of_workers, start_worker
 from seg_torch.datasets import base
@@ -280,18 +280,14 @@ class SegmentationDataModule(LightningDataModule):
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
-        match self.cache:
-            case None:
-                # In each epoch they would be decoded by the cores that the network needs.
-                alone = self.trainer is not None and self.trainer.world_size == 1
-                keep = split == "val" and alone and self._device == "cpu" and fits_memory(samples)
-                return in_memory(samples) if keep else samples
-            case "ram":
-                return shared_by_processes(samples, self.trainer)
-            case "disk":
-                return on_disk(samples)
-            case _:
-                return samples
+        if self.cache == "disk":
+            return on_disk(samples)
+        keep = self.cache == "ram"
+        if self.cache is None and split == "val" and self._device == "cpu":
+            # In each epoch they would be decoded by the cores that the network needs.
+            alone = self.trainer is not None and self.trainer.world_size == 1
+            keep = alone and fits_memory(samples)
+        return in_memory(samples, self.trainer) if keep else samples
 
     def _loader(self, dataset: Any, batches: Any, collate: Callable) -> DataLoader:
         workers = self.num_workers
