@@ -46,7 +46,9 @@ class RandomScaleCrop(v2.Transform):
 
     def __init__(self, size: Sequence[int], scale: Sequence[float] | None = (0.5, 2.0)) -> None:
         super().__init__()
-        self.size = _height_width("augment.crop", size)
+        if isinstance(size, (str, int)) or len(size) != 2 or min(size) < 1:
+            raise InputError(f"augment.crop={size}: expected [height, width]")
+        self.size = int(size[0]), int(size[1])
         self.scale = (1.0, 1.0) if scale is None else (float(scale[0]), float(scale[1]))
         if not 0 < self.scale[0] <= self.scale[1]:
             raise InputError(f"augment.scale={list(self.scale)}: expected 0 < smallest <= largest")
@@ -227,9 +229,3 @@ def augment(
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
         steps.append(ColourJitter(*changes, hue))  # type: ignore[call-arg]
     return v2.Compose(steps or [v2.Identity()])
-
-
-def _height_width(name: str, size: Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, (str, int)) or len(size) != 2 or min(size) < 1:
-        raise InputError(f"{name}={size}: expected [height, width]")
-    return int(size[0]), int(size[1])
