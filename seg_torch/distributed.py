@@ -47,10 +47,7 @@ class Processes:
     """
 
     def __init__(self, trainer: DictConfig, most: int | None = None) -> None:
-        settings: Any = OmegaConf.to_container(trainer, resolve=True)
-        settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
-        settings["accelerator"] = hardware.accelerator(settings["accelerator"])
-        settings = as_launched(settings)
+        settings = lightning_settings(trainer)
         named = " ".join(f"{key}={value}" for key, value in settings.items())
         with refused_by_lightning(f"trainer: {named}"):
             fabric = Fabric(**settings)
@@ -167,14 +164,16 @@ def refused_by_lightning(settings: str) -> Iterator[None]:
         raise InputError(f"{settings}: {error}") from error
 
 
-def as_launched(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the numbers of devices and machines that torchrun knows."""
-    if not environments.TorchElasticEnvironment.detect():
-        return settings
-    devices = settings["devices"]
-    if devices == "auto":
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {**settings, "devices": devices, "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+def lightning_settings(trainer: DictConfig) -> dict[str, Any]:
+    """Return `accelerator`, `devices` and `num_nodes`, the last two as torchrun knows them."""
+    settings: Any = OmegaConf.to_container(trainer, resolve=True)
+    settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
+    settings["accelerator"] = hardware.accelerator(settings["accelerator"])
+    if environments.TorchElasticEnvironment.detect():
+        if settings["devices"] == "auto":
+            settings["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
+        settings["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+    return settings
 
 
 def check_launcher(devices: int, num_nodes: int) -> None:

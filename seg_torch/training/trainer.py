@@ -131,14 +131,13 @@ def build_trainer(
     torch.set_float32_matmul_precision("high")
     if on_cpu:
         hardware.reuse_memory()
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     bar = Console().is_terminal
     with refused_by_lightning("trainer"):
         return Trainer(
             **options,
             default_root_dir=folder,
             callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if bar else [])],
-            logger=loggers,
+            logger=[instantiate(node) for node in (cfg.get("logger") or {}).values()],
             enable_progress_bar=bar,
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # the data module shards without padding
