@@ -144,13 +144,9 @@ def _map_file(file: BinaryIO) -> CachedSamples:
 def _append(samples: ResizedSamples, write: Callable[[bytes], object]) -> np.ndarray:
     """Write the samples one after the other, and return their layout."""
     layout, offset = [], 0
-    for image, mask in track(
-        in_threads(samples.__getitem__, range(len(samples))),
-        "Decoding",
-        len(samples),
-        transient=True,
-        disable=not sys.stdout.isatty(),
-    ):
+    count, quiet = len(samples), not sys.stdout.isatty()
+    decoded = in_threads(samples.__getitem__, range(count))
+    for image, mask in track(decoded, "Decoding", count, transient=True, disable=quiet):
         # The channels of a pixel side by side, as they come from a file.
         parts = image.permute(1, 2, 0).numpy(), mask.numpy()
         gap = bytes(-offset % 4)  # float32 begin at multiples of 4
