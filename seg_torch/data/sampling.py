@@ -71,13 +71,10 @@ class AugmentedSamples(Dataset):
         if self.augment is None:
             return sample
         entropy = np.random.SeedSequence([self.seed, epoch, index])
-        generator = torch.default_generator  # torch.manual_seed takes longer, for the GPUs' sake
-        state = generator.get_state()
-        try:
-            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed takes longer, for the GPUs' sake.
+            torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
             return self.augment(*sample)
-        finally:
-            generator.set_state(state)
 
 
 @dataclass(eq=False)
