@@ -134,14 +134,13 @@ class ColourJitter(v2.Transform):
             )
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        *factors, hue = [
+        changes = [
             centre - min(change, 1) + share * (change + min(change, 1))
             for centre, change, share in zip(
                 (1, 1, 1, 0), self.changes, torch.rand(4).tolist(), strict=True
             )
         ]
-        order = torch.randperm(4).tolist()
-        return colour_matrices(*factors, hue, order)  # type: ignore[call-arg]
+        return colour_matrices(*changes, torch.randperm(4).tolist())  # type: ignore[call-arg]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         image = inpt.as_subclass(torch.Tensor)
