@@ -2,18 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from lightning import Fabric
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins import environments
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,12 +35,11 @@ class Processes:
     Attributes:
         rank: The number of this process.
         count: How many there are.
-        local_rank: The number of this process on its machine.
         on_machine: How many there are on each machine.
         device: Of this process.
-        devices: For Lightning: the devices of this machine, or their number.
-        num_nodes: The number of machines.
-        accelerator: `cuda`, `mps` or `cpu`, or another of Lightning's names.
+        settings: `accelerator`, `devices` and `num_nodes` as Lightning takes them. The first is
+            `cuda`, `mps` or `cpu`, or another of its names, the second the devices of a machine or
+            their number.
 
     Raises:
         InputError: A setting that Lightning does not take, a device that is not there, or another
@@ -51,33 +47,22 @@ class Processes:
     """
 
     def __init__(self, trainer: DictConfig, most: int | None = None) -> None:
-        settings: Any = OmegaConf.to_container(trainer, resolve=True)
-        settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
-        settings["accelerator"] = hardware.accelerator(settings["accelerator"])
-        settings = as_launched(settings)
-        try:
+        settings = lightning_settings(trainer)
+        named = " ".join(f"{key}={value}" for key, value in settings.items())
+        with refused_by_lightning(f"trainer: {named}"):
             fabric = Fabric(**settings)
             environment = getattr(fabric.strategy, "cluster_environment", None)
-            from_outside = not isinstance(environment, LightningEnvironment | None)
-            if most is not None and settings["devices"] == "auto" and not from_outside:
+            self.from_outside = not isinstance(
+                environment, environments.LightningEnvironment | None
+            )
+            if most is not None and settings["devices"] == "auto" and not self.from_outside:
                 settings["devices"] = max(1, min(fabric.world_size, most))
                 fabric = Fabric(**settings)
             self.on_machine = getattr(fabric.strategy, "num_processes", 1)
             check_launcher(self.on_machine, settings["num_nodes"])
-        except (
-            *(ValueError, TypeError, ImportError, RuntimeError),
-            MisconfigurationException,
-        ) as error:
-            if isinstance(error, InputError):
-                raise
-            named = " ".join(f"{key}={value}" for key, value in settings.items())
-            raise InputError(f"trainer: {named}: {error}") from error
-        self.accelerator, self.devices = settings["accelerator"], settings["devices"]
-        self.num_nodes = settings["num_nodes"]
-        self.rank, self.count = fabric.global_rank, fabric.world_size
-        self.local_rank, self.device = fabric.local_rank, fabric.device
-        self.from_outside, self._fabric = from_outside, fabric
-        if from_outside:
+        self.settings, self._fabric = settings, fabric
+        self.rank, self.count, self.device = fabric.global_rank, fabric.world_size, fabric.device
+        if self.from_outside:
             self.start()
         if not self.is_first:
             logging.getLogger("seg_torch").setLevel(logging.WARNING)  # the first process says it
@@ -92,17 +77,11 @@ class Processes:
         """Whether this is the first process of all."""
         return self.rank == 0
 
-    @property
-    def machine(self) -> int:
-        """The number of this process's machine."""
-        return self.rank // self.on_machine
-
     def start(self) -> None:
         """Start the processes that Lightning has to start, and connect them all."""
         if self.count > 1 and not self.connected:
             self._fabric.launch()
-            self.rank, self.local_rank = self._fabric.global_rank, self._fabric.local_rank
-            self.device = self._fabric.device
+            self.rank, self.device = self._fabric.global_rank, self._fabric.device
 
     def same(self, value: T) -> T:
         """Return the first process's value in all of them: plain data, such as a name."""
@@ -170,14 +149,31 @@ class Processes:
         return torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
 
 
-def as_launched(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the numbers of devices and machines that torchrun knows."""
-    if not TorchElasticEnvironment.detect():
-        return settings
-    devices = settings["devices"]
-    if devices == "auto":
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {**settings, "devices": devices, "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+@contextmanager
+def refused_by_lightning(settings: str) -> Iterator[None]:
+    """Enter a context in which an error of Lightning names the settings that it refuses.
+
+    Raises:
+        InputError: Instead of that error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+        raise InputError(f"{settings}: {error}") from error
+
+
+def lightning_settings(trainer: DictConfig) -> dict[str, Any]:
+    """Return `accelerator`, `devices` and `num_nodes`, the last two as torchrun knows them."""
+    settings: Any = OmegaConf.to_container(trainer, resolve=True)
+    settings = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
+    settings["accelerator"] = hardware.accelerator(settings["accelerator"])
+    if environments.TorchElasticEnvironment.detect():
+        if settings["devices"] == "auto":
+            settings["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
+        settings["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+    return settings
 
 
 def check_launcher(devices: int, num_nodes: int) -> None:
@@ -192,8 +188,8 @@ def check_launcher(devices: int, num_nodes: int) -> None:
     Raises:
         ValueError: They make another number of processes, or no launcher has started them.
     """
-    launchers: dict[str, Any] = {"torchrun": TorchElasticEnvironment, "Slurm": SLURMEnvironment}
-    for name, environment in launchers.items():
+    launchers: Any = [environments.TorchElasticEnvironment, environments.SLURMEnvironment]
+    for name, environment in zip(("torchrun", "Slurm"), launchers, strict=True):
         if environment.detect():
             started = environment().world_size()
             if started != devices * num_nodes:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,20 +60,20 @@ def reuse_memory() -> None:
     each to the system, which clears its pages when they are next used: a tenth of the step's time.
     The settings are those of mallopt(3).
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            m_trim_threshold, m_mmap_max = -1, -4
-            mallopt(m_trim_threshold, -1)
-            mallopt(m_mmap_max, 0)
+    if mallopt := _function_of_glibc("mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_mmap_max, 0)
 
 
 def return_memory() -> None:
     """Give what `reuse_memory` has kept back to the system (glibc only), before other sizes."""
-    if sys.platform == "linux":
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim is not None:
-            malloc_trim(0)
+    if malloc_trim := _function_of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _function_of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def best_device() -> torch.device:
@@ -91,21 +92,15 @@ def accelerator(name: str) -> str:
         InputError: The machine has no such device.
     """
     best = best_device().type
-    if name == "auto":
+    if name == "auto" or (name == "gpu" and best != "cpu"):
         return best
-    wanted = best if name == "gpu" and best != "cpu" else {"gpu": "cuda"}.get(name, name)
-    if (
-        wanted in ("cuda", "mps")
-        and not {
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-        }[wanted]
-    ):
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "gpu" or not gpus.get(name, True):
         raise InputError(
             f"trainer.accelerator={name}: PyTorch finds no such device here; use "
             "trainer.accelerator=auto, or install a build of PyTorch for the GPU"
         )
-    return wanted
+    return name
 
 
 def resolve_precision(precision: str | int, device_type: str) -> str:
@@ -128,9 +123,8 @@ def resolve_precision(precision: str | int, device_type: str) -> str:
             return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16-mixed" if device_type == "cpu" and fast else "32-true"
-    name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}.get(
-        name, name
-    )
+    short = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+    name = short.get(name, name)
     known = ("32-true", "bf16-mixed", "16-mixed", *TRUE_PRECISIONS)
     if name not in known:
         raise InputError(f"trainer.precision={precision}: use one of auto, {', '.join(known)}")

@@ -47,9 +47,9 @@ VOC_PALETTE = voc_colour_map()
 VOC_PALETTE.setflags(write=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Labels:
-    """The classes of a dataset or a model.
+    """The classes of a dataset or a model; two are equal whose names are, whatever their colours.
 
     Args:
         names: One name per class, in the order of the ids; 1 to 255 of them.
@@ -61,7 +61,7 @@ class Labels:
     """
 
     names: tuple[str, ...]
-    palette: np.ndarray = field(default=None)  # type: ignore[arg-type]
+    palette: np.ndarray = field(default=None, compare=False)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         names = tuple(str(name) for name in self.names)
@@ -89,13 +89,6 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the classes and their order are the same; colours do not count."""
-        return self.names == other.names if isinstance(other, Labels) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self.names)
 
     def colour(self, class_id: int) -> str:
         """Return the colour of a class as HTML has it, `#rrggbb`."""

@@ -68,21 +68,16 @@ def fits_memory(samples: ResizedSamples) -> bool:
     return size < total_memory(torch.device("cpu")) / 16
 
 
-def in_memory(samples: ResizedSamples) -> CachedSamples:
-    """Read all samples into memory."""
-    # One array, since each tensor that is sent to a spawned worker takes up a file descriptor.
-    content = bytearray()
-    layout = _append(samples, content.extend)
-    return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), layout, None)
-
-
-def shared_by_processes(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
+def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
     """Read all samples into memory that all processes of a machine share.
 
     One process of each machine reads the images, and all of them map its file.
     """
     if trainer is None or trainer.num_devices == 1:
-        return in_memory(samples)
+        # One array, since each tensor that is sent to a spawned worker takes up a file descriptor.
+        content = bytearray()
+        layout = _append(samples, content.extend)
+        return CachedSamples(torch.frombuffer(content, dtype=torch.uint8), layout, None)
     # Machines may share the folder of temporary files, too.
     name = f"seg_torch-{trainer.strategy.broadcast(uuid.uuid4().hex)}-{trainer.node_rank}"
     path = Path(tempfile.gettempdir(), name)
@@ -149,13 +144,9 @@ def _map_file(file: BinaryIO) -> CachedSamples:
 def _append(samples: ResizedSamples, write: Callable[[bytes], object]) -> np.ndarray:
     """Write the samples one after the other, and return their layout."""
     layout, offset = [], 0
-    for image, mask in track(
-        in_threads(samples.__getitem__, range(len(samples))),
-        "Decoding",
-        len(samples),
-        transient=True,
-        disable=not sys.stdout.isatty(),
-    ):
+    count, quiet = len(samples), not sys.stdout.isatty()
+    decoded = in_threads(samples.__getitem__, range(count))
+    for image, mask in track(decoded, "Decoding", count, transient=True, disable=quiet):
         # The channels of a pixel side by side, as they come from a file.
         parts = image.permute(1, 2, 0).numpy(), mask.numpy()
         gap = bytes(-offset % 4)  # float32 begin at multiples of 4

@@ -20,6 +20,8 @@ from seg_torch.images.format import RGB, ImageFormat, as_array
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import class_weights
 
+Statistics = dict[str, DatasetStatistics]  # by split
+
 # Correlation of two thumbnails. An image that was re-encoded, halved or made 15 % brighter reaches
 # 0.99 with itself, neighbouring frames of CamVid 0.93, other images of a dataset less.
 NEAR = 0.98
@@ -64,7 +66,7 @@ def inspect_data(
     data: SegmentationDataModule, output_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Do what `inspect_dataset` does for the data of a command."""
-    statistics: dict[str, DatasetStatistics] = {}
+    statistics: Statistics = {}
     problems: dict[str, Problem] = {}  # by message: all splits of a folder have the same ones
     notes = []
     for split in SPLITS:
@@ -95,7 +97,7 @@ def inspect_data(
     return findings
 
 
-def _contents(statistics: dict[str, DatasetStatistics], names: Sequence[str]) -> dict[str, Any]:
+def _contents(statistics: Statistics, names: Sequence[str]) -> dict[str, Any]:
     """Return the findings that are numbers of images and pixels."""
     splits = {
         split: {
@@ -121,9 +123,7 @@ def _contents(statistics: dict[str, DatasetStatistics], names: Sequence[str]) ->
     return {"splits": splits, "classes": classes, "mean": mean, "std": std}
 
 
-def _duplicates(
-    statistics: dict[str, DatasetStatistics], originals: dict[str, BaseDataset]
-) -> list[dict[str, Any]]:
+def _duplicates(statistics: Statistics, originals: dict[str, BaseDataset]) -> list[dict[str, Any]]:
     """Return for each image of a split the one most like it in each earlier split, if any is."""
     duplicates = []
     vectors = {split: _normalised(measured.thumbnails) for split, measured in statistics.items()}
@@ -212,10 +212,7 @@ def class_cells(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def _page(
-    findings: dict[str, Any],
-    statistics: dict[str, DatasetStatistics],
-    originals: dict[str, BaseDataset],
-    labels: Any,
+    findings: dict[str, Any], statistics: Statistics, originals: dict[str, BaseDataset], labels: Any
 ) -> str:
     """Return the findings as HTML, with images of some samples and of the duplicates."""
     pairs = sorted(findings["duplicates"], key=lambda pair: -pair["similarity"])[:DUPLICATES]

@@ -3,37 +3,21 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk, shared_by_processes
+from seg_torch.data import sampling
+from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
-from seg_torch.data.sampling import (
-    AugmentedSamples,
-    EpochSampler,
-    NumberedSamples,
-    ResizedSamples,
-    Sample,
-    evaluation_batches,
-    group_by_size,
-    stack,
-)
 from seg_torch.data.workers import number_of_workers, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.labels import Labels
-
-
-class Position(NamedTuple):
-    """Where training begins: an epoch and one of its batches, both counted from 0."""
-
-    epoch: int = 0
-    batch: int = 0
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -67,7 +51,7 @@ class SegmentationDataModule(LightningDataModule):
 
     Attributes:
         test_split: The split that `test_dataloader` loads, `test` until it is set.
-        start: Where `train_dataloader` begins, which a checkpoint says.
+        start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
         InputError: A batch size is below 1, there is no such `cache`, or `ImageFormat` raises it.
@@ -115,7 +99,7 @@ class SegmentationDataModule(LightningDataModule):
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
-        self.start = Position()
+        self.start = 0, 0
 
     def dataset(self, split: str) -> base.BaseDataset:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -245,16 +229,16 @@ class SegmentationDataModule(LightningDataModule):
         Lightning makes the loader, and its workers draw their first batches, before it restores
         its own progress and calls `set_epoch`.
         """
-        self.start = Position(**state)
+        self.start = state["epoch"], state["batch"]
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
         samples = self._samples("train", resize_labels=True)
-        sampler = EpochSampler(
+        sampler = sampling.EpochSampler(
             len(samples), self.batch_size, self.seed, *self._rank_and_world(), *self.start
         )
-        augmented = AugmentedSamples(samples, self.augment, self.seed)
-        return self._loader(augmented, sampler, stack)
+        augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
+        return self._loader(augmented, sampler, sampling.stack)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -266,7 +250,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def rebuild_batch(
         self, split: str, epoch: int, batch: int, rank: int
-    ) -> tuple[list[int], list[Sample]]:
+    ) -> tuple[list[int], list[sampling.Sample]]:
         """Return the samples of a batch once more, bit for bit as a process was given them.
 
         Args:
@@ -278,42 +262,34 @@ class SegmentationDataModule(LightningDataModule):
         Returns:
             The numbers of the samples in the dataset, and the samples.
         """
-        world = self._rank_and_world()[1]
-        samples = ResizedSamples(self.dataset(split), self.resize, resize_labels=split == "train")
-        if split != "train":
-            indices = evaluation_batches(len(samples), self.eval_batch_size, rank, world)[batch]
-            return indices, [samples[index] for index in indices]
-        augmented = AugmentedSamples(samples, self.augment, self.seed)
-        sampler = EpochSampler(len(samples), self.batch_size, self.seed, rank, world, epoch)
-        keys = list(sampler)[batch]
+        world, training = self._rank_and_world()[1], split == "train"
+        samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels=training)
+        if not training:
+            batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
+            return batches[batch], [samples[index] for index in batches[batch]]
+        augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
+        order = sampling.EpochSampler(len(samples), self.batch_size, self.seed, rank, world, epoch)
+        keys = list(order)[batch]
         return [index for _, index in keys], [augmented[key] for key in keys]
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         samples = self._samples(split, resize_labels=False)
-        batches = evaluation_batches(len(samples), self.eval_batch_size, *self._rank_and_world())
-        return self._loader(NumberedSamples(samples), batches, group_by_size)
+        rank, world = self._rank_and_world()
+        batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
+        return self._loader(sampling.NumberedSamples(samples), batches, sampling.group_by_size)
 
-    def _samples(self, split: str, resize_labels: bool) -> ResizedSamples | CachedSamples:
-        samples = ResizedSamples(self.dataset(split), self.resize, resize_labels)
-        match self.cache:
-            case None:
-                # In each epoch they would be decoded by the cores that the network needs.
-                alone = self.trainer is not None and self.trainer.world_size == 1
-                keep = split == "val" and alone and self._device == "cpu" and fits_memory(samples)
-                return in_memory(samples) if keep else samples
-            case "ram":
-                return shared_by_processes(samples, self.trainer)
-            case "disk":
-                return on_disk(samples)
-            case _:
-                return samples
+    def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
+        samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
+        if self.cache == "disk":
+            return on_disk(samples)
+        keep = self.cache == "ram"
+        if self.cache is None and split == "val" and self._device == "cpu":
+            # In each epoch they would be decoded by the cores that the network needs.
+            alone = self.trainer is not None and self.trainer.world_size == 1
+            keep = alone and fits_memory(samples)
+        return in_memory(samples, self.trainer) if keep else samples
 
-    def _loader(
-        self,
-        dataset: NumberedSamples | AugmentedSamples,
-        batches: Any,
-        collate: Callable,
-    ) -> DataLoader:
+    def _loader(self, dataset: Any, batches: Any, collate: Callable) -> DataLoader:
         workers = self.num_workers
         if workers is None:
             cached = isinstance(dataset.samples, CachedSamples)

@@ -24,6 +24,7 @@ from seg_torch.errors import InputError
 from seg_torch.images.resize import resize_image, resize_mask
 
 Sample = tuple[torch.Tensor, torch.Tensor]
+NumberedSample = tuple[torch.Tensor, torch.Tensor, int]
 # Images [n, C, H, W] of one size, masks [n, h, w], and their numbers in the dataset.
 EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 
@@ -54,7 +55,7 @@ class NumberedSamples(Dataset):
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, index: int) -> NumberedSample:
         return *self.samples[index], index
 
 
@@ -70,13 +71,10 @@ class AugmentedSamples(Dataset):
         if self.augment is None:
             return sample
         entropy = np.random.SeedSequence([self.seed, epoch, index])
-        generator = torch.default_generator  # torch.manual_seed takes longer, for the GPUs' sake
-        state = generator.get_state()
-        try:
-            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed takes longer, for the GPUs' sake.
+            torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
             return self.augment(*sample)
-        finally:
-            generator.set_state(state)
 
 
 @dataclass(eq=False)
@@ -163,11 +161,9 @@ def stack(samples: Sequence[Sample]) -> Sample:
     return torch.stack(images), torch.stack(masks)
 
 
-def group_by_size(
-    samples: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
-) -> list[EvaluationGroup]:
+def group_by_size(samples: Sequence[NumberedSample]) -> list[EvaluationGroup]:
     """Return evaluation samples (image, mask, number) as batches of one size each."""
-    groups: dict[tuple, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}
+    groups: dict[tuple, list[NumberedSample]] = {}
     for sample in samples:
         groups.setdefault((sample[0].shape, sample[1].shape), []).append(sample)
     return [

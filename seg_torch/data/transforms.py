@@ -46,7 +46,9 @@ class RandomScaleCrop(v2.Transform):
 
     def __init__(self, size: Sequence[int], scale: Sequence[float] | None = (0.5, 2.0)) -> None:
         super().__init__()
-        self.size = _height_width("augment.crop", size)
+        if isinstance(size, (str, int)) or len(size) != 2 or min(size) < 1:
+            raise InputError(f"augment.crop={size}: expected [height, width]")
+        self.size = int(size[0]), int(size[1])
         self.scale = (1.0, 1.0) if scale is None else (float(scale[0]), float(scale[1]))
         if not 0 < self.scale[0] <= self.scale[1]:
             raise InputError(f"augment.scale={list(self.scale)}: expected 0 < smallest <= largest")
@@ -132,14 +134,13 @@ class ColourJitter(v2.Transform):
             )
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        *factors, hue = [
+        changes = [
             centre - min(change, 1) + share * (change + min(change, 1))
             for centre, change, share in zip(
                 (1, 1, 1, 0), self.changes, torch.rand(4).tolist(), strict=True
             )
         ]
-        order = torch.randperm(4).tolist()
-        return colour_matrices(*factors, hue, order)  # type: ignore[call-arg]
+        return colour_matrices(*changes, torch.randperm(4).tolist())  # type: ignore[call-arg]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         image = inpt.as_subclass(torch.Tensor)
@@ -227,9 +228,3 @@ def augment(
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
         steps.append(ColourJitter(*changes, hue))  # type: ignore[call-arg]
     return v2.Compose(steps or [v2.Identity()])
-
-
-def _height_width(name: str, size: Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, (str, int)) or len(size) != 2 or min(size) < 1:
-        raise InputError(f"{name}={size}: expected [height, width]")
-    return int(size[0]), int(size[1])

@@ -16,11 +16,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
-from seg_torch.models.network import (
-    Network,
-    check_channels,
-    freeze_unused_parameters,
-)
+from seg_torch.models.network import Network, check_channels, freeze_unused_parameters
 from seg_torch.models.weights import adapt_first_conv, load_matching_weights
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
@@ -81,15 +77,13 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
-    initial = None
-    if cfg.init_from is not None and state is None:
-        initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
     model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
     if data.format != RGB:
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
-    if initial is not None:
+    if cfg.init_from is not None and state is None:
+        initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
         of_model = {k.removeprefix("model."): v for k, v in initial.items() if k[:6] == "model."}
         load_matching_weights(model, of_model, str(cfg.init_from))
     network = Network(model, preprocessing["mean"], preprocessing["std"])

@@ -35,6 +35,7 @@ class Stopwatch:
     Attributes:
         waited: For data.
         worked: On batches.
+        started: When the epoch began.
     """
 
     def __init__(self) -> None:
@@ -45,10 +46,6 @@ class Stopwatch:
         """Return the seconds since the last call."""
         before, self.last = self.last, time.perf_counter()
         return self.last - before
-
-    def total(self) -> float:
-        """Return the seconds since the epoch began."""
-        return time.perf_counter() - self.started
 
 
 class History(Callback):
@@ -65,16 +62,9 @@ class History(Callback):
         self.table = folder / "metrics.csv"
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
-        self.validated = False  # in this epoch
 
     def on_train_start(self, trainer: Any, task: Any) -> None:
         self.rows = read_table(self.table, COLUMNS)[: trainer.current_epoch]
-
-    def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
-        self.validated = False
-
-    def on_validation_end(self, trainer: Any, task: Any) -> None:
-        self.validated = True
 
     def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
         train_loss = task.training_loss()  # of all processes
@@ -88,7 +78,7 @@ class History(Callback):
         }
         for name in SCORES:
             # Lightning keeps the values of earlier epochs.
-            value = trainer.callback_metrics.get(f"val/{name}") if self.validated else None
+            value = trainer.callback_metrics.get(f"val/{name}") if task.validated else None
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
         write_table(self.table, COLUMNS, self.rows)
@@ -155,7 +145,7 @@ class EpochLine(Callback):
         """Print the line of the epoch that has ended, if there is one, and write its row."""
         if not self.line:
             return
-        seconds = self.watch.total()
+        seconds = time.perf_counter() - self.watch.started
         log.info("%s (%.1f s)", self.line, seconds)
         row = {"epoch": self.history.rows[-1]["epoch"], "seconds": round(seconds, 2)}
         if device.type == "cuda":

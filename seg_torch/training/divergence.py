@@ -1,7 +1,6 @@
 """A run whose loss or weights are no longer numbers: it ends, and leaves the batch behind."""
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,13 +85,7 @@ class StopOnDivergence(Callback):
             self._end(trainer, task, "train", losses.shape[1] - 1, 0, problem)
 
     def _end(
-        self,
-        trainer: Trainer,
-        task: SegmentationTask,
-        split: str,
-        batch: int,
-        rank: int,
-        problem: str,
+        self, trainer: Any, task: Any, split: str, batch: int, rank: int, problem: str
     ) -> NoReturn:
         """End the run in all processes, with the batch and what is in it in the run's folder."""
         problem += f" at batch {batch + 1} of epoch {trainer.current_epoch + 1}"
@@ -102,9 +95,8 @@ class StopOnDivergence(Callback):
         if split == "train":
             losses = losses[: batch + 1]
         saved = ""
-        if trainer.is_global_zero:
-            folder = self.folder / "diverged"
-            saved = save_batch(folder, trainer, split, batch, rank, problem, losses)
+        if trainer.is_global_zero and isinstance(trainer.datamodule, SegmentationDataModule):
+            saved = self._save(trainer, split, batch, rank, problem, losses)
         trainer.strategy.barrier()
         raise InputError(
             f"{problem}: the training has diverged. {saved}{self.folder / 'checkpoints'} holds "
@@ -113,62 +105,52 @@ class StopOnDivergence(Callback):
             f"{how_to_continue(self.folder)}"
         )
 
+    def _save(
+        self, trainer: Any, split: str, batch: int, rank: int, problem: str, losses: list[float]
+    ) -> str:
+        """Write `batch.pt` (uint8 `images` and `masks`) and `report.json`.
 
-def save_batch(
-    folder: Path,
-    trainer: Trainer,
-    split: str,
-    batch: int,
-    rank: int,
-    problem: str,
-    losses: Sequence[float],
-) -> str:
-    """Write `batch.pt` (uint8 `images` and `masks`) and `report.json`.
+        Nothing of a batch is kept while training. What it was follows from seed, epoch and place.
 
-    Nothing of a batch is kept while training. What it was follows from seed, epoch and place.
+        Args:
+            trainer: Knows the data and the epoch.
+            split: `train` or `val`.
+            batch: The batch of the epoch, counted from 0.
+            rank: The process that was given it.
+            problem: What is wrong.
+            losses: The process's training losses of the epoch so far.
 
-    Args:
-        folder: Where to write.
-        trainer: Knows the data and the epoch.
-        split: `train` or `val`.
-        batch: The batch of the epoch, counted from 0.
-        rank: The process that was given it.
-        problem: What is wrong.
-        losses: The process's training losses of the epoch so far.
-
-    Returns:
-        A sentence on where that is, for the user; empty if it could not be written.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, SegmentationDataModule):
-        return ""
-    try:
-        indices, samples = data.rebuild_batch(split, trainer.current_epoch, batch, rank)
-        dataset = data.dataset(split)
-        report = {
-            "found": problem,
-            "split": split,
-            "epoch": trainer.current_epoch + 1,
-            "batch": batch + 1,
-            "process": rank,
-            "learning_rate_now": trainer.optimizers[0].param_groups[0]["lr"],
-            "precision": str(trainer.precision),
-            "last_losses": [f"{loss:g}" for loss in losses[-100:]],
-            "images": [
-                {"index": index}
-                | {kind: dataset.name(index, kind) for kind in ("image", "mask")}
-                | _statistics(*sample)
-                for index, sample in zip(indices, samples, strict=True)
-            ],
-        }
-        images, masks = zip(*samples, strict=True)
-        content = {"images": [*map(_whole, images)], "masks": [*map(_whole, masks)]}
-        write_atomically(folder / "batch.pt", partial(torch.save, content))
-        write_json(folder / "report.json", report)
-    except Exception as error:  # such as a full disk, which is not what has to be told
-        log.warning("the batch could not be written to %s: %s", folder, error)
-        return ""
-    return f"{folder} holds that batch and names its files. "
+        Returns:
+            A sentence on where that is, for the user; empty if it could not be written.
+        """
+        folder, data = self.folder / "diverged", trainer.datamodule
+        try:
+            indices, samples = data.rebuild_batch(split, trainer.current_epoch, batch, rank)
+            dataset = data.dataset(split)
+            report = {
+                "found": problem,
+                "split": split,
+                "epoch": trainer.current_epoch + 1,
+                "batch": batch + 1,
+                "process": rank,
+                "learning_rate_now": trainer.optimizers[0].param_groups[0]["lr"],
+                "precision": str(trainer.precision),
+                "last_losses": [f"{loss:g}" for loss in losses[-100:]],
+                "images": [
+                    {"index": index}
+                    | {kind: dataset.name(index, kind) for kind in ("image", "mask")}
+                    | _statistics(*sample)
+                    for index, sample in zip(indices, samples, strict=True)
+                ],
+            }
+            images, masks = zip(*samples, strict=True)
+            content = {"images": [*map(_whole, images)], "masks": [*map(_whole, masks)]}
+            write_atomically(folder / "batch.pt", partial(torch.save, content))
+            write_json(folder / "report.json", report)
+        except Exception as error:  # such as a full disk, which is not what has to be told
+            log.warning("the batch could not be written to %s: %s", folder, error)
+            return ""
+        return f"{folder} holds that batch and names its files. "
 
 
 def _whole(part: torch.Tensor) -> torch.Tensor:

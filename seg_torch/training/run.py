@@ -101,12 +101,11 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     check_resumable(cfg.resume, overrides)
     stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
     run = OmegaConf.create(with_current_names(OmegaConf.to_container(stored)))
-    for key in (key_of(override) for override in overrides):
+    for key in (key for key in map(key_of, overrides) if key in RESUMABLE[1:]):
         section, _, name = key.rpartition(".")
-        if key in RESUMABLE[1:] and name not in (OmegaConf.select(run, section) or {}):
+        if name not in (OmegaConf.select(run, section) or {}):
             raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
-        if key in RESUMABLE[1:]:
-            OmegaConf.update(run, key, OmegaConf.select(cfg, key))
+        OmegaConf.update(run, key, OmegaConf.select(cfg, key))
     return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
 
 

@@ -45,6 +45,7 @@ class SegmentationTask(LightningModule):
 
     Attributes:
         step_losses: Of the epoch's batches so far, float [batches].
+        validated: Whether the epoch has been validated.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class SegmentationTask(LightningModule):
         self.confusion = ConfusionMatrix(len(labels))
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.step_losses = torch.empty(0)
-        self.validated = False  # in this epoch
+        self.validated = False
 
     def setup(self, stage: str) -> None:
         """Prepare validation, and the loss, whose class weights may follow from their pixels.
@@ -173,9 +174,8 @@ class SegmentationTask(LightningModule):
         results = scores(counts)
         self.confusion.reset()
         # Every process holds the same numbers here: the confusion matrix has been added up.
-        self.log("val/mean_iou", results["mean_iou"].float(), prog_bar=True)
-        for name in ("pixel_accuracy", "mean_accuracy", "mean_dice"):
-            self.log(f"val/{name}", results[name].float())
+        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+            self.log(f"val/{name}", results[name].float(), prog_bar=name == "mean_iou")
         if self.validation_loss.update_called or self.trainer.world_size > 1:
             self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
         self.validation_loss.reset()
@@ -186,16 +186,14 @@ class SegmentationTask(LightningModule):
         parts = {key: options.pop(key) for key in PARTS if key in options}
         lr: Any = options.get("lr")
         groups = parameter_groups(self.network.model, lr, **parts)
-        learnt = [p for p in self.loss.parameters() if p.requires_grad]
         if not groups:
             raise InputError("all of the model's weights are frozen: there is nothing to train")
-        groups[0]["params"] += learnt
+        groups[0]["params"] += [p for p in self.loss.parameters() if p.requires_grad]
         # One pass over all parameters, several times as fast. It cannot be combined with clipping,
         # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
-        can_fuse = "fused" in inspect.signature(function).parameters
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
-        if can_fuse and whole:
+        if whole and "fused" in inspect.signature(function).parameters:
             options.setdefault("fused", True)
         optimizer = function(groups, **options)
         if self.make_scheduler is None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
-from seg_torch.distributed import Processes
+from seg_torch.distributed import Processes, refused_by_lightning
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
 from seg_torch.models.network import COMPILE_MODES
@@ -119,27 +118,26 @@ def build_trainer(
     check_repeatable(options)
     # The task sets the one, for training alone, and the network does the other.
     options.pop("benchmark", None), options.pop("compile", None)
-    options["accelerator"], options["devices"] = processes.accelerator, processes.devices
-    options["num_nodes"] = processes.num_nodes
-    options["precision"] = hardware.resolve_precision(options["precision"], processes.accelerator)
+    options |= processes.settings
+    on_cpu = options["accelerator"] == "cpu"
+    options["precision"] = hardware.resolve_precision(options["precision"], options["accelerator"])
     if options.get("strategy") == "fsdp":
-        if processes.accelerator == "cpu" and TorchVersion(torch.__version__) < "2.14":
+        if on_cpu and TorchVersion(torch.__version__) < "2.14":
             raise InputError(
                 "trainer.strategy=fsdp on a CPU needs PyTorch 2.14: 2.8 trains wrongly"
             )
         options["strategy"] = FullySharded()
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")
-    if processes.accelerator == "cpu":
+    if on_cpu:
         hardware.reuse_memory()
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     bar = Console().is_terminal
-    try:
+    with refused_by_lightning("trainer"):
         return Trainer(
             **options,
             default_root_dir=folder,
             callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if bar else [])],
-            logger=loggers,
+            logger=[instantiate(node) for node in (cfg.get("logger") or {}).values()],
             enable_progress_bar=bar,
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # the data module shards without padding
@@ -147,8 +145,6 @@ def build_trainer(
             enable_checkpointing=bool(callbacks),
             inference_mode=False,  # under which autocast would cast the weights for every batch
         )
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise InputError(f"trainer: {error}") from error
 
 
 def check_repeatable(options: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_d19_a_gpu_that_is_not_there_is_refused_before_anything_is_written(
         checkpoint.KEY: checkpoint.describe(network, labels, config, {}, None),
     }
     torch.save(content, tmp_path / "a.ckpt")
-    options = (f"checkpoint={tmp_path / 'a.ckpt'}", f"output_dir={tmp_path / 'e'}")
+    options = (f"checkpoint={tmp_path / 'a.ckpt'}", f"output_dir={tmp_path / 'e'}", "data=shapes")
     with pytest.raises(InputError, match=f"{setting}: PyTorch finds no such device"):
         evaluate(compose("evaluate", *options, setting))
     assert os.listdir(tmp_path) == ["a.ckpt"]

@@ -894,7 +894,7 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
         datamodule=SimpleNamespace(cache=cache),
     )
-    task = SimpleNamespace(training_loss=lambda: 0.5, device=torch.device("cpu"))
+    task = SimpleNamespace(training_loss=lambda: 0.5, validated=False, device=torch.device("cpu"))
     history = History(tmp_path)
     line = EpochLine(history, tmp_path)
     line.on_train_epoch_start(trainer, task)
