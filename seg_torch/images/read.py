@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 # What counts as an image in a folder. Pillow registers many more suffixes: of videos (.mpg), of
 # arrays (.h5, .grib) and of documents (.eps, .pdf), none of which it can read by itself.
@@ -61,6 +61,32 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: {error} If you trust it, raise the limit (max_pixels=N of predict and app)"
+        ) from None
+    except Exception as error:  # there is no end to what damaged files raise
+        raise InputError(f"{path}: cannot be read as {kind}: {reason(error)}") from None
+
+
+def check_claim(path: str | Path, size: int, count: int, unit: str) -> None:
+    """Refuse a file of `size` bytes that claims to hold more pixels or values than can be in it."""
+    if count > max(LARGE, MOST_PIXELS_PER_BYTE * size):
+        raise InputError(
+            f"{path}: a file of {size:,} bytes claims to hold {count:,} {unit}; it is damaged, or "
+            "made to fill the memory"
+        )
+
+
+@contextmanager
 def opened(
     path: str | Path, kind: str = "an image", content: bytes | None = None
 ) -> Iterator[Image.Image]:
@@ -75,33 +101,19 @@ def opened(
         InputError: The file is missing, empty, cut off, no image of `FORMATS`, or larger than
             Pillow or the size of the file allows.
     """
-    try:
-        with Image.open(path if content is None else BytesIO(content)) as image:
-            if image.format not in FORMATS:
-                raise UnidentifiedImageError
-            size = os.path.getsize(path) if content is None else len(content)
-            pixels = image.width * image.height
-            if pixels > max(LARGE, MOST_PIXELS_PER_BYTE * size):
-                raise InputError(
-                    f"{path}: a file of {size:,} bytes claims to hold {pixels:,} pixels; it is "
-                    "damaged, or made to fill the memory"
-                )
-            yield image
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path}: {error} If you trust it, raise the limit (max_pixels=N of predict and app)"
-        ) from None
-    except Exception as error:  # a damaged file can make Pillow's readers fail in any way
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            empty = os.path.getsize(path) == 0 if content is None else not content
+    with reading(path, kind):
+        size = os.path.getsize(path) if content is None else len(content)
+        if size == 0:
+            raise ValueError("the file is empty")
+        try:
+            with Image.open(path if content is None else BytesIO(content)) as image:
+                if image.format not in FORMATS:
+                    raise UnidentifiedImageError
+                check_claim(path, size, image.width * image.height, "pixels")
+                yield image
+        except UnidentifiedImageError:
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
-            reason = "the file is empty" if empty else known
-        raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
+            raise ValueError(known) from None
 
 
 def image_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
