@@ -295,7 +295,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
             raise InputError(
                 f"{path}: a mask of class ids is grey or palette, this one is {image.mode}"
             )
-        decoded = plain_png(image, path) if content is None else None
+        decoded = plain_png(image, path, content)
         ids = np.array(image) if decoded is None else decoded
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:

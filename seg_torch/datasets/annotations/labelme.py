@@ -14,7 +14,7 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated, drawing
 from seg_torch.datasets.reading import parsing, read_json, split_of
 from seg_torch.errors import InputError
-from seg_torch.images.read import decode_image, opened
+from seg_torch.images.read import opened, read_image
 
 LINE_WIDTH, POINT_RADIUS = 10, 5  # labelme's own, in pixels
 KEPT = ("shape_type", "points", "mask")  # what is drawn of a shape
@@ -71,7 +71,7 @@ class LabelmeDataset(annotated.AnnotatedDataset):
         if pair.image != pair.mask:
             return super().image(index)
         with parsing(pair.mask, "imageData: "):
-            return decode_image(base64.b64decode(read_json(pair.mask)["imageData"]), str(pair.mask))
+            return read_image(pair.mask, base64.b64decode(read_json(pair.mask)["imageData"]))
 
 
 def is_labelme(content: Any) -> bool:
