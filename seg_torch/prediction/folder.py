@@ -34,7 +34,7 @@ from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_text
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
-from seg_torch.prediction.outputs import output_path
+from seg_torch.prediction.segmentation import output_path
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class OutputFolder:
         folder: Its path.
         source: The image, or the folder of the images.
         files: The images.
-        outputs: What is saved of them, see `seg_torch.prediction.outputs`; and `legend`.
+        outputs: What is saved of them, see `seg_torch.prediction.segmentation`; and `legend`.
         run: From `run_id`: what another run has left counts if it had the same.
         processes: Those of this run.
 
