@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from seg_torch.drawing.coco import coco_annotations, write_coco
 from seg_torch.drawing.polygons import polygon_features, write_polygons
@@ -256,16 +255,14 @@ def segment(
     if inference.resize is not None:
         batch = resize_image(batch.contiguous(), inference.resize)  # as the data module does it
     masks = torch.empty(count, *size, dtype=torch.uint8)
-    kept: list[Tensor | None] = [None] * count
-    if probabilities:
-        kept = list(torch.empty(count, len(labels), *size, dtype=torch.float16))
     maps = torch.empty_like(masks) if confidence_map else None
+    shape = count, len(labels), *size
+    scores = torch.empty(shape, dtype=torch.float16) if probabilities else None
     totals = torch.zeros(count, device=inference.device)
     for index, rows, columns, logits in inference.blocks(batch, size):
-        target = kept[index]
-        into = None if target is None else target[:, rows, columns]
+        score_part = None if scores is None else scores[index, :, rows, columns]
         map_part = None if maps is None else maps[index, rows, columns]
-        ids, total = decide(logits, True, into, map_part, min_confidence)
+        ids, total = decide(logits, True, score_part, map_part, min_confidence)
         masks[index, rows, columns] = ids
         totals[index] += total
         del logits  # not to be kept beside what the network makes of the next tile
@@ -276,7 +273,7 @@ def segment(
             labels,
             format.shown(image),
             confidences[i],
-            None if (scores := kept[i]) is None else scores.numpy(),
+            None if scores is None else scores[i].numpy(),
             None if maps is None else maps[i].numpy(),
             format=format,
         )
