@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from seg_torch import hardware
 from seg_torch.errors import InputError
-from seg_torch.prediction.load import model_name
+from seg_torch.prediction.segmenter import model_name
 from seg_torch.serving.batching import Batcher
 from seg_torch.serving.model import Upload
 
