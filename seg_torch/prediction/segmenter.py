@@ -176,9 +176,8 @@ class Segmenter:
         """
         if self.description is None:
             raise InputError(
-                "only a network that Segmenter.load has from a checkpoint, or that of "
-                "Segmenter.pretrained, is known well enough to be saved; one of from_hub is on the "
-                "Hub already, and of an exported one give the checkpoint"
+                "only a network that Segmenter.load has from a checkpoint, not an exported one, or "
+                "Segmenter.pretrained can be saved; one of from_hub is on the Hub already"
             )
         if self.network.mean.dtype != torch.float32:
             raise InputError(
