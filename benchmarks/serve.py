@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 
 from seg_torch import Segmenter, hardware
-from seg_torch.images.read import decode_image
+from seg_torch.images.read import read_image
 
 
 def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
@@ -34,7 +34,7 @@ def in_process(checkpoint: str, content: bytes, seconds: float) -> list[float]:
 
     def once() -> float:
         start = time.perf_counter()
-        segmenter.predict(decode_image(content, "image")).save_mask(BytesIO())
+        segmenter.predict(read_image("image", content)).save_mask(BytesIO())
         return time.perf_counter() - start
 
     with segmenter.inference.autocast():

@@ -10,9 +10,9 @@ from seg_torch.distributed import Processes
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.read import pixel_limit
 from seg_torch.prediction.folder import OutputFolder, find_images, run_id
-from seg_torch.prediction.load import load_segmenters
-from seg_torch.prediction.outputs import OUTPUTS
 from seg_torch.prediction.pipeline import Pipeline, plan_batches
+from seg_torch.prediction.segmentation import OUTPUTS
+from seg_torch.prediction.segmenter import load_segmenters
 from seg_torch.prediction.video import is_video, predict_video
 
 

@@ -326,7 +326,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
     with opened(path, "a mask", content) as image:
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
-        decoded = plain_png(image, path) if content is None else None
+        decoded = plain_png(image, path, content)
         ids = np.array(image) if decoded is None else decoded
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
 from seg_torch.errors import InputError, check_choice, require
-from seg_torch.images.read import decode_image
+from seg_torch.images.read import read_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 IMAGES, MASKS = ("image", "pixel_values"), ("label", "annotation", "mask", "segmentation_mask")
@@ -124,7 +124,7 @@ class HubDataset(base.BaseDataset):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         name, content = self._file(index, 0)
-        image, mask = decode_image(content, name), self.mask(index)
+        image, mask = read_image(name, content), self.mask(index)
         base.check_sizes(image, mask, name, f"{self.title}[{index}]")
         return base.as_sample(image, mask)
 

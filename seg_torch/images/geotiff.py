@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from seg_torch.errors import InputError, require
-from seg_torch.images.read import LARGE, MOST_PIXELS_PER_BYTE
+from seg_torch.images.read import check_claim, reading
 from seg_torch.labels import Labels
 
 SUFFIXES = (".tif", ".tiff")
@@ -27,14 +27,9 @@ def read_tiff(path: Path) -> np.ndarray:
     """
     with _series(path) as series:
         height, width = _height_width(series)
-        values, size = int(np.prod(series.shape)), os.path.getsize(path)
-        if values > max(LARGE, MOST_PIXELS_PER_BYTE * size):
-            raise InputError(f"{path}: a file of {size:,} bytes claims to hold {values:,} values")
+        check_claim(path, os.path.getsize(path), int(np.prod(series.shape)), "values")
         if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
-            raise InputError(
-                f"{path}: {height * width:,} pixels. If you trust the file, raise the limit "
-                "(max_pixels=N of predict and app)"
-            )
+            raise Image.DecompressionBombError(f"{height * width:,} pixels.")
         axes = [series.axes.index(axis) for axis in "YX"]
         image = np.moveaxis(series.asarray(), axes, (0, 1))
     return image.reshape(height, width, -1)
@@ -92,17 +87,8 @@ def _tifffile(path: str | Path) -> Any:
 @contextmanager
 def _series(path: str | Path) -> Iterator[Any]:
     """Open the first series of a TIFF file; whatever goes wrong becomes an InputError."""
-    tifffile = _tifffile(path)
-    try:
-        with tifffile.TiffFile(path) as file:
-            yield file.series[0]
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # there is no end to what damaged files raise
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as TIFF: {reason}") from None
+    with reading(path, "TIFF"), _tifffile(path).TiffFile(path) as file:
+        yield file.series[0]
 
 
 def _height_width(series: Any) -> tuple[int, int]:

@@ -7,12 +7,11 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 # What counts as an image in a folder. Pillow registers many more suffixes: of videos (.mpg), of
 # arrays (.h5, .grib) and of documents (.eps, .pdf), none of which it can read by itself.
@@ -61,6 +60,32 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: {error} If you trust it, raise the limit (max_pixels=N of predict and app)"
+        ) from None
+    except Exception as error:  # there is no end to what damaged files raise
+        raise InputError(f"{path}: cannot be read as {kind}: {reason(error)}") from None
+
+
+def check_claim(path: str | Path, size: int, count: int, unit: str) -> None:
+    """Refuse a file of `size` bytes that claims to hold more pixels or values than can be in it."""
+    if count > max(LARGE, MOST_PIXELS_PER_BYTE * size):
+        raise InputError(
+            f"{path}: a file of {size:,} bytes claims to hold {count:,} {unit}; it is damaged, or "
+            "made to fill the memory"
+        )
+
+
+@contextmanager
 def opened(
     path: str | Path, kind: str = "an image", content: bytes | None = None
 ) -> Iterator[Image.Image]:
@@ -75,40 +100,23 @@ def opened(
         InputError: The file is missing, empty, cut off, no image of `FORMATS`, or larger than
             Pillow or the size of the file allows.
     """
-    try:
-        with Image.open(path if content is None else BytesIO(content)) as image:
-            if image.format not in FORMATS:
-                raise UnidentifiedImageError
-            size = os.path.getsize(path) if content is None else len(content)
-            pixels = image.width * image.height
-            if pixels > max(LARGE, MOST_PIXELS_PER_BYTE * size):
-                raise InputError(
-                    f"{path}: a file of {size:,} bytes claims to hold {pixels:,} pixels; it is "
-                    "damaged, or made to fill the memory"
-                )
-            yield image
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path}: {error} If you trust it, raise the limit (max_pixels=N of predict and app)"
-        ) from None
-    except Exception as error:  # a damaged file can make Pillow's readers fail in any way
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            empty = os.path.getsize(path) == 0 if content is None else not content
+    with reading(path, kind):
+        size = os.path.getsize(path) if content is None else len(content)
+        if size == 0:
+            raise ValueError("the file is empty")
+        try:
+            with Image.open(path if content is None else BytesIO(content)) as image:
+                if image.format not in FORMATS:
+                    raise UnidentifiedImageError
+                check_claim(path, size, image.width * image.height, "pixels")
+                yield image
+        except UnidentifiedImageError:
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
-            reason = "the file is empty" if empty else known
-        raise InputError(f"{path}: cannot be read as {kind}: {reason}") from None
+            raise ValueError(known) from None
 
 
-def image_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
+def image_size(path: str | Path) -> tuple[int, int] | None:
     """Return (height, width) of an upright image from the header of its file.
-
-    Args:
-        path: Of the file, or the open file.
 
     Returns:
         The size that `read_image` most likely gives, or `None` for a file without a readable
@@ -125,11 +133,12 @@ def image_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
         return None
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read an image file of any format that Pillow reads.
 
     Args:
         path: Of the file.
+        content: Of the file, where it lies in another one; `path` is then for the message.
 
     Returns:
         The upright image, RGB, uint8 [H, W, 3].
@@ -137,8 +146,8 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
     """
-    with opened(path) as image:
-        pixels = plain_png(image, path) if image.mode == "RGB" else None
+    with opened(path, content=content) as image:
+        pixels = plain_png(image, path, content) if image.mode == "RGB" else None
         return _as_array(upright_rgb(image)) if pixels is None else pixels
 
 
@@ -153,21 +162,9 @@ def _as_array(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
-    """Return the image of `read_image` from the content of its file, uint8 [H, W, 3].
-
-    Args:
-        content: Of the file.
-        name: Where it comes from, for the message.
-
-    Raises:
-        InputError: As `read_image`.
-    """
-    with opened(name, content=content) as image:
-        return np.array(upright_rgb(image))
-
-
-def plain_png(image: Image.Image, path: str | Path) -> np.ndarray | None:
+def plain_png(
+    image: Image.Image, path: str | Path, content: bytes | None = None
+) -> np.ndarray | None:
     """Decode an upright opaque PNG of 8-bit RGB or grey with libspng.
 
     It takes 0.6 of Pillow's time for the same pixels. JPEG files stay with Pillow: other decoders
@@ -176,6 +173,7 @@ def plain_png(image: Image.Image, path: str | Path) -> np.ndarray | None:
     Args:
         image: The file as Pillow opened it, not yet decoded.
         path: Of the file.
+        content: Of the file, where it lies in another one.
 
     Returns:
         uint8 [H, W, 3] or [H, W]; `None` for any other file, and without the extra "fast".
@@ -185,7 +183,7 @@ def plain_png(image: Image.Image, path: str | Path) -> np.ndarray | None:
         return None
     if "transparency" in image.info:
         return None
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes() if content is None else content
     rest = _beside_pixels(content)
     if content[BIT_DEPTH] != 8 or any(name in rest for name in MAY_TURN_PNG):
         return None

@@ -34,7 +34,7 @@ from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_text
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
-from seg_torch.prediction.outputs import output_path
+from seg_torch.prediction.segmentation import output_path
 
 log = logging.getLogger(__name__)
 
@@ -67,31 +67,25 @@ def find_images(path: Path, output: Path | None = None, endings: Sequence[str] =
     if not path.is_dir():
         raise InputError(f"input={path}: no such file or folder")
     suffixes = (endings[0].lower(),) if endings else IMAGE_SUFFIXES
-    files = [path / name for name in list_files(path, suffixes)]
+    files = list_files(path, suffixes)
     if output is not None:
-        outputs, folders = output.resolve(), {file.parent for file in files}
+        outputs, folders = output.resolve(), {(path / file).parent for file in files}
         written = {folder for folder in folders if folder.resolve().is_relative_to(outputs)}
-        files = [file for file in files if file.parent not in written]
+        files = [file for file in files if (path / file).parent not in written]
     if not files:
         raise InputError(f"input={path}: no images below this folder")
-    full = [name_below(file, path) for file in files]
     if endings:
-        return {name[: -len(endings[0])]: file for name, file in zip(full, files, strict=True)}
-    stems = [file.relative_to(path).with_suffix("").as_posix() for file in files]
+        return {file[: -len(endings[0])]: path / file for file in files}
+    stems = [Path(file).with_suffix("").as_posix() for file in files]
     # A stem may also be what another file is called: "a.jpg" is the stem of "a.jpg.png".
-    counts = Counter(stem.casefold() for stem in stems) + Counter({n.casefold() for n in full})
+    counts = Counter(stem.casefold() for stem in stems) + Counter({f.casefold() for f in files})
     names: dict[str, tuple[str, Path]] = {}
-    for stem, name, file in zip(stems, full, files, strict=True):
-        name = stem if counts[stem.casefold()] == 1 else name
+    for stem, file in zip(stems, files, strict=True):
+        name = stem if counts[stem.casefold()] == 1 else file
         while name.casefold() in names:  # both A.jpg and a.jpg
             name += "~"
-        names[name.casefold()] = (name, file)
+        names[name.casefold()] = (name, path / file)
     return dict(names.values())
-
-
-def name_below(path: Path, source: Path) -> str:
-    """Return what a file is called in tables: its path below the folder `source`."""
-    return path.name if path == source else path.relative_to(source).as_posix()
 
 
 def run_id(cfg: DictConfig) -> str:
@@ -117,7 +111,7 @@ class OutputFolder:
         folder: Its path.
         source: The image, or the folder of the images.
         files: The images.
-        outputs: What is saved of them, see `seg_torch.prediction.outputs`; and `legend`.
+        outputs: What is saved of them, see `seg_torch.prediction.segmentation`; and `legend`.
         run: From `run_id`: what another run has left counts if it had the same.
         processes: Those of this run.
 
@@ -134,7 +128,8 @@ class OutputFolder:
         run: str,
         processes: Processes,
     ) -> None:
-        self.folder, self.source, self.files = folder, source, files
+        self.folder, self.files = folder, files
+        self.source = source if source.is_dir() else source.parent
         self.outputs = [output for output in outputs if output != "legend"]
         self.has_legend = "legend" in outputs
         self.run, self.processes = run, processes
@@ -222,7 +217,7 @@ class OutputFolder:
         """Write what covers all images, name those that failed, and return their number."""
         records = {record["name"]: record for record in read_journals(self.folder)}
         done = {
-            name_below(path, self.source): records[name]
+            path.relative_to(self.source).as_posix(): records[name]
             for name, path in self.files.items()
             if "error" not in records[name]
         }

@@ -75,8 +75,27 @@ class InferenceSettings:
 
     @classmethod
     def parse(cls, tile: Any, tta: Any, precision: str | int) -> InferenceSettings:
-        """Return the settings as the user writes them; `tta` is that of `parse_tta`."""
-        return cls(tile, *parse_tta(tta), str(precision))
+        """Return the settings as the user writes them.
+
+        Args:
+            tile: As above.
+            tta: Test-time augmentation: `flip`, factors, or both, such as `[flip, 0.75, 1.0]` or
+                "flip,0.75,1.0"; or `None`.
+            precision: As above; or a number, such as 32.
+
+        Raises:
+            InputError: Something else.
+        """
+        if isinstance(tta, str | float | int):
+            tta = str(tta).replace(" ", "").split(",")
+        words = list(tta or [])
+        try:
+            scales = [float(word) for word in words if word != "flip"] or [1.0]
+        except ValueError:
+            raise InputError(
+                f"tta={tta}: expected flip, factors, or both, such as tta=[flip,0.75,1.0,1.25]"
+            ) from None
+        return cls(tile, scales, "flip" in words, str(precision))
 
 
 class Inference:
@@ -222,30 +241,6 @@ class Inference:
         """
         bytes_per_pixel = 1000 * max(self.scales) ** 2 + 8 * self.num_classes
         return int(hardware.total_memory(self.device) / 4 / (height * width * bytes_per_pixel))
-
-
-def parse_tta(tta: str | float | Sequence[str | float] | None) -> tuple[list[float], bool]:
-    """Read test-time augmentation as the user writes it.
-
-    Args:
-        tta: `flip`, factors, or both, such as `[flip, 0.75, 1.0]` or "flip,0.75,1.0"; or `None`.
-
-    Returns:
-        The `scales` and the `flip` of `Inference`.
-
-    Raises:
-        InputError: Something else.
-    """
-    if isinstance(tta, str | float | int):
-        tta = str(tta).replace(" ", "").split(",")
-    words = list(tta or [])
-    try:
-        scales = [float(word) for word in words if word != "flip"] or [1.0]
-    except ValueError:
-        raise InputError(
-            f"tta={tta}: expected flip, factors, or both, such as tta=[flip,0.75,1.0,1.25]"
-        ) from None
-    return scales, "flip" in words
 
 
 def decide(

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +60,6 @@ def plan_batches(
 
 class _Image(NamedTuple):
     name: str
-    path: Path
     pixels: np.ndarray  # [H, W, C], as the model's format says
     seconds: float  # that reading it took
 
@@ -127,28 +125,25 @@ class Pipeline:
             pending.extend(readers.submit(self._read, name) for name in islice(rest, 1))
 
     def _read(self, name: str) -> _Image | Record:
-        start, path = time.perf_counter(), self.out.files[name]
+        start = time.perf_counter()
         try:
-            return _Image(name, path, self.reader.read(path), time.perf_counter() - start)
+            pixels = self.reader.read(self.out.files[name])
+            return _Image(name, pixels, time.perf_counter() - start)
         except InputError as error:
             return {"name": name, "error": str(error)}
 
     def _segment(self, images: list[_Image]) -> list[Segmentation]:
         """Segment images of one size; only the first model is asked for probabilities."""
-        (title, first), *others = self.segmenters.items()
+        first, *others = self.segmenters.values()
         pixels = [image.pixels for image in images]
-        scores, confidence = ("probabilities" in self.out.outputs, "confidence" in self.out.outputs)
-        results = first.predict_batch(pixels, scores, confidence)
-        results = [
-            replace(result, source=image.path)
-            for result, image in zip(results, images, strict=True)
-        ]
-        for other_title, other in others:
-            results = [
-                replace(result, compared={title: result, other_title: second})
-                for result, second in zip(results, other.predict_batch(pixels), strict=True)
-            ]
-        return results
+        wanted = ("probabilities" in self.out.outputs, "confidence" in self.out.outputs)
+        results = [first.predict_batch(pixels, *wanted), *(o.predict_batch(pixels) for o in others)]
+        segmentations = []
+        for image, *found in zip(images, *results, strict=True):
+            compared = dict(zip(self.segmenters, found, strict=True)) if others else {}
+            source = self.out.files[image.name]
+            segmentations.append(replace(found[0], source=source, compared=compared))
+        return segmentations
 
     def _write(self, image: _Image, result: Segmentation, seconds: float) -> Record:
         """Write the outputs of an image and return its record."""
@@ -159,7 +154,7 @@ class Pipeline:
             return {"name": image.name, "error": str(error)}
         return {
             "name": image.name,
-            "file": stamp(image.path),
+            "file": stamp(self.out.files[image.name]),
             "width": result.mask.shape[1],
             "height": result.mask.shape[0],
             "confidence": result.confidence,

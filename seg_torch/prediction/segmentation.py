@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from seg_torch.drawing.regions import coco_annotations, polygon_features
-from seg_torch.drawing.visualize import legend, overlay, side_by_side
+from seg_torch.drawing.visualize import legend, overlay, save_overlay, side_by_side
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images.format import RGB, ImageFormat, as_tensor
+from seg_torch.images.geotiff import write_geotiff
 from seg_torch.images.resize import resize_image
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.prediction.inference import Inference, decide
-from seg_torch.prediction.outputs import OUTPUTS, output_path
+
+JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,68 @@ class Segmentation:
         return self.overlay()._repr_png_()
 
 
+class Output(NamedTuple):
+    """A form in which a segmentation is saved.
+
+    Attributes:
+        place: Of its file below the folder of all outputs; `{}` is the name of the image.
+        write: Is given the segmentation, the name of the image, and the path.
+    """
+
+    place: str
+    write: Callable[[Segmentation, str, str], object]
+
+
+def output_path(folder: str | Path, output: str, name: str) -> Path:
+    """Return where an output of the image of this name is saved."""
+    return Path(folder, OUTPUTS[output].place.format(name))
+
+
+def _write_overlay(result: Segmentation, name: str, path: str) -> None:
+    save_overlay(path, result.image, result.mask, result.labels, JPEG_QUALITY)
+
+
+def _write_probabilities(result: Segmentation, name: str, path: str) -> None:
+    names = np.array(result.labels.names)
+    np.savez_compressed(path, probabilities=result.probabilities(), names=names)
+
+
+def _write_confidence(result: Segmentation, name: str, path: str) -> None:
+    if result.confidence_map is None:
+        raise InputError("ask for it: segmenter.predict(image, confidence_map=True)")
+    Image.fromarray(result.confidence_map).save(path)
+
+
+def _write_coco(result: Segmentation, name: str, path: str) -> None:
+    height, width = result.mask.shape
+    write_coco(path, [(name, width, height, result.coco())], result.labels)
+
+
+def _write_side_by_side(result: Segmentation, name: str, path: str) -> None:
+    result.side_by_side().save(path, quality=JPEG_QUALITY)
+
+
+def _write_geotiff(result: Segmentation, name: str, path: str) -> None:
+    write_geotiff(result.mask, result.labels, result.file(), path)
+
+
+OUTPUTS = {
+    "mask": Output("mask/{}.png", lambda r, name, path: r.save_mask(path)),
+    "colour": Output("colour/{}.png", lambda r, name, path: r.colour().save(path)),
+    "overlay": Output("overlay/{}.jpg", _write_overlay),
+    "probabilities": Output("probabilities/{}.npz", _write_probabilities),
+    "confidence": Output("confidence/{}.png", _write_confidence),
+    "coco": Output("coco/{}.json", _write_coco),
+    "polygons": Output(
+        "polygons/{}.geojson", lambda r, name, path: write_polygons(path, r.mask, r.labels)
+    ),
+    "side_by_side": Output("side_by_side/{}.jpg", _write_side_by_side),
+    "geotiff": Output("geotiff/{}.tif", _write_geotiff),
+    # Copies of the images lie in the folder "dataset/images".
+    "dataset": Output("dataset/masks/{}.png", lambda r, name, path: r.save_mask(path)),
+}
+
+
 @torch.no_grad()  # not inference_mode, which keeps autocast from caching the weights
 def segment(
     inference: Inference,
@@ -191,16 +254,14 @@ def segment(
     if inference.resize is not None:
         batch = resize_image(batch.contiguous(), inference.resize)  # as the data module does it
     masks = torch.empty(count, *size, dtype=torch.uint8)
-    kept: list[Tensor | None] = [None] * count
-    if probabilities:
-        kept = list(torch.empty(count, len(labels), *size, dtype=torch.float16))
     maps = torch.empty_like(masks) if confidence_map else None
+    shape = count, len(labels), *size
+    scores = torch.empty(shape, dtype=torch.float16) if probabilities else None
     totals = torch.zeros(count, device=inference.device)
     for index, rows, columns, logits in inference.blocks(batch, size):
-        target = kept[index]
-        into = None if target is None else target[:, rows, columns]
+        score_part = None if scores is None else scores[index, :, rows, columns]
         map_part = None if maps is None else maps[index, rows, columns]
-        ids, total = decide(logits, True, into, map_part, min_confidence)
+        ids, total = decide(logits, True, score_part, map_part, min_confidence)
         masks[index, rows, columns] = ids
         totals[index] += total
         del logits  # not to be kept beside what the network makes of the next tile
@@ -211,7 +272,7 @@ def segment(
             labels,
             format.shown(image),
             confidences[i],
-            None if (scores := kept[i]) is None else scores.numpy(),
+            None if scores is None else scores[i].numpy(),
             None if maps is None else maps[i].numpy(),
             format=format,
         )

@@ -94,14 +94,10 @@ class CrossFade:
         return logits[:, : rows.final - rows.start]
 
     def _edges(self, height: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        memory = self.memory.view(dtype)
-        size = self.num_classes * self.overlap * self.width
-        lower, rest = memory[:size], memory[size:]
-        right = rest[: self.num_classes * height * self.overlap]
-        return (
-            lower.view(self.num_classes, self.overlap, self.width),
-            right.view(self.num_classes, height, self.overlap),
-        )
+        memory, size = self.memory.view(dtype), self.num_classes * self.overlap * self.width
+        lower = memory[:size].view(self.num_classes, self.overlap, self.width)
+        right = memory[size:][: self.num_classes * height * self.overlap]
+        return lower, right.view(self.num_classes, height, self.overlap)
 
 
 def _fade(before: Tensor, after: Tensor, share: Tensor) -> None:

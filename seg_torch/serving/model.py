@@ -26,10 +26,9 @@ from seg_torch.drawing.visualize import JPEG_LIMIT
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
 from seg_torch.images.read import FORMATS, IMAGE_SUFFIXES
-from seg_torch.prediction.load import load_segmenter
-from seg_torch.prediction.outputs import JPEG_QUALITY, output_path
 from seg_torch.prediction.pipeline import THREADS
-from seg_torch.prediction.segmentation import Segmentation
+from seg_torch.prediction.segmentation import JPEG_QUALITY, Segmentation, output_path
+from seg_torch.prediction.segmenter import load_segmenter
 from seg_torch.version import __version__
 
 MAX_OUTLINE = 3_000_000  # pixels; the polygons of noise would be a hundred times its image

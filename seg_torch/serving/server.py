@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from seg_torch import hardware
 from seg_torch.errors import InputError
-from seg_torch.prediction.load import model_name
+from seg_torch.prediction.segmenter import model_name
 from seg_torch.serving.batching import Batcher
 from seg_torch.serving.model import Upload
 
@@ -81,11 +81,7 @@ def run(cfg: DictConfig, listening: socket.socket, ready: Callable[[str], Any] =
             log.warning("host=%s: others can use it, without a password", cfg.host)
         api = create_app(batcher, about, cfg.max_megabytes * 1_000_000)
         settings = uvicorn.Config(
-            api,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=cfg.timeout,
+            api, log_config=None, log_level="warning", timeout_graceful_shutdown=cfg.timeout
         )
         uvicorn.Server(settings).run(sockets=[listening])
     finally:
@@ -106,19 +102,19 @@ def create_app(batcher: Batcher, about: dict[str, Any], max_bytes: int) -> FastA
         if key and not secrets.compare_digest(x_api_key.encode(), key.encode()):
             raise HTTPException(401, "the header X-API-Key is missing or wrong")
 
-    # Without the pages that FastAPI makes of the API: they would load scripts from elsewhere.
-    api = FastAPI(openapi_url=None, lifespan=batcher.running)
     locked = [Depends(check_key)]
+    # Without the pages that FastAPI makes of the API: they would load scripts from elsewhere.
+    api = FastAPI(openapi_url=None, lifespan=batcher.running, dependencies=locked)
 
-    @api.get("/health", dependencies=locked)
+    @api.get("/health")
     async def health() -> Response:
         return Response("ok") if batcher.is_ready() else Response("not ready", 503)
 
-    @api.get("/info", dependencies=locked)
+    @api.get("/info")
     async def info() -> dict[str, Any]:
         return {"model": about}
 
-    @api.post("/predict", dependencies=locked)
+    @api.post("/predict")
     async def predict(request: Request, format: str | None = None) -> Response:
         if format is None:
             format = "json" if "application/json" in request.headers.get("accept", "") else "png"
@@ -126,7 +122,7 @@ def create_app(batcher: Batcher, about: dict[str, Any], max_bytes: int) -> FastA
             raise HTTPException(400, f"format={format}: use png or json")
         return await answer(request, "json" if format == "json" else "png")
 
-    @api.post("/view", dependencies=locked)
+    @api.post("/view")
     async def view(request: Request) -> Response:
         return await answer(request, "view")
 
@@ -136,9 +132,8 @@ def create_app(batcher: Batcher, about: dict[str, Any], max_bytes: int) -> FastA
         gone = asyncio.create_task(_hung_up(request))
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                return Response(status_code=499)  # which nobody sees
-            return answer.result()
+            # Nobody sees 499.
+            return answer.result() if answer.done() else Response(status_code=499)
         finally:
             gone.cancel()
             answer.cancel()

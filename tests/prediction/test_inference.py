@@ -22,7 +22,7 @@ from seg_torch.images.resize import resize_image
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction import inference
-from seg_torch.prediction.inference import Inference, InferenceSettings, decide, parse_tta, upsample
+from seg_torch.prediction.inference import Inference, InferenceSettings, decide, upsample
 
 
 class Pointwise(nn.Module):
@@ -517,13 +517,14 @@ def test_tiles_take_part_in_augmentation(landscape):
     ],
 )
 def test_augmentation_is_read_as_users_write_it(given, expected):
-    assert parse_tta(given) == expected
+    settings = InferenceSettings.parse("auto", given, 32)
+    assert (settings.scales, settings.flip) == expected
 
 
 @pytest.mark.parametrize("given", ["flop", ["flip", "x"], True, ""])
 def test_other_augmentation_is_refused_with_an_example(given):
     with pytest.raises(InputError, match=r"tta=.*expected flip.*such as tta=\[flip"):
-        parse_tta(given)
+        InferenceSettings.parse("auto", given, 32)
 
 
 # Precision

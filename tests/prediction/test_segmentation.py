@@ -15,8 +15,7 @@ from seg_torch.images.read import read_image
 from seg_torch.labels import Labels, encode_segmap
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference
-from seg_torch.prediction.outputs import OUTPUTS, output_path
-from seg_torch.prediction.segmentation import Segmentation, segment
+from seg_torch.prediction.segmentation import OUTPUTS, Segmentation, output_path, segment
 from seg_torch.prediction.segmenter import Segmenter
 
 

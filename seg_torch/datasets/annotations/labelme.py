@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
-from seg_torch.images.read import decode_image, opened
+from seg_torch.images.read import opened, read_image
 
 LINE_WIDTH, POINT_RADIUS = 10, 5  # labelme's own, in pixels
 KEPT = ("shape_type", "points", "mask")  # what is drawn of a shape
@@ -71,7 +71,7 @@ class LabelmeDataset(annotated.AnnotatedDataset):
             return super().image(index)
         with base.parsing(pair.mask, "imageData: "):
             content = base64.b64decode(base.read_json(pair.mask)["imageData"])
-            return decode_image(content, str(pair.mask))
+            return read_image(pair.mask, content)
 
 
 def is_labelme(content: Any) -> bool:
