@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from seg_torch.drawing.regions import coco_annotations, polygon_features
+from seg_torch.drawing.regions import coco_annotations, polygon_features, write_coco, write_polygons
 from seg_torch.drawing.visualize import legend, overlay, save_overlay, side_by_side
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
