@@ -62,16 +62,11 @@ class Model:
     """
 
     def __init__(self, cfg: DictConfig, device: str) -> None:
-        if device == "cpu":
-            hardware.reuse_memory()
-        Image.MAX_IMAGE_PIXELS = None  # `_read` has a limit of its own
         self.max_pixels, self.max_batch_size = cfg.max_pixels, cfg.max_batch_size
         self.segmenter = load_segmenter(cfg, torch.device(device))
         if self.segmenter.format.files:
             raise InputError("this model takes several files an image; use seg-torch predict")
         self.pool = ThreadPoolExecutor(THREADS)
-        # Around all images, so that the weights are cast to another precision only once.
-        ExitStack().enter_context(self.segmenter.inference.autocast())
 
     def answer(self, uploads: list[Upload]) -> list[Response]:
         """Answer requests; what is wrong with one of them is no matter of the others."""
@@ -111,13 +106,18 @@ _model: Model  # of this process
 
 
 def load(cfg: DictConfig, device: str) -> dict[str, Any]:
-    """Load the model of this process, and return what is to be known about it."""
+    """Load the model, and return what is to be known about it; the process is its alone."""
     global _model
+    if device == "cpu":
+        hardware.reuse_memory()
+    Image.MAX_IMAGE_PIXELS = None  # the model has a limit of its own
     # Ctrl-C and `systemctl stop` reach all processes; the first one ends this one when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _model = Model(cfg, device)
+    # Around all images, so that the weights are cast to another precision only once.
+    ExitStack().enter_context(_model.segmenter.inference.autocast())
     return {
         **_model.segmenter.labels.to_dict(),
         "versions": {"seg_torch": __version__, "torch": torch.__version__},

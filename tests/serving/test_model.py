@@ -103,3 +103,9 @@ def test_an_overlay_that_no_jpeg_holds_is_left_out():
     assert content["files"].keys() == {"image", "pixels", "mask", "polygons"}
     assert content["size"] == [1, 70_000]
     assert content["view"] == [1, 8192]
+
+
+def test_a_model_changes_nothing_in_the_process_that_makes_it(bands):
+    """Only `load` does, in a process of the model alone."""
+    assert not torch.is_autocast_enabled("cpu")
+    assert Image.MAX_IMAGE_PIXELS is not None
