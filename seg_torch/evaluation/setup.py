@@ -15,7 +15,7 @@ from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.data import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS
 from seg_torch.distributed import Processes
-from seg_torch.errors import InputError, check_choice
+from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat
@@ -65,7 +65,8 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     Raises:
         InputError: The checkpoint, the data or a setting cannot be used.
     """
-    check_choice("split", cfg.split, SPLITS)
+    if cfg.split not in SPLITS:
+        raise InputError(f"split={cfg.split}: expected train, val or test")
     model = open_model(cfg)
     data = open_data(cfg, model)
     processes = Processes(cfg.trainer)
