@@ -36,7 +36,8 @@ def test_a_checkpoint_of_another_program_is_named_as_such(command, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     code, message = command("evaluate checkpoint=other.ckpt")
     assert code == 2
-    assert "other.ckpt: not a checkpoint of seg_torch" in message
+    assert "checkpoint=other.ckpt: " in message
+    assert "not a checkpoint of seg_torch; expected one that train.py wrote" in message
 
 
 WRONG_MASKS = {  # how the mask i of 0 and 1 is stored, and what the message has to say
