@@ -112,7 +112,7 @@ class EpochLine(Callback):
         self.watch = Stopwatch()  # an epoch that is resumed within has no start
 
     def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
-        self.log_epoch(task.device)
+        self.log_epoch(trainer, task.device)
         self.watch = Stopwatch()
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -139,14 +139,17 @@ class EpochLine(Callback):
             self.line += f"; {how_to_wait_less(trainer.datamodule)}"
 
     def on_train_end(self, trainer: Any, task: Any) -> None:
-        self.log_epoch(task.device)
+        self.log_epoch(trainer, task.device)
 
-    def log_epoch(self, device: torch.device) -> None:
+    def log_epoch(self, trainer: Any, device: torch.device) -> None:
         """Print the line of the epoch that has ended, if there is one, and write its row."""
         if not self.line:
             return
         seconds = time.perf_counter() - self.watch.started
-        log.info("%s (%.1f s)", self.line, seconds)
+        if bar := trainer.progress_bar_callback:
+            bar.print(f"{self.line} ({seconds:.1f} s)")  # on a line of its own, above the bar
+        else:
+            log.info("%s (%.1f s)", self.line, seconds)
         row = {"epoch": self.history.rows[-1]["epoch"], "seconds": round(seconds, 2)}
         if device.type == "cuda":
             row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)

@@ -912,3 +912,16 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
     line.on_train_epoch_end(trainer, task)
     assert line.line.startswith(f"epoch 1 of 3: loss 0.5000, {shown}{hint}")
     assert hint or line.line.endswith(shown)
+
+
+def test_in_a_terminal_the_line_of_an_epoch_stands_above_the_bar(tmp_path, caplog):
+    """Printed past the bar, it would be written into it."""
+    caplog.set_level("INFO")
+    history = History(tmp_path)
+    history.rows = [{"epoch": 0}]
+    line, printed = EpochLine(history, tmp_path), []
+    for bar in (SimpleNamespace(print=printed.append), None):
+        line.line = "epoch 1 of 3: loss 0.5000"
+        line.log_epoch(SimpleNamespace(progress_bar_callback=bar), torch.device("cpu"))
+    assert len(printed) == len(caplog.messages) == 1
+    assert printed[0].startswith("epoch 1 of 3: loss 0.5000 (")
