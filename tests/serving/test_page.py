@@ -232,7 +232,7 @@ def test_the_class_and_its_probability_are_at_the_cursor(open_page, photos, segm
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
-# What a model makes of a photo, in a process in which nothing else was done before, as the server's.
+# What a model makes of a photo, in a process that has done nothing else, as the server's.
 PREDICT = """
 import sys
 import numpy as np
