@@ -254,8 +254,8 @@ def test_a_tap_shows_the_class_and_its_probability(open_page, photos, segmenter,
     for x, y in ((20, 20), (280, 150)):
         name = segmenter.labels.names[result["mask"][y, x]]
         confidence = round(100 * int(result["confidence"][y, x]) / 255)
-        # bfloat16 of random weights: other threads, other roundings.
-        near = "|".join(str(confidence + step) for step in range(-8, 9))
+        # The server may have other threads, which round a half the other way.
+        near = "|".join(str(confidence + step) for step in (-1, 0, 1))
         shown = page.locator(".probe", has_text=re.compile(f"{name} ({near}) %"))
         for _ in range(20):  # on a busy machine the page may still be laid out under the finger
             box = page.locator("canvas").bounding_box()
