@@ -13,6 +13,17 @@ CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if
 # The beginning of the names of files that are still being written; a killed process leaves some.
 # 32 hexadecimal digits and the suffix follow.
 PARTIAL = ".partial-"
+# Folders that systems leave between a user's files: macOS in archives, Synology in its shares.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of that name is none of the user's data.
+
+    Hidden are names with a dot in front, such as `._photo.jpg` and `.ipynb_checkpoints`, and
+    `SYSTEM_FOLDERS`.
+    """
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
