@@ -4,14 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
@@ -77,7 +77,7 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
-    model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
+    model = instantiate(model_config, num_classes=len(data.labels))
     if data.format != RGB:
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
@@ -104,9 +104,9 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
     return SegmentationTask(
         network,
         data.labels,
-        loss=instantiate(cfg.loss, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
+        loss=instantiate(cfg.loss),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.get("scheduler") or {}) or None,
         aux_weight=cfg.aux_weight,
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
@@ -137,8 +137,3 @@ def load_best(
         set_model_state_dict(network, state, options=options)
     best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
     return None if best.best_model_score is None else best.best_model_score.item()
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain data."""
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

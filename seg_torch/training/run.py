@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
+from seg_torch.configuration import escaped, plain
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
 
@@ -105,8 +106,9 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         section, _, name = key.rpartition(".")
         if name not in (OmegaConf.select(run, section) or {}):
             raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
-        OmegaConf.update(run, key, OmegaConf.select(cfg, key))
-    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+        OmegaConf.update(run, key, escaped(OmegaConf.select(cfg, key)))
+    folder = escaped(cfg.resume)
+    return OmegaConf.merge(run, {"resume": folder, "output_dir": folder})  # type: ignore[return-value]
 
 
 def requeued_config(cfg: DictConfig) -> DictConfig:
@@ -124,7 +126,7 @@ def requeued_config(cfg: DictConfig) -> DictConfig:
         )
         return cfg
     log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
-    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+    return resumed_config(OmegaConf.merge(cfg, {"resume": escaped(cfg.output_dir)}), [])  # type: ignore[arg-type]
 
 
 def key_of(override: str) -> str:
@@ -183,8 +185,8 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     """
     if not trainer.is_global_zero:
         return
-    config = OmegaConf.merge(cfg, {"resume": None})
-    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+    config = OmegaConf.create({**plain(cfg), "resume": None})
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(
         "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
