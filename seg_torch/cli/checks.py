@@ -49,7 +49,8 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
             raise InputError(f"{key} must not be null")
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{key} must be given: {comments.get(key, 'no default')}")
-    paths.resolve(call.command, cfg)
+    for each in (cfg, defaults):
+        paths.resolve(call.command, each)
     values.check(cfg, defaults)
     for key in files:
         _check_file(cfg, key, OmegaConf.select(cfg, key))

@@ -79,6 +79,8 @@ def run_jobs(call: Call) -> list[int]:
         codes.append(code or int(files_failed))
         return result
 
+    # For the folder of a sweep, which Hydra makes before it calls the job.
+    OmegaConf.register_new_resolver("path", lambda path: paths.expanded(str(path)), replace=True)
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]  # which Hydra reads
     try:
@@ -134,7 +136,9 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     overrides = list(state.overrides.task)
     if "output_dir" in cfg and not cfg.get("resume"):
         if state.mode == RunMode.MULTIRUN:
-            cfg.output_dir = escaped(state.runtime.output_dir)
+            # Hydra has not escaped it: read like a setting, its ${ would be a reference.
+            runtime: Any = OmegaConf.to_container(state.runtime)
+            cfg.output_dir = escaped(runtime["output_dir"])
         overrides = [o for o in overrides if not o.startswith("output_dir=")]
         overrides.append("output_dir=")
     overrides = [_as_typed(call.command, cfg, override) for override in overrides]

@@ -5,13 +5,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from seg_torch.cli import names, paths
 from seg_torch.cli.messages import INTERNAL, is_first_on_machine
@@ -139,15 +140,15 @@ def _for_training(overrides: list[str], given: dict[str, str]) -> list[str]:
 
 def groups(command: str, folder: str | None = None) -> dict[str, list[str]]:
     """Return the choices that a user has in each group of a command's configuration."""
-    config: Any = OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml")
     folders = [CONFIG_FOLDER, *([Path(folder)] if folder else [])]
-    names = [str(name) for e in config.defaults if isinstance(e, DictConfig) for name in e]
+    groups = [str(name) for e in _page(command)["defaults"] if isinstance(e, dict) for name in e]
     return {
         name: sorted({p.stem for f in folders for p in f.glob(f"{name}/*.yaml")} - INTERNAL)
-        for name in names
+        for name in groups
     }
 
 
+@cache
 def _page(command: str) -> dict[str, Any]:
     """Return the settings at the top level of a command, with their defaults."""
     return OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml"))  # type: ignore[return-value]

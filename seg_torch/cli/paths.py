@@ -59,7 +59,9 @@ def as_override(key: str, text: str, sweep: bool) -> str:
     Raises:
         InputError: It is empty.
     """
-    parts = split(text) if sweep and not exists(text) else [text]
+    # A sweep has one folder, whose name may have a comma.
+    several = sweep and key != "output_dir" and not exists(text)
+    parts = split(text) if several else [text]
     return ",".join(_one_job(key, part) for part in parts)
 
 
@@ -112,11 +114,9 @@ def resolve(command: str, cfg: DictConfig) -> None:
         if value is None:
             continue
         if key in SEVERAL:
-            items = value if OmegaConf.is_list(value) else [value]
-            text: Any = [_as_text(key, item) for item in items]
-        else:
-            text = _as_text(key, value)
-        if text != value:
+            items = list(value) if OmegaConf.is_list(value) else [value]
+            OmegaConf.update(cfg, key, escaped([_as_text(key, item) for item in items]))
+        elif (text := _as_text(key, value)) != value:
             OmegaConf.update(cfg, key, escaped(text))
 
 
