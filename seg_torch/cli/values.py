@@ -92,8 +92,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     pair = key in SIDES or key == "data.augment.scale"
     if isinstance(default, list):
         right &= isinstance(value, list) and (not pair or len(items) == 2)
-    elif kind in (bool, int):
-        right &= not isinstance(value, list)
+    elif isinstance(value, list) and isinstance(default, int):
+        right &= key.startswith(("trainer.devices", "model."))
     if not right:
         expected = EXPECTED[kind]
         if isinstance(default, list):

@@ -31,6 +31,7 @@ def predict(cfg: DictConfig) -> int:
         raise InputError(f"batch_size={cfg.batch_size}: expected at least 1")
     files = {} if is_video(source) else find_images(source, output)
     processes = Processes(cfg.trainer, most=len(files))
+    output = Path(processes.same(str(output)))  # a time in its name differs between them
     if processes.device.type == "cpu":
         hardware.reuse_memory()
     segmenters = load_segmenters(cfg, processes.device)

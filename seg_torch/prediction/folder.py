@@ -71,7 +71,12 @@ def find_images(path: Path, output: Path | None = None, endings: Sequence[str] =
     if output is not None:
         outputs, folders = output.resolve(), {(path / file).parent for file in files}
         written = {folder for folder in folders if folder.resolve().is_relative_to(outputs)}
-        files = [file for file in files if (path / file).parent not in written]
+        found, files = files, [file for file in files if (path / file).parent not in written]
+        if found and not files:
+            raise InputError(
+                f"input={path}: all {len(found)} images there lie in output={output}, whose images "
+                "are taken for results; give another folder for output"
+            )
     if not files:
         raise InputError(f"input={path}: no images below this folder")
     if endings:

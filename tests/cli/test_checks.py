@@ -5,6 +5,7 @@ import inspect
 import sys
 
 import pytest
+from conftest import ROOT
 
 LIGHT = [
     ("train data.batchsize=4", "no setting data.batchsize; did you mean data.batch_size"),
@@ -115,7 +116,7 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
     for package in ("wandb", "mlflow"):
         code, message = command(f"train logger=[csv,{package}]")
         assert code == 2
-        assert f"pip install 'segwright[{package}]'" in message
+        assert f"pip install -e '{ROOT}[{package}]'" in message
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])

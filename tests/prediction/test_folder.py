@@ -57,3 +57,15 @@ def test_weights_decide_what_a_run_is_and_are_not_read_into_memory_at_once(
         weights.write_bytes(content)
         found.append(run_id(cfg))
     assert found[0] == found[2] != found[1]
+
+
+def test_e55_images_that_lie_in_the_output_folder_are_counted(tmp_path):
+    for name in ("a.jpg", "b/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    message = rf"input={tmp_path}: all 2 images there lie in output={tmp_path}, .* another folder"
+    with pytest.raises(InputError, match=message):
+        find_images(tmp_path, tmp_path)
+    assert len(find_images(tmp_path, tmp_path / "b")) == 1
+    with pytest.raises(InputError, match="no images below this folder"):
+        find_images(tmp_path / "b", tmp_path, endings=(".tif",))
