@@ -53,23 +53,13 @@ def test_e47_from_a_wheel_the_command_names_the_wheel_or_else_the_packages(tmp_p
     source.write_text(json.dumps({"url": wheel.as_uri(), "archive_info": {}}))
     assert command() == f"pip install '{wheel}[openvino]'"
     # pip finds the wheel and the extra by it.
-    line = [
-        *pip,
-        "install",
-        "--quiet",
-        "--dry-run",
-        "--no-deps",
-        "--no-index",
-        f"{wheel}[openvino]",
-    ]
-    assert (
-        "does not provide"
-        not in subprocess.run(line, check=True, capture_output=True).stderr.decode()
-    )
+    line = [*pip, "install", "--dry-run", "--no-deps", "--no-index", f"{wheel}[openvino]"]
+    result = subprocess.run(line, check=True, capture_output=True, text=True)
+    assert "does not provide" not in result.stderr
 
 
 def test_e47_every_install_line_is_one_that_works():
-    """`segwright[...]` would be looked for on an index, and zsh takes bare brackets for a pattern."""
+    """An index has no segwright, and zsh takes bare brackets for a pattern."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder, suffix in (
         *(("docs", "md"), ("docs", "ipynb"), ("conf", "yaml"), ("seg_torch", "py")),
@@ -80,7 +70,7 @@ def test_e47_every_install_line_is_one_that_works():
         text = file.read_text(encoding="utf-8")
         for line in re.findall(r"pip install [^`\n]*\[[^`\n]*", text):
             assert re.search(r"""['"\\]+[^'" ]*\[.*\][^'" ]*\\?['"]""", line), f"{file}: {line}"
-        assert not re.search(r"pip install '?segwright(\[|\s|$)", text), file
+        assert not re.search(r"pip install '?segwright('|\[|$)", text), file
         if file.name != "version.py":
             assert REPOSITORY not in text, f"{file}: the address is in seg_torch/version.py alone"
     assert "https://download.pytorch.org/whl/cpu" in (ROOT / "README.md").read_text("utf-8")
