@@ -76,7 +76,10 @@ class Results:
             if not columns:
                 continue
             table = Table(
-                title=f"{split}: {len(self.names)} images", box=SIMPLE_HEAD, pad_edge=False
+                title=f"{split}: {len(self.names)} images",
+                box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
+                show_edge=False,
             )
             table.add_column("class", overflow="fold")
             for name in (*columns, "pixels"):

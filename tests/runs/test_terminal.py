@@ -21,7 +21,7 @@ from lightning import Callback
 
 from seg_torch.cli.messages import Wrapped
 
-ROWS = 40
+ROWS = 70
 
 
 class Talk(Callback):
