@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from seg_torch.data import sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
-from seg_torch.data.workers import number_of_workers, start_worker
+from seg_torch.data.workers import largest_sample, number_of_workers, prepared_ahead, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat
@@ -238,7 +238,7 @@ class SegmentationDataModule(LightningDataModule):
             len(samples), self.batch_size, self.seed, *self._rank_and_world(), *self.start
         )
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        return self._loader(augmented, sampler, sampling.stack)
+        return self._loader(augmented, sampler, sampling.stack, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -276,7 +276,8 @@ class SegmentationDataModule(LightningDataModule):
         samples = self._samples(split, resize_labels=False)
         rank, world = self._rank_and_world()
         batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
-        return self._loader(sampling.NumberedSamples(samples), batches, sampling.group_by_size)
+        numbered = sampling.NumberedSamples(samples)
+        return self._loader(numbered, batches, sampling.group_by_size, self.eval_batch_size)
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
@@ -289,17 +290,21 @@ class SegmentationDataModule(LightningDataModule):
             keep = alone and fits_memory(samples)
         return in_memory(samples, self.trainer) if keep else samples
 
-    def _loader(self, dataset: Any, batches: Any, collate: Callable) -> DataLoader:
-        workers = self.num_workers
+    def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
+        workers, ahead = self.num_workers, None
+        processes = 1 if self.trainer is None else self.trainer.num_devices
         if workers is None:
             cached = isinstance(dataset.samples, CachedSamples)
-            processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = number_of_workers(cached, self._device, processes)
+        if workers > 0:
+            size = processes * batch_size * largest_sample(dataset, batch_size)
+            workers, ahead = prepared_ahead(workers, size, fixed=self.num_workers is not None)
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
+            prefetch_factor=ahead,
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one

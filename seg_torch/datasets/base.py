@@ -433,6 +433,10 @@ class BaseDataset(Dataset):
         """Return what changes with the files and with how they are read; `None`: nothing does."""
         return None
 
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header; `None` where that takes reading it."""
+        return None
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, uint8 or uint16 [H, W, C]."""
         return as_array(self[index][0])
@@ -540,6 +544,10 @@ class SegmentationDataset(BaseDataset):
             return None
         digest.update(repr((self.labels.to_dict(), self.format, source, options)).encode())
         return digest.hexdigest()
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header, `None` where it has none."""
+        return self.format.size(self.pairs.strings(index)[1])
 
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].

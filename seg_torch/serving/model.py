@@ -110,6 +110,7 @@ def load(cfg: DictConfig, device: str) -> dict[str, Any]:
     global _model
     if device == "cpu":
         hardware.reuse_memory()
+        hardware.forget_shapes()
     Image.MAX_IMAGE_PIXELS = None  # the model has a limit of its own
     # Ctrl-C and `systemctl stop` reach all processes; the first one ends this one when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
