@@ -1,6 +1,7 @@
 """Datasets to batches."""
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data import sampling
+from seg_torch.data import doubts, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
 from seg_torch.data.workers import largest_sample, number_of_workers, prepared_ahead, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
-from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.format import RGB, ImageFormat, any_image
 from seg_torch.labels import Labels
+
+log = logging.getLogger(__name__)
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -48,6 +51,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: Of each of their values.
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
+        white: Value of white in images of more than 8 bits, see there; of RGB, too.
 
     Attributes:
         test_split: The split that `test_dataloader` loads, `test` until it is set.
@@ -75,6 +79,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: int = 8,
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
+        white: float | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
@@ -94,9 +99,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
-        self.format = RGB
+        self.format = any_image(white)
         if channels is not None:
-            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
+            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
         self.start = 0, 0
@@ -112,14 +117,16 @@ class SegmentationDataModule(LightningDataModule):
             kwargs: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
             if self.download:
                 kwargs["download"] = True
-            if self.format != RGB:
-                if "format" not in inspect.signature(self.make_dataset).parameters:
-                    raise InputError("data.channels: this dataset is RGB; use data=folder")
+            takes_format = "format" in inspect.signature(self.make_dataset).parameters
+            if self.format != RGB and takes_format:
                 kwargs["format"] = self.format
+            elif not self.format.is_rgb:
+                raise InputError("data.channels: this dataset is RGB; use data=folder")
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
             self._datasets[split] = base.as_dataset(samples)
+            self._datasets[split].base_dataset.read_as(self.format)
         return self._datasets[split]
 
     @cached_property
@@ -161,6 +168,8 @@ class SegmentationDataModule(LightningDataModule):
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
+        if split == "train":
+            statistics.problems += doubts.too_dark(statistics, dataset)
         return statistics
 
     def check_files(self) -> None:
@@ -173,7 +182,10 @@ class SegmentationDataModule(LightningDataModule):
         for split in base.SPLITS:
             dataset = self.dataset(split).base_dataset  # which fetches it, if it can
             if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
-                problems += [problem.message for problem in self.checked(split).problems]
+                statistics = self.checked(split)
+                problems += [problem.message for problem in statistics.problems]
+                for note in doubts.describe(split, statistics, dataset):
+                    log.warning("%s", note)
         base.raise_problems(problems, "problems in the files of the dataset")
 
     def _training_statistics(self) -> DatasetStatistics:

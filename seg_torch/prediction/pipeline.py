@@ -159,7 +159,7 @@ class Pipeline:
         first, *others = self.segmenters.values()
         pixels = [image.pixels for image in images]
         wanted = ("probabilities" in self.out.outputs, "confidence" in self.out.outputs)
-        results = [first.predict_batch(pixels, *wanted), *(o.predict_batch(pixels) for o in others)]
+        results = [first.segment(pixels, *wanted), *(o.segment(pixels) for o in others)]
         segmentations = []
         for image, *found in zip(images, *results, strict=True):
             compared = dict(zip(self.segmenters, found, strict=True)) if others else {}
