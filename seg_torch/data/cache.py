@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -52,6 +53,11 @@ class CachedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.layout)
 
+    def nbytes(self, index: int) -> int:
+        """Return what a sample takes."""
+        _, itemsize, *sizes = self.layout[index].tolist()
+        return itemsize * math.prod(sizes[:3]) + math.prod(sizes[3:])
+
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         offset, itemsize, *sizes = self.layout[index].tolist()
         shapes = sizes[:3], sizes[3:]
@@ -63,9 +69,17 @@ class CachedSamples(Dataset):
 
 
 def fits_memory(samples: ResizedSamples) -> bool:
-    """Whether all samples take less than a 16th of the memory, if they are like the first one."""
-    size = sum(part.nbytes for part in samples[0]) * len(samples)
-    return size < total_memory(torch.device("cpu")) / 16
+    """Whether all samples take less than a 16th of the memory.
+
+    What they take is in the headers of their files; those without are read, one after the other.
+    """
+    rest = total_memory(torch.device("cpu")) / 16
+    for index in range(len(samples)):
+        size = samples.nbytes(index)
+        rest -= sum(part.nbytes for part in samples[index]) if size is None else size
+        if rest <= 0:
+            return False
+    return True
 
 
 def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
@@ -135,7 +149,7 @@ def _map_descriptor(descriptor: Any) -> CachedSamples:
 
 def _map_file(file: BinaryIO) -> CachedSamples:
     """Map a file of samples into memory: what is read of it is shared by all processes."""
-    content = np.memmap(file, np.uint8, "c")  # copy on write, for a transform that works in place
+    content = np.memmap(file, np.uint8, "c")  # copy on write: PyTorch warns of what is read-only
     (count,) = content[-8:].view(np.int64)
     layout = content[-8 - 56 * count : -8].view(np.int64).reshape(count, 7)
     return CachedSamples(torch.from_numpy(content), layout, file)

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
@@ -75,6 +76,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
     trainer = build_trainer(cfg, processes, folder)
+    hardware.forget_shapes()
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
     inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)

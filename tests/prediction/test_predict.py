@@ -366,13 +366,13 @@ def test_an_error_while_writing_ends_the_run(run, tmp_path):
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The shapes of the images that went through the network together, batch for batch."""
     seen = []
-    original = Segmenter.predict_batch
+    original = Segmenter.segment
 
-    def predict_batch(self, images, *options):
+    def segment(self, images, *options):
         seen.append([image.shape[:2] for image in images])
         return original(self, images, *options)
 
-    monkeypatch.setattr(Segmenter, "predict_batch", predict_batch)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     return seen
 
 
