@@ -316,7 +316,13 @@ class OutputFolder:
         """Yield what `write_coco` takes, one image after the other, from the files of each."""
         for name, record in records.items():
             path = output_path(self.folder, "coco", record["name"])
-            annotations = json.loads(path.read_bytes())["annotations"]
+            try:
+                annotations = json.loads(path.read_bytes())["annotations"]
+            except (ValueError, KeyError, TypeError, OSError):
+                raise InputError(
+                    f"{path} is damaged or was deleted meanwhile: delete it and give the same "
+                    "command again, which makes it anew"
+                ) from None
             yield name, record["width"], record["height"], annotations
 
     def write(self, name: str, write: Callable[[str], T]) -> T:

@@ -549,6 +549,17 @@ def test_e44_packages_of_the_outputs_are_looked_for_first(compose, tmp_path, mon
         predict(cfg)
 
 
+def test_an_output_that_was_damaged_meanwhile_is_named(compose, threshold, tmp_path):
+    RGB.save(tmp_path / "a.png")
+    arguments = (f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}", "save=[coco]")
+    assert predict(compose("predict", *arguments)) == 0
+    (tmp_path / "out/coco/a.json").write_bytes(b"")
+    with pytest.raises(InputError, match=r"coco/a\.json is damaged .* delete it"):
+        predict(compose("predict", *arguments))
+    (tmp_path / "out/coco/a.json").unlink()
+    assert predict(compose("predict", *arguments)) == 0
+
+
 def line(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "predict.py"), "trainer.accelerator=cpu", *arguments]
 
