@@ -25,7 +25,8 @@ UNKNOWN = 2  # colours of a stream that does not say
 LIMITED = 1  # the range that values of videos usually have
 # Decoders of the sound that MP4 files can hold.
 SOUND = ("aac", "ac3", "alac", "eac3", "flac", "libopus", "mp3", "mp3float", "opus")
-MISSING = 0.5  # seconds: what ends that much before the end that it states is cut off
+# What ends so many seconds, and more than a frame, before the end that it states is cut off.
+MISSING = 0.2
 
 
 def is_video(path: Path) -> bool:
@@ -154,7 +155,8 @@ class _Reader:
         of_all = f" of {self.stream.frames}" if self.stream.frames > self.count else ""
         if self.damaged:
             return f"cut off or damaged: {self.count}{of_all} frames could be read"
-        if self.end < length - MISSING:
+        frame = float(1 / (self.stream.average_rate or 25))
+        if self.end < length - max(MISSING, 1.5 * frame):
             return f"cut off: it ends after {float(self.end):.1f} of {length:.1f} seconds"
         return None
 

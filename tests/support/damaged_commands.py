@@ -44,7 +44,15 @@ TINY = "model=unet model.encoder=mobilenetv3_small_050 model.decoder_channels=[8
 TRAIN = f"train {TINY} model.weights=null data.num_workers=0 data.batch_size=2 trainer.max_epochs=1"
 TRAIN += " data.augment=null trainer.limit_train_batches=2 trainer.accelerator=cpu"
 # Files beside the data that no command needs.
-UNUSED = ("captions_", "instanceIds", "SegmentationObject", "Visualization", "SegmentationClassPNG")
+UNUSED = (
+    "captions_",
+    "instanceIds",
+    "SegmentationObject",
+    "Visualization",
+    "SegmentationClassPNG",
+    "classes.png",
+    "README.md",
+)
 UNUSED += (
     "out/mask/",
     "out/predictions.csv",
@@ -149,7 +157,7 @@ PHOTO = PREDICT + " input={home}/photo.png"
 def of_data(name: str) -> Source:
     data = f"data={name} data.root={{}}"
     if name == "hf":
-        data = "data=hf data.name={} data.dataset.masks=label"
+        data = "data=hf data.name={}"
     common = f"{data} data.num_workers=0 output_dir={{home}}/results"
     inspect = f"inspect {common}"
     train = f"{TRAIN} {common}"
@@ -254,7 +262,7 @@ def is_sound(path: Path) -> bool:
             loadmat(path)
         elif kind in (".mp4", ".mkv", ".avi"):
             with av.open(str(path)) as video:
-                return sum(1 for _ in video.decode(video=0)) == 12
+                return sum(1 for _ in video.decode(video=0)) >= 12
     except Exception:
         return False
     return True
