@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def is_hidden(name: str) -> bool:
     `SYSTEM_FOLDERS`.
     """
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def by_suffix(names: Iterable[str]) -> str:
+    """Return how many files have which suffix, most first: `7 .heic, 1 without a suffix`."""
+    counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
