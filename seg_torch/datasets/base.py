@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError, check_choice
+from seg_torch.files import is_hidden
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.read import opened, plain_png
@@ -89,11 +90,15 @@ class Pairs(Sequence[Pair]):
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
-    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood.
+    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood. The
+    last part of the path with such a word decides; one with words of two splits says nothing.
     """
     words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
-    splits = re.findall(words, path.lower())
-    return splits[-1] if splits else ""
+    for part in reversed(path.lower().split("/")):
+        splits = {*re.findall(words, part)}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
+    return ""
 
 
 def val_for_test(split: str, dataset: object, has_test: bool = False) -> str:
@@ -251,6 +256,8 @@ def published_labels(dataset: str) -> Labels:
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Return the files below a folder whose names end in one of the suffixes.
 
+    What `files.is_hidden` says is none of the user's data is left out.
+
     Args:
         folder: Searched with its subfolders, but not with those that are symbolic links.
         suffixes: In lower case; a suffix matches upper case as well.
@@ -263,6 +270,8 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     for below in folders:  # which grows
         with suppress(OSError), os.scandir(folder / below) as entries:
             for entry in entries:
+                if is_hidden(entry.name):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{below}{entry.name}/")
                 elif entry.name.lower().endswith(suffixes) and not entry.is_dir():
@@ -525,8 +534,9 @@ class SegmentationDataset(BaseDataset):
         """Return what changes with the files and with how they are read.
 
         Returns:
-            SHA-256 of the names, sizes and times of all files, the classes, and the function that
-            reads masks; `None` where a file is missing, or the function cannot be looked at.
+            SHA-256 of the names, sizes and times of all files, the classes, the function that
+            reads masks, and the package's own readers: what an older version of these found does
+            not count. `None` where a file is missing, or the function cannot be looked at.
         """
         try:
             digest, here = hashlib.sha256(), os.getcwd()
@@ -536,9 +546,10 @@ class SegmentationDataset(BaseDataset):
             reader: Any = self.read_mask
             source = inspect.getsource(getattr(reader, "func", reader))
             options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+            own = readers_source()
         except Exception:  # of any function that somebody wrote
             return None
-        digest.update(repr((self.labels.to_dict(), self.format, source, options)).encode())
+        digest.update(repr((self.labels.to_dict(), self.format, source, options, own)).encode())
         return digest.hexdigest()
 
     def image(self, index: int) -> np.ndarray:
@@ -564,6 +575,16 @@ class SegmentationDataset(BaseDataset):
         image, mask = self.image(index), self.mask(index)
         check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
+
+
+@cache
+def readers_source() -> str:
+    """Return a digest of the code of this package that reads images, masks and annotations."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("datasets", "images"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
