@@ -150,9 +150,9 @@ def test_what_predict_writes_as_coco_is_read_back_pixel_by_pixel(tmp_path):
         (lambda c: c["annotations"][0].pop("segmentation"), "'segmentation' is missing"),
         (lambda c: c["images"][0].pop("file_name"), "'file_name' is missing"),
         (lambda c: c["images"][0].pop("width"), "'width' is missing"),
-        (lambda c: c["images"][0].update(width="wide"), "invalid literal for int"),
-        (lambda c: c["annotations"].append("nothing"), "annotations: 'str' object has no"),
-        (lambda c: c["categories"][0].update(id=3), "3 is 'car'"),
+        (lambda c: c["images"][0].update(width="wide"), "image 100: its width is 'wide', which is no number"),
+        (lambda c: c["annotations"].append("nothing"), "annotations: 'nothing' is no object"),
+        (lambda c: c["categories"][0].update(id=3), "the id 3 is that of traffic light and car"),
         (lambda c: c.pop("categories"), "hold no COCO dataset"),
     ],
 )
