@@ -418,8 +418,11 @@ class BaseDataset(Dataset):
         labels: The classes.
         format: How files become images.
         pairs: The files of each sample, `None` where samples are not read from files.
+        white_is_a_class: What to do where 255 in the masks stands for a class: `{0}` is the name of
+            the first class, `{1}` that of the second.
     """
 
+    white_is_a_class = "write 1 in place of 255"
     labels: Labels
     format: ImageFormat = RGB
     pairs: Pairs | None = None
@@ -437,6 +440,10 @@ class BaseDataset(Dataset):
         if self.pairs is None:
             return f"{type(self).__name__}[{index}]"
         return str(getattr(self.pairs[index], kind))
+
+    def has_same_samples(self, other: BaseDataset) -> bool:
+        """Return whether these are the samples of another one, as of val that stands for test."""
+        return self.pairs is not None and self.pairs == other.pairs
 
     def fingerprint(self) -> str | None:
         """Return what changes with the files and with how they are read; `None`: nothing does."""
@@ -507,6 +514,7 @@ class SegmentationDataset(BaseDataset):
     """
 
     pairs: Pairs
+    white_is_a_class = "say so in classes.txt:\n{0} 0 0 0\n{1} 255 255 255"
 
     def __init__(
         self,

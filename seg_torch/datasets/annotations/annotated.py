@@ -5,6 +5,7 @@ its shapes. Later shapes lie on top of earlier ones; a format with another rule 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -139,9 +140,9 @@ class AnnotatedFolder:
         in_folder = posixpath.normpath(posixpath.join(posixpath.dirname(beside), wanted))
         if in_folder in named:
             return in_folder
-        exact = posixpath.basename(wanted)
-        named = [image for image in named if posixpath.basename(image) == exact] or named
-        named = [image for image in named if f"/{image}".endswith(f"/{wanted}")] or named
+        # A path from another machine ends in the same folders.
+        common = [_common_parts(image, wanted) for image in named]
+        named = [image for image, parts in zip(named, common, strict=True) if parts == max(common)]
         split = base.split_of(beside)
         of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
         candidates = of_split or named
@@ -197,6 +198,8 @@ class AnnotatedDataset(base.SegmentationDataset):
         values: The mask value of each class name in the shapes.
         rest: The mask value of pixels outside of all shapes.
     """
+
+    white_is_a_class = f"give its shapes another label than {IGNORED}"
 
     def __init__(
         self,
@@ -277,6 +280,7 @@ def dataset(
     val_fraction: float,
     seed: int,
     kind: type[AnnotatedDataset] = AnnotatedDataset,
+    lists: Path | None = None,
 ) -> AnnotatedDataset:
     """Return the samples of a split.
 
@@ -291,6 +295,7 @@ def dataset(
         val_fraction: Fraction of the images in val, where nothing else makes the split.
         seed: Seed of that random split.
         kind: The class of the result.
+        lists: The folder of `train.txt` and `val.txt`, if it is another one.
 
     Raises:
         InputError: There are no images or no classes for `split`, or annotations are malformed.
@@ -309,7 +314,7 @@ def dataset(
     with base.parsing(home):
         labels = Labels(tuple(names))
     values |= {name: value for value, name in enumerate(names)}
-    chosen = choose_split(home, samples, split, val_fraction, seed)
+    chosen = choose_split(lists or home, samples, split, val_fraction, seed)
     return kind(chosen, labels, draw, values, rest)
 
 
@@ -371,7 +376,15 @@ def choose_split(
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
         return by_split[base.val_for_test(split, home, "test" in by_split)]
     rest = {sample.name: sample for sample in samples if sample.split != "test"}
+    if not rest:
+        raise InputError(f"{home}: only test images here, and none to train on")
     return [rest[name] for name in split_names(home, list(rest), split, val_fraction, seed)]
+
+
+def _common_parts(first: str, second: str) -> int:
+    """Return in how many of their last parts two paths agree."""
+    parts = zip(reversed(first.split("/")), reversed(second.split("/")), strict=False)
+    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
 
 
 def same_name(name: str) -> str:

@@ -340,7 +340,10 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
             with folder.part(file, f"image {annotation.get('image_id')}: "):
                 if (file, number) not in maps:
                     continue
-                path = folder.find_image(images[str(annotation["image_id"])]["file_name"], file)
+                image = str(annotation["image_id"])
+                if image not in images:
+                    raise InputError(f"image {image} is not in the images")
+                path = folder.find_image(images[image]["file_name"], file)
                 split = base.split_of(file) or base.split_of(posixpath.dirname(path))
                 segments = _segments(annotation["segments_info"], categories)
                 folder.add(path, path, maps[file, number], segments, split)

@@ -70,7 +70,9 @@ def roboflow(
     with base.parsing(home / files[0]):
         labels = Labels(tuple(classes.values()))
     pairs = (sample[:3] for sample in chosen)
-    return base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset = base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset.white_is_a_class = f"say so in each {listing}:\n0, {{0}}\n255, {{1}}"
+    return dataset
 
 
 def read_csv(path: Path) -> dict[int, str]:

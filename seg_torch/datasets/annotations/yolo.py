@@ -54,7 +54,20 @@ def yolo(
     if "data.yaml" in files:
         files = ["data.yaml"]
     config = next((file for file in files if is_yolo(home / file)), files[0])
-    return annotated.dataset(home, [config], _read, _draw, split, background, val_fraction, seed)
+    content = read_yaml(home / config)
+    # A train.txt that data.yaml names is no list of `folder`: CVAT writes one without a val.txt.
+    listed = any(str(content[key]).endswith(".txt") for key in _keys(content))
+    return annotated.dataset(
+        home,
+        [config],
+        _read,
+        _draw,
+        split,
+        background,
+        val_fraction,
+        seed,
+        lists=home / config if listed else home,
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
