@@ -146,18 +146,18 @@ class SegmentationDataModule(LightningDataModule):
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too.
+        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
-        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
+        advice = dataset.white_is_a_class
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
             file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
                 f"no class but the first would be learnt. If white stands for "
-                f"{dataset.labels.names[1]}, "
-                + dataset.white_is_a_class.format(*dataset.labels.names)
+                f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))

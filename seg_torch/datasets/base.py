@@ -419,7 +419,7 @@ class BaseDataset(Dataset):
         format: How files become images.
         pairs: The files of each sample, `None` where samples are not read from files.
         white_is_a_class: What to do where 255 in the masks stands for a class: `{0}` is the name of
-            the first class, `{1}` that of the second.
+            the first class, `{1}` that of the second. "": it cannot be one.
     """
 
     white_is_a_class = "write 1 in place of 255"

@@ -199,7 +199,7 @@ class AnnotatedDataset(base.SegmentationDataset):
         rest: The mask value of pixels outside of all shapes.
     """
 
-    white_is_a_class = f"give its shapes another label than {IGNORED}"
+    white_is_a_class = ""
 
     def __init__(
         self,

@@ -128,6 +128,8 @@ def cvat(
 class CvatDataset(base.SegmentationDataset):
     """Images with masks of colours; one without objects stands in for its mask."""
 
+    white_is_a_class = ""
+
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W], with every value checked."""
         pair = self.pairs[index]
