@@ -490,7 +490,7 @@ def test_e70_what_a_coco_folder_holds_and_is_not_read_is_counted(make, caplog):
     make_data.save(make_data.picture(0), root / "test2017" / "more.jpg")
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.coco(root, "train")
-    assert "not read are 1 images without annotation: test2017/more.jpg" in caplog.text
+    assert "left out: 1 images without annotation (test2017/more.jpg)" in caplog.text
     assert "not read are annotations/captions_train2017.json" in caplog.text
 
 
