@@ -146,25 +146,25 @@ class SegmentationDataModule(LightningDataModule):
 
     @property
     def test_is_val(self) -> bool:
-        """Whether val stands in for test: both are the same files."""
-        val, test = (self.dataset(split).base_dataset.pairs for split in ("val", "test"))
-        return val is not None and val == test
+        """Whether val stands in for test: both are the same samples."""
+        val, test = (self.dataset(split).base_dataset for split in ("val", "test"))
+        return val.has_same_samples(test)
 
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too.
+        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
-        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
-            background, *objects = dataset.labels.names
+        advice = dataset.white_is_a_class
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
             file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
-                f"no class but the first would be learnt. If white stands for {objects[0]}, say "
-                f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+                f"no class but the first would be learnt. If white stands for "
+                f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
