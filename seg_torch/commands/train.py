@@ -49,6 +49,8 @@ def train(cfg: DictConfig) -> float | None:
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
         best = build.load_best(network, trainer, folder, processes)
+        if cfg.trainer.limit_test_batches == 0:
+            return best
         inference = Inference(
             network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
         )

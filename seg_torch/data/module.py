@@ -17,7 +17,7 @@ from seg_torch.data.workers import number_of_workers, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat
-from seg_torch.labels import Labels
+from seg_torch.labels import IGNORE_INDEX, Labels
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -146,7 +146,8 @@ class SegmentationDataModule(LightningDataModule):
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too.
+        For train, masks of nothing but 0 and 255 are a problem, too; for train and val, masks in
+        which no pixel is labelled.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
@@ -161,6 +162,13 @@ class SegmentationDataModule(LightningDataModule):
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
+        if split != "test" and values == [IGNORE_INDEX] and not statistics.problems:
+            use = "learnt" if split == "train" else "scored"
+            text = (
+                f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
+                f"{dataset.name(0)}, hold nothing but 255, so nothing can be {use}"
+            )
+            statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
     def check_files(self) -> None:

@@ -26,17 +26,28 @@ class Results:
     """The results of a split.
 
     Attributes:
-        scores: Plain data, what `<split>_metrics.json` holds; see `seg_torch.metrics.report`.
-        images: Of all images, see `seg_torch.metrics.ImageScores`; `label_quality` [N], where it
-            was asked for.
-        names: Of the images.
+        scores: Plain data, what `<split>_metrics.json` holds; see `seg_torch.metrics.report`. Of
+            which images they are is in `split` (`val` where it stands in for test), `images` and
+            `images_of_split`.
+        images: Of the images that were scored, see `seg_torch.metrics.ImageScores`;
+            `label_quality` [N], where it was asked for.
+        names: Of these images.
+        indices: Of these images in their dataset.
         labels: The classes.
     """
 
     scores: dict[str, Any]
     images: dict[str, np.ndarray]
     names: list[str]
+    indices: list[int]
     labels: Labels
+
+    def scored_on(self, split: str) -> str:
+        """Say what was scored, such as "12 images of test", where `split` was asked for."""
+        scored, of_split = self.scores["images"], self.scores["images_of_split"]
+        count = f"{of_split:,}" if scored == of_split else f"{scored:,} of {of_split:,}"
+        text = f"{count} images of {self.scores['split']}"
+        return text if self.scores["split"] == split else f"{text}: there are none of {split}"
 
     def write(self, folder: Path, split: str) -> None:
         """Write `<split>_metrics.json`, `_images.npz` and `.csv`, and `_confusion_matrix.png`.
@@ -74,7 +85,7 @@ class Results:
             columns = [name for name in names if f"mean_{name}" in self.scores]
             if not columns:
                 continue
-            table = Table(title=f"{split}: {len(self.names)} images")
+            table = Table(title=self.scored_on(split))
             table.add_column("class")
             for name in (*columns, "pixels"):
                 table.add_column(name, justify="right")

@@ -208,3 +208,31 @@ def test_a_click_sorts_a_table_in_a_browser(folder, tmp_path):
     pixels = [int(re.findall(r"<td>([\d,]+)</td>", row)[-1].replace(",", "")) for row in rows[1:7]]
     assert pixels == sorted(pixels, reverse=True)
     assert pixels != sorted(pixels)
+
+
+def test_e22_what_was_not_scored_is_not_counted(folder, capsys):
+    line = "report run output_dir=part trainer.accelerator=cpu data.eval_batch_size=1"
+    assert run_command(f"{line} trainer.limit_test_batches=3", folder) == 0
+    assert "3 of 12 images of test" in capsys.readouterr().out
+    arrays = np.load(folder / "part/test_images.npz")
+    assert arrays["names"].tolist() == ["0000", "0001", "0002"]
+    assert (arrays["label_pixels"].sum(1) > 0).all()
+    assert len((folder / "part/test_images.csv").read_text().splitlines()) == 1 + 3
+    part = Page((folder / "part/report.html").read_text(encoding="utf-8"))
+    assert any("on 3 of 12 images of test." in text for text in part.texts)
+    assert sorted(part.captions("Labels most likely to be wrong")) == ["0000", "0001", "0002"]
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_e49_scores_of_val_that_stands_in_for_test_say_so(folder, split, capsys):
+    data = folder / f"without_test_{split}"
+    shutil.copytree(folder / "data", data)
+    (data / "test.txt").unlink()
+    line = f"report run split={split} output_dir=of_{split} trainer.accelerator=cpu"
+    assert run_command(f"{line} data.root={data}", folder) == 0
+    scores = json.loads((folder / f"of_{split}/{split}_metrics.json").read_text())
+    assert (scores["split"], scores["images"], scores["images_of_split"]) == ("val", 4, 4)
+    remark = ": there are none of test" if split == "test" else ""
+    assert f"4 images of val{remark}\n" in re.sub(" *\n", "\n", capsys.readouterr().out)
+    of_val = Page((folder / f"of_{split}/report.html").read_text(encoding="utf-8"))
+    assert any(text.endswith(f" on 4 images of val{remark}.") for text in of_val.texts)
