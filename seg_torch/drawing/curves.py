@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from seg_torch.drawing.fonts import drawn_name
 from seg_torch.files import write_atomically
 from seg_torch.labels import Labels
 
@@ -76,8 +77,13 @@ def confusion_matrix(matrix: np.ndarray, labels: Labels) -> Figure:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels.names, rotation=90)
-    axes.set_yticks(range(len(labels)), labels.names)
+    names, fonts = zip(*(drawn_name(labels, i) for i in range(len(labels))), strict=True)
+    short = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
+    axes.set_xticks(range(len(labels)), short, rotation=90)
+    axes.set_yticks(range(len(labels)), short)
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for tick, font in zip(ticks, fonts, strict=True):
+            tick.set(parse_math=False, **({} if font is None else {"font": Path(font)}))
     axes.set(xlabel="prediction", ylabel="label")
     if len(labels) <= 25:
         for row, column in np.argwhere(shares >= 0.005):

@@ -86,7 +86,9 @@ def _figures(
     for i in indices:
         image, mask = checked_sample(dataset, results.indices[i])
         (result,) = segment(inference, labels, [format.checked(image)], format)
-        maps = [palette_image(ids, labels).convert("RGB") for ids in (mask.numpy(), result.mask)]
+        maps = [
+            palette_image(ids, labels.drawn).convert("RGB") for ids in (mask.numpy(), result.mask)
+        ]
         errors = error_overlay(result.image, mask.numpy(), result.mask)
         caption = (
             f"{results.names[i]}: mean IoU {iou[i]:.3f}, confidence {confidence[i]:.3f}, "

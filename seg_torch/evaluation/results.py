@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from seg_torch.drawing.curves import confusion_matrix
 from seg_torch.files import write_atomically, write_json
@@ -90,7 +91,7 @@ class Results:
             for name in (*columns, "pixels"):
                 table.add_column(name, justify="right")
             for name, row in per_class.items():
-                table.add_row(name, *(_cell(row[c]) for c in columns), f"{row['pixels']:,}")
+                table.add_row(Text(name), *(_cell(row[c]) for c in columns), f"{row['pixels']:,}")
             table.add_section()
             means = (_cell(self.scores[f"mean_{column}"]) for column in columns)
             table.add_row("mean", *means, f"{pixels:,}", style="bold")
