@@ -59,7 +59,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
         method=METHOD,
         confusion_matrix=plot(confusion_matrix(matrix, results.labels)),
         reliability=plot(reliability(bins)) if bins else None,
-        curves=plot(curves(history)) if history else None,
+        curves=plot(curves(history, narrow=True)) if history else None,
         worst=_figures(setup, results, iou, order[:WORST]),
         best=_figures(setup, results, iou, order[WORST:][-BEST:][::-1]),
         doubtful=_figures(setup, results, iou, doubtful),

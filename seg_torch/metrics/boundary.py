@@ -31,8 +31,8 @@ class BoundaryScores(PixelCounts):
     Ignored pixels are no class: they are neither counted nor *another class* to the pixels around
     them, whatever is predicted there. So a pixel next to an ignored region is at a boundary only if
     a labelled pixel of another class is near, which may lie beyond the region. Labels that leave
-    all boundaries unlabelled, such as VOC's, have no boundary pixels, thus no boundary F, whatever is
-    predicted, but still a boundary IoU.
+    all boundaries unlabelled, such as VOC's, have no boundary pixels, thus no boundary F, whatever
+    is predicted, but still a boundary IoU.
 
     Args:
         num_classes: Number of classes C.

@@ -22,6 +22,7 @@ from seg_torch.labels import Labels
 from seg_torch.prediction.segmenter import Segmenter
 
 IMAGES = 12  # of the test split
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -236,3 +237,23 @@ def test_e49_scores_of_val_that_stands_in_for_test_say_so(folder, split, capsys)
     assert f"4 images of val{remark}\n" in re.sub(" *\n", "\n", capsys.readouterr().out)
     of_val = Page((folder / f"of_{split}/report.html").read_text(encoding="utf-8"))
     assert any(text.endswith(f" on 4 images of val{remark}.") for text in of_val.texts)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_e65_the_report_fits_a_phone_and_its_charts_are_dark_in_dark_mode(folder):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            view = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+            view.goto((folder / "report/report.html").as_uri())
+            assert view.evaluate("document.documentElement.scrollWidth") == 390
+            plots = view.locator("img.plot")
+            assert plots.count() == 3
+            for i in range(3):
+                box = plots.nth(i).bounding_box()
+                assert box["x"] + box["width"] <= 390
+                shown = Image.open(io.BytesIO(plots.nth(i).screenshot())).convert("L")
+                background = int(np.median(np.asarray(shown)[:3]))
+                assert background > 250 if scheme == "light" else background < 50
+        browser.close()
