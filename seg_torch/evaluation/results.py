@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,7 +48,7 @@ class Results:
         """Say what was scored, such as "12 images of test", where `split` was asked for."""
         scored, of_split = self.scores["images"], self.scores["images_of_split"]
         count = f"{of_split:,}" if scored == of_split else f"{scored:,} of {of_split:,}"
-        text = f"{count} images of {self.scores['split']}"
+        text = f"{count} image{'s' * (of_split != 1)} of {self.scores['split']}"
         return text if self.scores["split"] == split else f"{text}: there are none of {split}"
 
     def write(self, folder: Path, split: str) -> None:
@@ -86,8 +87,13 @@ class Results:
             columns = [name for name in names if f"mean_{name}" in self.scores]
             if not columns:
                 continue
-            table = Table(title=self.scored_on(split))
-            table.add_column("class")
+            table = Table(
+                title=self.scored_on(split),
+                box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
+                show_edge=False,
+            )
+            table.add_column("class", overflow="fold")
             for name in (*columns, "pixels"):
                 table.add_column(name, justify="right")
             for name, row in per_class.items():

@@ -57,9 +57,8 @@ def test_e33_names_that_mean_something_to_a_library_are_printed_and_drawn(
     table = capsys.readouterr().out
     assert "[b]" in table
     assert "[i]" in table
-    for name in ODD:
-        assert f" {name} " in printed
-        assert f" {name} " in table
+    for text in (printed, table):
+        assert {line.split()[0] for line in text.splitlines() if line.split()} >= set(ODD)
     results.write(tmp_path, "test")
     assert (tmp_path / "test_confusion_matrix.png").stat().st_size > 1000
     axes = confusion_matrix(np.eye(len(ODD)), Labels(ODD)).axes[0]
