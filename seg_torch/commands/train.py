@@ -49,10 +49,9 @@ def train(cfg: DictConfig) -> float | None:
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
         best, epoch = build.load_best(network, trainer, folder, processes)
-        inference = Inference(
-            network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
-        )
-        scorer = Scorer(inference, data.labels)  # as evaluate.py has it
-        score(trainer, scorer, data, folder, "test")
+        if cfg.trainer.limit_test_batches != 0:
+            settings = InferenceSettings(precision="32-true")  # as evaluate.py has it
+            inference = Inference(network, len(data.labels), data.resize, settings)
+            score(trainer, Scorer(inference, data.labels), data, folder, "test")
         processes.first(lambda: run.tell_next_steps(folder, best, epoch))
     return best

@@ -18,7 +18,7 @@ from seg_torch.data.workers import largest_sample, number_of_workers, prepared_a
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
-from seg_torch.labels import Labels
+from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ class SegmentationDataModule(LightningDataModule):
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class.
+        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class; for
+        train and val, masks in which no pixel is labelled.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
@@ -170,6 +171,13 @@ class SegmentationDataModule(LightningDataModule):
             statistics.problems.append(Problem(file, text, pixels))
         if split == "train":
             statistics.problems += doubts.too_dark(statistics, dataset)
+        if split != "test" and values == [IGNORE_INDEX] and not statistics.problems:
+            use = "learnt" if split == "train" else "scored"
+            text = (
+                f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
+                f"{dataset.name(0)}, hold nothing but 255, so nothing can be {use}"
+            )
+            statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
     def check_files(self) -> None:

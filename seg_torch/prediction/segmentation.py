@@ -82,7 +82,7 @@ class Segmentation:
 
     def colour(self) -> Image.Image:
         """Draw the mask in the colours of its classes."""
-        return Image.fromarray(decode_segmap(self.mask, self.labels))
+        return Image.fromarray(decode_segmap(self.mask, self.labels.drawn))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """Draw the colours over the image, with weight `alpha`."""
