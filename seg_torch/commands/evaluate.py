@@ -8,5 +8,6 @@ from seg_torch.evaluation.setup import open_for_scoring
 
 def evaluate(cfg: DictConfig) -> None:
     """Score a checkpoint or a published model on a split of its own data or of other data."""
-    trainer, scorer, data, folder, _ = open_for_scoring(cfg)
-    score(trainer, scorer, data, folder, cfg.split)
+    setup = open_for_scoring(cfg)
+    with setup.processes.claimed(setup.folder):
+        score(setup.trainer, setup.scorer, setup.data, setup.folder, cfg.split)

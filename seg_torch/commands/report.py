@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 def report(cfg: DictConfig) -> None:
     """Score a checkpoint and write `report.html` beside the scores."""
     setup = open_for_scoring(cfg, label_quality=True)
-    results = score(setup.trainer, setup.scorer, setup.data, setup.folder, cfg.split)
-    if setup.trainer.is_global_zero:
-        path = setup.folder / "report.html"
-        write_text(path, report_page(cfg, setup, results))
-        log.info("%s", path)
+    with setup.processes.claimed(setup.folder):
+        results = score(setup.trainer, setup.scorer, setup.data, setup.folder, cfg.split)
+        if setup.trainer.is_global_zero:
+            path = setup.folder / "report.html"
+            write_text(path, report_page(cfg, setup, results))
+            log.info("%s", path)

@@ -147,7 +147,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
 def test_lightning_saves_checkpoints_that_way(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        "seg_torch.training.trainer.write_atomically", lambda path, write: saved.append(Path(path))
+        "seg_torch.training.trainer.write_atomically",
+        lambda path, write, durable: saved.append(Path(path)),
     )
     trainer = trainer_of()
     trainer.strategy.save_checkpoint({}, tmp_path / "a.ckpt")
