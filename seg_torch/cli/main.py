@@ -73,7 +73,7 @@ def main(command: str | None = None) -> NoReturn:
 
 def run_jobs(call: Call) -> list[int]:
     """Run a command once, or once for each job of a sweep, and return their exit codes."""
-    codes = []
+    codes: list[int] = []
     sweep, folders = ExitStack(), list[str]()  # the claim to its folder
 
     def job(cfg: DictConfig) -> Any:
@@ -108,7 +108,7 @@ def run_jobs(call: Call) -> list[int]:
 
 
 def compare_jobs(folder: str) -> None:
-    """Print the table of a sweep's runs, which stays in its folder, and the command that makes it."""
+    """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
     try:
         compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
@@ -150,10 +150,11 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     warnings.filterwarnings("ignore", f".*({NOTES})")
     state = HydraConfig.get()
     overrides, made = list(state.overrides.task), ""
+    plain: Any = OmegaConf.to_container(cfg)
     if "output_dir" in cfg and not cfg.get("resume"):
         if state.mode == RunMode.MULTIRUN:
             cfg.output_dir = state.runtime.output_dir
-        elif "${now:" in str(OmegaConf.to_container(cfg)["output_dir"]) and is_first():
+        elif "${now:" in plain["output_dir"] and is_first():
             cfg.output_dir = made = new_folder(cfg.output_dir)  # another run may begin just now
         overrides = [o for o in overrides if not o.startswith("output_dir=")]
         overrides.append(f"output_dir='{cfg.output_dir}'")

@@ -17,6 +17,7 @@ from seg_torch.training.signals import StopOnSignal
 from seg_torch.training.trainer import build_trainer
 
 
+@hardware.restored_flags()
 def train(cfg: DictConfig) -> float | None:
     """Train, keep the best epoch, and score it on the test set.
 
