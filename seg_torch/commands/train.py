@@ -51,10 +51,11 @@ def train(cfg: DictConfig) -> float | None:
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
             build.log_time_limit(trainer, folder)
-        best, _ = build.load_best(network, folder, processes)
+        best, epoch = build.load_best(network, folder, processes)
         inference = Inference(
             network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
         )
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
         score(trainer, scorer, data, folder, "test")
+        processes.first(lambda: run.tell_next_steps(folder, best, epoch))
     return best

@@ -5,6 +5,8 @@ import errno
 import logging
 import math
 import os
+import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -233,6 +235,27 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     log.info("output_dir=%s", folder)
 
 
+def tell_next_steps(folder: Path, best: float | None, epoch: int | None) -> None:
+    """Log which checkpoint a run has led to, and the commands that use it.
+
+    Args:
+        folder: Of the run.
+        best: The score of its best epoch, if there was a validation.
+        epoch: The number of that epoch, counted from 1.
+    """
+    checkpoint = folder / "checkpoints" / ("last.ckpt" if epoch is None else "best.ckpt")
+    if not checkpoint.exists():  # nothing was to be trained
+        return
+    if best is not None:
+        log.info("best epoch: %d, with a val mIoU of %.4f", epoch, best)
+    log.info("checkpoint: %s", checkpoint)
+    program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
+    path = checkpoint if epoch is None else folder  # which stands for its best one
+    log.info("look at its scores and mistakes:\n  %s report %s", program, shlex.quote(str(path)))
+    setting = shlex.quote(f"checkpoint={path}")
+    log.info("segment your images:\n  %s predict %s input=IMAGES", program, setting)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Enter a context in which an error of the disk says how the run goes on.
@@ -256,7 +279,10 @@ def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    if rows and rows[0]["epoch"] == 0:  # of a run that counted epochs from 0
+        rows = [row | {"epoch": row["epoch"] + 1} for row in rows]
+    return rows
 
 
 def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]) -> None:

@@ -70,8 +70,9 @@ def die(*_: object) -> None:
 
 @pytest.mark.parametrize("validation", ["trainer.limit_val_batches=0", "trainer.precision=32"])
 def test_e02_a_run_that_was_killed_in_its_test_is_scored_as_it_was_trained(
-    small, tmp_path, monkeypatch, validation
+    small, tmp_path, monkeypatch, caplog, validation
 ):
+    caplog.set_level("INFO")
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "test_step", die)
@@ -83,6 +84,9 @@ def test_e02_a_run_that_was_killed_in_its_test_is_scored_as_it_was_trained(
     assert scored(folder) == confusion(folder / f"checkpoints/{name}.ckpt")
     (row,) = read_table(folder / "metrics.csv", COLUMNS)
     assert best == row.get("val_mean_iou"), "which Optuna searches by"
+    told = folder if name == "best" else folder / "checkpoints/last.ckpt"
+    assert f"predict checkpoint={told} input=IMAGES" in caplog.text
+    assert checkpoint.locate(told).is_file()
 
 
 # Time and steps
