@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_e57_a_sweep_ends_with_its_table_and_the_command_that_makes_it(
     assert run_command("train -m optimizer.lr=0.125,0.375 output_dir=a/sweep", tmp_path) == 0
     output = capsys.readouterr().out
     for score in ("0.125", "0.375"):
-        assert f"│ optimizer.lr={score} │    1 │        {score}0 │" in output
+        assert re.search(rf"optimizer\.lr={score} .* {score}0 ", output)
     program, _, arguments = output.splitlines()[-1].strip().partition(" compare ")
     assert (program in ("seg-torch", "python -m seg_torch"), arguments) == (True, "a/sweep")
     assert run_command(f"compare {arguments} output_dir=again", tmp_path) == 0
