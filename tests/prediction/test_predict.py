@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import output_in_new_process, run_command
-from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
 from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
@@ -24,6 +23,7 @@ from seg_torch.commands.predict import predict
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
+from seg_torch.folders import locked
 from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
@@ -436,7 +436,7 @@ def test_d30_devices_auto_starts_no_more_processes_than_files(compose, monkeypat
 
 def test_d27_two_runs_do_not_write_into_one_folder(run, tmp_path):
     with (
-        FileLock(tmp_path / "out" / JOURNAL / "lock"),
+        locked(tmp_path / "out"),
         pytest.raises(InputError, match="another run is writing into this folder"),
     ):
         run()
