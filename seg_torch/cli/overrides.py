@@ -132,6 +132,10 @@ def _for_training(overrides: list[str], given: dict[str, str]) -> list[str]:
         runs = sorted(Path("runs").glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         newest = f"resume={runs[-1].parents[1]}" if runs else "resume=RUN_FOLDER"
         raise InputError(f"resume={given['resume']}: say which run goes on: {newest}")
+    steps = given.get("trainer.max_steps", "-1")
+    if not steps.startswith("-") and "trainer.max_epochs" not in given:
+        # The default would end the run before.
+        overrides = [*overrides, "trainer.max_epochs=-1"]
     if given.get("resume", "null") != "null":
         run.check_resumable(given["resume"], overrides)
         return [o if o.startswith(("+", "hydra.")) else f"++{o}" for o in overrides]

@@ -19,7 +19,10 @@ LIGHT = [
     ("train trainer.deterministic=ye", "trainer.deterministic=ye: expected true or false"),
     ("train data.batch_size=big", "data.batch_size=big: expected a whole number"),
     ("train data.batch_size=[", "data.batch_size=["),
-    ("train data.augment.crop=[a,b]", "data.augment.crop=[a,b]: expected two numbers, such as [352"),
+    (
+        "train data.augment.crop=[a,b]",
+        "data.augment.crop=[a,b]: expected two numbers, such as",
+    ),
     ("train data.augment.scale=[0.5,x]", "data.augment.scale=[0.5,x]: expected two numbers"),
     ("train data.dataset.train=many", "data.dataset.train=many: expected a whole number"),
     ("train trainer.max_epochs=x", "trainer.max_epochs=x: expected a whole number"),
@@ -117,6 +120,27 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
         code, message = command(f"train logger=[csv,{package}]")
         assert code == 2
         assert f"pip install -e '{ROOT}[{package}]'" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        ("train model=smp", "segmentation_models_pytorch", "smp"),
+        ("train model=segformer", "transformers", "transformers"),
+        ("predict input=. output=out model=mask2former", "transformers", "transformers"),
+        ("serve", "python_multipart", "serve"),
+        ("app", "uvicorn", "app"),
+    ],
+)
+def test_e44_packages_are_looked_for_before_anything_else(
+    command, monkeypatch, line, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"seg_torch.commands.{line.split()[0]}", None)
+    code, message = command(line)
+    assert code == 2
+    assert f"needs {package}: pip install" in message
+    assert f"[{extra}]" in message
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])

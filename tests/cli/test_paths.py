@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.cli import overrides, paths
+from seg_torch.cli import paths
 from seg_torch.cli.overrides import complete_overrides, parse
 from seg_torch.commands import COMMANDS
 from seg_torch.configuration import escaped, instantiate, plain
@@ -157,7 +157,7 @@ def test_e45_in_a_sweep_commas_separate_paths_unless_one_is_called_so(
         ('"é,x",it\'s', ["é,x", "it's"]),
         ("a", ["a"]),
     ):
-        override = overrides.complete_overrides("train", [f"data.root={text}"], sweep=True)[-1]
+        override = complete_overrides("train", [f"data.root={text}"], sweep=True)[-1]
         parsed = OverridesParser.create().parse_override(override)
         jobs = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
         assert [str(getattr(job, "text", job)) for job in jobs] == expected
