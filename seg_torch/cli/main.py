@@ -121,7 +121,8 @@ def compare_jobs(folder: str) -> None:
     """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
     try:
-        compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
+        settings = {"runs": [folder], "split": "test", "output_dir": folder}
+        compare.compare(OmegaConf.create(escaped(settings)))
     except InputError as error:  # such as runs on several datasets
         log.info("the runs are in no common table: %s", error)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
