@@ -90,12 +90,12 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     kinds = (int, float) if kind is float else (kind,)
     right = all(type(item) in kinds and item == item for item in items)  # nan is none
     pair = key in SIDES or key == "data.augment.scale"
-    if isinstance(default, list):
+    if isinstance(default, list) and key != "data.augment.jitter":  # one number, or three
         right &= isinstance(value, list) and (not pair or len(items) == 2)
-    elif kind in (bool, int):
-        right &= not isinstance(value, list)
+    elif isinstance(value, list) and isinstance(default, int):
+        right &= key.startswith(("trainer.devices", "model."))
     if not right:
-        expected = EXPECTED[kind]
+        expected = EXPECTED[type(sample)]
         if isinstance(default, list):
-            expected = ("two " if pair else "") + expected.removeprefix("a ") + "s"
+            expected = "two numbers" if pair else "numbers"
         raise InputError(f"{key}={as_text(value)}: expected {expected}, such as {as_text(default)}")
