@@ -55,6 +55,10 @@ def main(command: str | None = None) -> NoReturn:
     Args:
         command: Its name; if `None`, the first argument of the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            # A console of Windows (cp1252) has no Chinese, and none has every file's name.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and ends the process itself
     arguments, start = sys.argv[1:], []
     if "--version" in arguments:
