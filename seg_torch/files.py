@@ -4,7 +4,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def is_hidden(name: str) -> bool:
     `SYSTEM_FOLDERS`.
     """
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def by_suffix(names: Iterable[str]) -> str:
+    """Return how many files have which suffix, most first: `7 .heic, 1 without a suffix`."""
+    counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
 
 
 def write_atomically(

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError
+from seg_torch.configuration import escaped, plain
+from seg_torch.errors import InputError, reason
 from seg_torch.files import PARTIAL, write_atomically, write_text
 
 log = logging.getLogger(__name__)
@@ -114,14 +115,30 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     last_checkpoint(cfg.resume)
     check_resumable(cfg.resume, overrides)
-    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    run = OmegaConf.create(with_current_names(OmegaConf.to_container(stored)))
+    run = OmegaConf.create(with_current_names(_stored_config(Path(cfg.resume))))
     for key in (key for key in map(key_of, overrides) if key in RESUMABLE[1:]):
         section, _, name = key.rpartition(".")
         if name not in (OmegaConf.select(run, section) or {}):
             raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
-        OmegaConf.update(run, key, OmegaConf.select(cfg, key))
-    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+        OmegaConf.update(run, key, escaped(OmegaConf.select(cfg, key)))
+    folder = escaped(cfg.resume)
+    return OmegaConf.merge(run, {"resume": folder, "output_dir": folder})  # type: ignore[return-value]
+
+
+def _stored_config(folder: Path) -> Any:
+    """Return the settings of a run, as plain data.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not {"data", "model", "trainer", "seed"} <= stored.keys():
+            raise ValueError("settings are missing")
+    except Exception as error:  # there is no end to what broken YAML raises
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
+    return stored
 
 
 def requeued_config(cfg: DictConfig) -> DictConfig:
@@ -139,7 +156,7 @@ def requeued_config(cfg: DictConfig) -> DictConfig:
         )
         return cfg
     log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
-    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+    return resumed_config(OmegaConf.merge(cfg, {"resume": escaped(cfg.output_dir)}), [])  # type: ignore[arg-type]
 
 
 def key_of(override: str) -> str:
@@ -218,8 +235,8 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     """
     if not trainer.is_global_zero:
         return
-    config = OmegaConf.merge(cfg, {"resume": None})
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True), durable=True)
+    config = OmegaConf.create({**plain(cfg), "resume": None})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config), durable=True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(
         "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
@@ -275,12 +292,20 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
-    """Read the rows of `metrics.csv` or `times.csv`; cells without a value are left out."""
+    """Read the rows of `metrics.csv` or `times.csv`; cells without a value are left out.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    if rows and rows[0]["epoch"] == 0:  # of a run that counted epochs from 0
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        epochs = [row["epoch"] for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
+    if epochs[:1] == [0]:  # of a run that counted epochs from 0
         rows = [row | {"epoch": row["epoch"] + 1} for row in rows]
     return rows
 
