@@ -123,8 +123,9 @@ def run_jobs(call: Call) -> list[int]:
 def compare_jobs(folder: str) -> None:
     """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
+    where = escaped(folder)
     try:
-        compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
+        compare.compare(OmegaConf.create({"runs": where, "split": "test", "output_dir": where}))
     except InputError as error:  # such as runs on several datasets
         log.info("the runs are in no common table: %s", error)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
