@@ -61,7 +61,7 @@ class Results:
         """
         arrays: dict[str, Any] = {"names": np.array(self.names), **self.images}
         figure = confusion_matrix(np.array(self.scores["confusion_matrix"]), self.labels)
-        write_json(folder / f"{split}_metrics.json", self.scores)
+        write_json(folder / f"{split}_metrics.json", self.scores, durable=True)
         images = folder / f"{split}_images.npz"
         write_atomically(images, lambda name: np.savez_compressed(name, **arrays))
         write_atomically(images.with_suffix(".csv"), self._write_images)

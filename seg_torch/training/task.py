@@ -1,6 +1,7 @@
 """SegmentationTask: loss, optimizer and validation scores of a network, for Lightning's Trainer."""
 
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from seg_torch.prediction.inference import Inference, InferenceSettings, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
+
+log = logging.getLogger(__name__)
 
 
 class SegmentationTask(LightningModule):
@@ -202,12 +205,19 @@ class SegmentationTask(LightningModule):
         # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
+        whole = whole and not options.get("foreach")  # another way, which the user asks for
         if whole and "fused" in inspect.signature(function).parameters:
             options.setdefault("fused", True)
         optimizer = function(groups, **options)
+        steps = self.trainer.estimated_stepping_batches
+        if steps < self.max_steps:
+            log.info(
+                "trainer.max_epochs=%d ends the training after %d steps, before trainer.max_steps; "
+                "with trainer.max_epochs=-1 it has all %d",
+                *(self.trainer.max_epochs, steps, self.max_steps),
+            )
         if self.make_scheduler is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
         steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
         if steps == math.inf:
             raise InputError("a schedule has a length: set trainer.max_epochs or trainer.max_steps")
