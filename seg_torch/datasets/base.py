@@ -26,8 +26,10 @@ from torchvision import tv_tensors
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import is_hidden
 from seg_torch.hardware import available_cpus
+from seg_torch.images.convert import turned, upright
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
-from seg_torch.images.read import opened, plain_png
+from seg_torch.images.missing import missing
+from seg_torch.images.read import opened, orientation, plain_png
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
 log = logging.getLogger(__name__)
@@ -338,7 +340,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path, content)
-        ids = np.array(image) if decoded is None else decoded
+        ids = np.array(upright(image)) if decoded is None else decoded
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
@@ -364,7 +366,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
         InputError: The file is missing, no image, or holds a colour that no class has.
     """
     with opened(path, "a mask") as image:
-        rgb = np.array(image.convert("RGB"))
+        rgb = np.array(upright(image).convert("RGB"))
     with parsing(path):
         return encode_segmap(rgb, palette)
 
@@ -451,6 +453,15 @@ class BaseDataset(Dataset):
         """Return what changes with the files and with how they are read; `None`: nothing does."""
         return None
 
+    def read_as(self, format: ImageFormat) -> None:
+        """Take over the white of a format, where images of all kinds are read as RGB."""
+        if format.is_rgb and self.format.is_rgb:
+            self.format = format
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header; `None` where that takes reading it."""
+        return None
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, uint8 or uint16 [H, W, C]."""
         return as_array(self[index][0])
@@ -478,6 +489,11 @@ class OwnDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
+
+    def read_as(self, format: ImageFormat) -> None:
+        """Refuse a white, since these samples are read by somebody else's code."""
+        if format.white is not None:
+            raise InputError("data.white: this dataset reads its images by itself")
 
     @property
     def base_dataset(self) -> BaseDataset:
@@ -562,6 +578,10 @@ class SegmentationDataset(BaseDataset):
         digest.update(repr((self.labels.to_dict(), self.format, source, options, own)).encode())
         return digest.hexdigest()
 
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header, `None` where it has none."""
+        return self.format.size(self.pairs.strings(index)[1])
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
 
@@ -583,8 +603,26 @@ class SegmentationDataset(BaseDataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = self.image(index), self.mask(index)
+        mask = as_seen(mask, image, pair.image, pair.mask)
         check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
+
+
+def as_seen(mask: np.ndarray, image: np.ndarray, image_file: Path, file: Path) -> np.ndarray:
+    """Return a mask that was drawn on the pixels of a photo as they are stored as it is seen.
+
+    That shows in its size, where the photo lies on its side and the mask says nothing of that.
+    """
+    lies = mask.shape != image.shape[:2] and mask.shape == image.shape[1::-1]
+    if lies and (turn := orientation(image_file)) in (5, 6, 7, 8) and orientation(file) == 1:
+        return turned(mask, turn)
+    return mask
+
+
+def without_missing(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return a mask in which pixels are not labelled where their image, masked, has no data."""
+    hidden = missing(image)
+    return mask if hidden is None else np.where(hidden, np.uint8(IGNORE_INDEX), mask)
 
 
 @cache
@@ -600,6 +638,7 @@ def readers_source() -> str:
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Return an image uint8 or uint16 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    mask = without_missing(mask, image)
     return tv_tensors.Image(as_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
 
 
