@@ -173,6 +173,8 @@ class AnnotatedFolder:
         Raises:
             InputError: The image has other annotations in the same split.
         """
+        if not all(0 <= side < 2**31 for side in size):
+            raise InputError(f"its size is said to be {size[0]} x {size[1]}")
         content = json.dumps(shapes, separators=(",", ":")).encode()
         paths = os.path.join(self.home, image), os.path.join(self.home, file)
         sample = Annotated(name_of(name), *paths, content, split, size)

@@ -160,7 +160,7 @@ def test_e06_two_files_of_one_image_are_refused(make, copy):
 def test_a_shape_without_a_label_is_refused(make):
     root = make("labelme")
     edit(root / "photo_0.json", lambda content: content["shapes"][1].update(label=None))
-    with pytest.raises(InputError, match=r"photo_0\.json: shape 2 has no label"):
+    with pytest.raises(InputError, match=r"photo_0\.json: shape 2: its label is None"):
         datasets.labelme(root, "train")
 
 
