@@ -162,6 +162,25 @@ def full_float32() -> Iterator[None]:
 
 
 @contextmanager
+def restored_flags() -> Iterator[None]:
+    """Enter a context at whose end PyTorch computes as before, in the same ways and precisions.
+
+    A Trainer sets that for the whole process.
+    """
+    cudnn: Any = torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    convolutions, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = convolutions, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextmanager
 def named_nondeterminism() -> Iterator[None]:
     """Return the context of training with `trainer.deterministic=true`.
 

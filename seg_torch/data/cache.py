@@ -1,6 +1,7 @@
 """Samples that are decoded once and kept: in memory, for all processes of a machine, or on disk."""
 
 import hashlib
+import inspect
 import logging
 import math
 import os
@@ -14,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning import Trainer
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -25,6 +25,7 @@ from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.folders import locked
 from seg_torch.hardware import total_memory
 from seg_torch.version import __version__
 
@@ -118,13 +119,12 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     if files is None:
         raise InputError("data.cache=disk: this dataset is not read from files; use ram")
     sizes = samples.size, samples.size is not None and samples.resize_labels
-    key = repr((files, sizes, __version__))
+    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
     folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
     if not folder.exists():
         log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "samples.bin"
-    with FileLock(folder / "lock"):
+    with locked(folder, wait=True):
         if not path.exists():
             for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed
                 partial.unlink()

@@ -83,8 +83,9 @@ def inspect_data(
         problems |= {problem.message: problem for problem in of_split}
     originals = {split: data.dataset(split).base_dataset for split in statistics}
     labels = data.labels if statistics else None
+    title = str(Path(data.root).expanduser().absolute()) if data.root else data.dataset_name or ""
     findings: dict[str, Any] = {
-        "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
+        "dataset": title,
         "refused": bool(problems),
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,

@@ -18,7 +18,7 @@ from seg_torch.data.workers import largest_sample, number_of_workers, prepared_a
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
-from seg_torch.labels import Labels
+from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
 
@@ -146,30 +146,38 @@ class SegmentationDataModule(LightningDataModule):
 
     @property
     def test_is_val(self) -> bool:
-        """Whether val stands in for test: both are the same files."""
-        val, test = (self.dataset(split).base_dataset.pairs for split in ("val", "test"))
-        return val is not None and val == test
+        """Whether val stands in for test: both are the same samples."""
+        val, test = (self.dataset(split).base_dataset for split in ("val", "test"))
+        return val.has_same_samples(test)
 
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too.
+        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class; for
+        train and val, masks in which no pixel is labelled.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
-        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
-            background, *objects = dataset.labels.names
+        advice = dataset.white_is_a_class
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
             file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
-                f"no class but the first would be learnt. If white stands for {objects[0]}, say "
-                f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+                f"no class but the first would be learnt. If white stands for "
+                f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
         if split == "train":
             statistics.problems += doubts.too_dark(statistics, dataset)
+        if split != "test" and values == [IGNORE_INDEX] and not statistics.problems:
+            use = "learnt" if split == "train" else "scored"
+            text = (
+                f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
+                f"{dataset.name(0)}, hold nothing but 255, so nothing can be {use}"
+            )
+            statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
     def check_files(self) -> None:

@@ -47,13 +47,14 @@ class Model(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
+    """All that `seg_torch.evaluation.scorer.score` needs but the split, and where it comes from."""
 
     trainer: Trainer
     scorer: Scorer
     data: SegmentationDataModule
     folder: Path
     model: Model
+    processes: Processes
 
 
 def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
@@ -80,7 +81,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
     inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)
-    return Setup(trainer, scorer, data, folder, model)
+    return Setup(trainer, scorer, data, folder, model, processes)
 
 
 def open_model(cfg: DictConfig) -> Model:

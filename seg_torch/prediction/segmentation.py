@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -81,7 +82,7 @@ class Segmentation:
 
     def colour(self) -> Image.Image:
         """Draw the mask in the colours of its classes."""
-        return Image.fromarray(decode_segmap(self.mask, self.labels))
+        return Image.fromarray(decode_segmap(self.mask, self.labels.drawn))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """Draw the colours over the image, with weight `alpha`."""
@@ -142,16 +143,32 @@ class Segmentation:
                 ids in its place on earth) and `dataset` (its mask, and a copy of it).
 
         Raises:
-            InputError: There is no such output, or it was not asked for in predicting.
+            InputError: There is no such output, it was not asked for in predicting, its file would
+                replace that of the image, or no file can have so long a name.
             OSError: A file cannot be written.
         """
         for output in outputs:
             if output not in OUTPUTS:
                 raise InputError(f"there is no output {output!r}: use {', '.join(OUTPUTS)}")
+            self._check_place(output_path(folder, output, str(name)))
+        for output in outputs:
             if output == "dataset":
                 self._copy_image(Path(folder, output, "images"), str(name))
             write = partial(OUTPUTS[output].write, self, str(name))
             write_atomically(output_path(folder, output, str(name)), write)
+
+    def _check_place(self, path: Path) -> None:
+        """Refuse a path of an output that is the image's own, or that no file can have."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # without it no name is looked at
+            same = self.source is not None and path.samefile(self.source)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                message = f"the name of its output is too long: {path.name}; rename the image"
+                raise InputError(f"{self.source or path}: {message}") from None
+            return
+        if same:
+            raise InputError(f"{path} is the image itself: save its outputs in another folder")
 
     def _copy_image(self, folder: Path, name: str) -> None:
         endings = self.format.files or [self.file().suffix]

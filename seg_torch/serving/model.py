@@ -119,7 +119,7 @@ def load(cfg: DictConfig, device: str) -> dict[str, Any]:
     # Around all images, so that the weights are cast to another precision only once.
     ExitStack().enter_context(_model.segmenter.inference.autocast())
     return {
-        **_model.segmenter.labels.to_dict(),
+        **_model.segmenter.labels.drawn.to_dict(),
         "versions": {"seg_torch": __version__, "torch": torch.__version__},
         "formats": list(FORMATS) if _model.segmenter.format.is_rgb else ["TIFF"],
     }
