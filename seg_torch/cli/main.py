@@ -23,13 +23,16 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from seg_torch.cli import paths
 from seg_torch.cli.checks import checked, unknown_setting
 from seg_torch.cli.help import help_page, named_command
 from seg_torch.cli.messages import explain, is_first, is_first_on_machine, print_error
 from seg_torch.cli.overrides import Call, parse
+from seg_torch.configuration import escaped
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.folders import claimed, new_folder
+from seg_torch.training.run import key_of
 from seg_torch.version import __version__
 
 # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold the
@@ -87,6 +90,8 @@ def run_jobs(call: Call) -> list[int]:
         codes.append(code or int(files_failed))
         return result
 
+    # For the folder of a sweep, which Hydra makes before it calls the job.
+    OmegaConf.register_new_resolver("path", lambda path: paths.expanded(str(path)), replace=True)
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]  # which Hydra reads
     try:
@@ -98,10 +103,14 @@ def run_jobs(call: Call) -> list[int]:
             if call.command == "train" and folders and codes.count(0) > 1:
                 compare_jobs(folders[0])
     except ConfigCompositionException as error:
-        unknown = re.search(r"Could not override '([^'@]+)", str(error))
-        if unknown is None:
+        # A list without brackets, device=0,1, is refused before its setting is looked for.
+        key = re.search(
+            r"(?:Could not override|Ambiguous value for argument) '([^'@=]+)", str(error)
+        )
+        message = unknown_setting(call, key[1]) if key else None
+        if message is None:
             raise
-        raise InputError(unknown_setting(call, unknown[1])) from None
+        raise InputError(message) from None
     finally:
         sys.argv = argv
     return codes
@@ -153,11 +162,15 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     plain: Any = OmegaConf.to_container(cfg)
     if "output_dir" in cfg and not cfg.get("resume"):
         if state.mode == RunMode.MULTIRUN:
-            cfg.output_dir = state.runtime.output_dir
+            # Hydra has not escaped it: read like a setting, its ${ would be a reference.
+            runtime: Any = OmegaConf.to_container(state.runtime)
+            cfg.output_dir = escaped(runtime["output_dir"])
         elif "${now:" in plain["output_dir"] and is_first():
-            cfg.output_dir = made = new_folder(cfg.output_dir)  # another run may begin just now
+            made = new_folder(cfg.output_dir)  # another run may begin just now
+            cfg.output_dir = escaped(made)
         overrides = [o for o in overrides if not o.startswith("output_dir=")]
-        overrides.append(f"output_dir='{cfg.output_dir}'")
+        overrides.append("output_dir=")
+    overrides = [_as_typed(call.command, cfg, override) for override in overrides]
     environment = set(os.environ)
     HydraConfig.instance().cfg = None
     flags = [flag for flag in call.flags if flag not in ("-m", "--multirun")]
@@ -176,3 +189,10 @@ def execute(call: Call, cfg: DictConfig) -> Any:
                 distributed.destroy_process_group()
             for name in os.environ.keys() - environment:
                 del os.environ[name]
+
+
+def _as_typed(command: str, cfg: DictConfig, override: str) -> str:
+    """Return an override as the user would give it: Hydra's form of a path is quoted."""
+    key, (name, equals, _) = key_of(override), override.partition("=")
+    value = OmegaConf.select(cfg, key) if equals and key in paths.settings_of(command) else None
+    return override if value is None else f"{name}={paths.as_typed(value)}"

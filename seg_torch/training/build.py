@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
@@ -129,7 +129,7 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
-    model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
+    model = instantiate(model_config, num_classes=len(data.labels))
     if data.format != RGB:
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
@@ -156,9 +156,9 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
     return SegmentationTask(
         network,
         data.labels,
-        loss=instantiate(cfg.loss, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
+        loss=instantiate(cfg.loss),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.get("scheduler") or {}) or None,
         aux_weight=cfg.aux_weight,
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
@@ -209,8 +209,3 @@ def load_best(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
     set_model_state_dict(network, state, options=options)
     return processes.same((score, epoch))
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain data."""
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

@@ -236,7 +236,7 @@ def test_d20_other_processes_get_the_command_line_of_their_job(command, stub, tm
     stub(lambda cfg: seen.append(sys.argv[1:]))
     code, _ = command("train -m --config-dir mine model=own seed=1,2 output_dir=sweep")
     assert code == 0
-    folder = [f"output_dir='{tmp_path}/sweep/{job}'" for job in (0, 1)]
+    folder = [f"output_dir={tmp_path}/sweep/{job}" for job in (0, 1)]
     given = ["--config-dir", "mine", "experiment=shapes", "model=own"]
     assert seen == [[*given, "seed=1", folder[0]], [*given, "seed=2", folder[1]]]
 
@@ -253,7 +253,7 @@ def test_d20_other_processes_are_started_with_the_command_and_the_flags(
     with pytest.raises(SystemExit):
         cli.main()
     given = ["--config-dir", str(CONFIG_FOLDER), "experiment=shapes"]
-    assert seen == [["/bin/seg-torch", "train", *given, "output_dir='run'"]]
+    assert seen == [["/bin/seg-torch", "train", *given, "output_dir=run"]]
     assert sys.argv == line
 
 
