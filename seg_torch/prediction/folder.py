@@ -44,6 +44,10 @@ JOURNAL = ".journal"
 TABLE = "predictions.csv"
 OF_ALL = {"legend": "legend.png", "coco": "coco.json", "dataset": "dataset/classes.txt"}
 
+# What a record holds, and what besides if its image was segmented.
+NOTED = {"run", "name"}
+MEASURED = {"file", "width", "height", "confidence", "areas", "seconds"}
+
 Files = dict[str, Path]  # by name
 Batch = list[str]  # the names of its files
 Record = dict[str, Any]
@@ -338,11 +342,17 @@ class OutputFolder:
 
 
 def read_journals(folder: Path) -> Iterator[Record]:
-    """Yield the records of an output folder, in the order of its journals' names."""
+    """Yield the records of an output folder, in the order of its journals' names.
+
+    What is no record any more, since a run was killed or a disk is damaged, is left out: its image
+    is done again.
+    """
     for journal in sorted((folder / JOURNAL).glob("*.jsonl")):
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # empty, or a half-written one
-                yield json.loads(line)
+        for line in journal.read_bytes().splitlines():
+            with suppress(ValueError, AttributeError):
+                record = json.loads(line)
+                if record.keys() >= NOTED and ("error" in record or record.keys() >= MEASURED):
+                    yield record
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
