@@ -34,6 +34,7 @@ from seg_torch.models.network import Network
 log = logging.getLogger(__name__)
 
 KEY = "seg_torch"
+SCORE = "val/mean_iou"  # by which the best epoch is chosen
 HUB_SCHEME = "hf://"
 # What `Segmenter.save_pretrained` writes.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -263,6 +264,15 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> Network
         message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
         raise InputError(message) from None
     return network
+
+
+def best_score(content: dict[str, Any]) -> float | None:
+    """Return the best validation's mean IoU of a run up to a checkpoint of it, if there was one."""
+    for state in content.get("callbacks", {}).values():
+        of_best = isinstance(state, dict) and state.get("monitor") == SCORE
+        if of_best and state["best_model_score"] is not None:
+            return float(state["best_model_score"])
+    return None
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ def predict(cfg: DictConfig) -> int:
     processes = Processes(cfg.trainer, most=len(files))
     if processes.device.type == "cpu":
         hardware.reuse_memory()
+        hardware.forget_shapes()
     segmenters = load_segmenters(cfg, processes.device)
     model = next(iter(segmenters.values()))
     if is_video(source):

@@ -15,13 +15,12 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints import checkpoint
@@ -32,13 +31,14 @@ from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, by_suffix, is_hidden, write_text
+from seg_torch.folders import claimed
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
 from seg_torch.prediction.segmentation import OUTPUTS, output_path
 
 log = logging.getLogger(__name__)
 
-# The folder below the output folder with the records of what is complete, and the lock.
+# The folder below the output folder with the records of what is complete.
 JOURNAL = ".journal"
 # Files of a run as a whole: the table, and by the name of the output that they belong to.
 TABLE = "predictions.csv"
@@ -177,7 +177,6 @@ class OutputFolder:
         self.source = source if source.is_dir() else source.parent
         self.outputs, self.of_all = outputs, of_all
         self.run, self.processes = run, processes
-        self.lock = FileLock(folder / JOURNAL / "lock")
         # Names that were never used: a process that does not find its own writes to another disk,
         # and what is left of a run whose first process died does not write into one of ours.
         start = processes.same(uuid.uuid4().hex)
@@ -186,27 +185,25 @@ class OutputFolder:
         ]
 
     def __enter__(self) -> OutputFolder:
-        self.processes.first(self._claim)
+        with ExitStack() as claim:  # given up again where this fails
+            self.processes.first(lambda: self._claim(claim))
+            self.claim = claim.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is KeyboardInterrupt and self.outputs:
             log.info("interrupted: the same command goes on with what is left")
-        self.lock.release()
+        self.claim.close()
 
-    def _claim(self) -> None:
-        """Lock the folder and delete what a killed run left half-written."""
+    def _claim(self, claim: ExitStack) -> None:
+        """Claim the folder and delete what a killed run left half-written."""
+        claim.enter_context(claimed(self.folder, "output"))
         self._check_places()
         try:
-            (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
+            (self.folder / JOURNAL).mkdir(exist_ok=True)
             for folder in (JOURNAL, *self.outputs):
                 for leftover in (self.folder / folder).rglob(f"{PARTIAL}{'[0-9a-f]' * 32}*"):
                     leftover.unlink(missing_ok=True)
-        except Timeout:
-            raise InputError(
-                f"output={self.folder}: another run is writing into this folder"
-            ) from None
         except OSError as error:
             raise InputError(f"output={self.folder}: cannot be written: {error.strerror}") from None
 

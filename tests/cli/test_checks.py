@@ -38,7 +38,7 @@ LIGHT = [
     ("train resume=nothing", "resume=nothing: no run there"),
     ("train resume=nothing optimizer.lr=1", "optimizer.lr would change its result"),
     ("train resume=nothing model=unet", "model would change its result"),
-    ("train --epochs 3", "--epochs; settings are given as key=value"),
+    ("train --epochs 3", "--epochs; settings are given as trainer.max_epochs=value"),
     ("evaluate", "checkpoint must be given: a checkpoint, a run's folder"),
     ("evaluate checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
     ("predict input=nothing output=out model.weights=null", "input=nothing: no such file"),

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import output_in_new_process, run_command
-from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
 from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
@@ -24,6 +23,7 @@ from seg_torch.commands.predict import predict
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
+from seg_torch.folders import locked
 from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
@@ -366,13 +366,13 @@ def test_an_error_while_writing_ends_the_run(run, tmp_path):
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The shapes of the images that went through the network together, batch for batch."""
     seen = []
-    original = Segmenter.predict_batch
+    original = Segmenter.segment
 
-    def predict_batch(self, images, *options):
+    def segment(self, images, *options):
         seen.append([image.shape[:2] for image in images])
         return original(self, images, *options)
 
-    monkeypatch.setattr(Segmenter, "predict_batch", predict_batch)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     return seen
 
 
@@ -436,7 +436,7 @@ def test_d30_devices_auto_starts_no_more_processes_than_files(compose, monkeypat
 
 def test_d27_two_runs_do_not_write_into_one_folder(run, tmp_path):
     with (
-        FileLock(tmp_path / "out" / JOURNAL / "lock"),
+        locked(tmp_path / "out"),
         pytest.raises(InputError, match="another run is writing into this folder"),
     ):
         run()
