@@ -30,7 +30,7 @@ from seg_torch.distributed import Processes
 from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, by_suffix, is_hidden, write_text
+from seg_torch.files import PARTIAL, by_suffix, write_text
 from seg_torch.folders import claimed
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
@@ -123,8 +123,7 @@ def tell_left_out(path: Path, files: Files, output: Path, endings: Sequence[str]
         endings: See there.
     """
     taken = {*files.values()}
-    others = [f for f in list_files(path, ("",)) if not any(map(is_hidden, f.split("/")))]
-    others = _without_outputs(path, others, output)
+    others = _without_outputs(path, list_files(path, ("",)), output)
     left = [f for f in others if path / f not in taken and not f.endswith(tuple(endings[1:]))]
     if left:
         log.warning("left out, since these are no images that can be read: %s", by_suffix(left))
