@@ -19,6 +19,8 @@ from seg_torch.training import run
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
+# Settings that are false, true or a number; what they are for looks at it.
+SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -99,6 +101,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     if kind is int and list in (type(value), type(default)):
         kind = float  # lists may mix them
     if kind not in EXPECTED or (key, value) == ("trainer.deterministic", "warn"):
+        return
+    if key in SWITCHES_OR_NUMBERS and type(value) is int:
         return
     kinds = (int, float) if kind is float else (kind,)
     if not all(type(item) in kinds for item in items):

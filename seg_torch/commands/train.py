@@ -32,6 +32,7 @@ def train(cfg: DictConfig) -> float | None:
     processes = Processes(cfg.trainer)
     cfg.output_dir = processes.same(str(cfg.output_dir))  # a time in its name differs between them
     folder = Path(cfg.output_dir)
+    build.check_settings(cfg)
     with StopOnSignal(folder) as stop, run.disk_errors(folder):
         state = checkpoint.read(run.last_checkpoint(cfg.resume)) if cfg.resume else None
         processes.first(lambda: run.claim(folder, cfg.trainer, state))
@@ -44,6 +45,7 @@ def train(cfg: DictConfig) -> float | None:
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)
+        build.log_settings(cfg, trainer)
         if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
             last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
@@ -53,5 +55,5 @@ def train(cfg: DictConfig) -> float | None:
             network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
         )
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
-        score(trainer, scorer, data, folder, "test")
+        score(build.scoring_trainer(cfg, trainer, processes, folder), scorer, data, folder, "test")
     return best

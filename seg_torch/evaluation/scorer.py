@@ -91,6 +91,9 @@ class Scorer(LightningModule):
             per_class = {"average_precision": values["average_precision"], **per_class}
         scores = metrics.report(self.confusion.compute(), self.labels.names, per_class)
         scores |= {**values["calibration"], "precision": self.inference.precision}
+        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+            if scores[name] is not None:  # for the loggers, and what trainer.test returns
+                self.log(f"{self._split()}/{name}", scores[name])
         images = values["images"]
         if "label_quality" in values:
             images["label_quality"] = values["label_quality"]
@@ -98,9 +101,11 @@ class Scorer(LightningModule):
         names = [dataset.name(index, "name") for index in range(len(dataset))]
         self.results = Results(scores, images, names, self.labels)
 
+    def _split(self) -> str:
+        return self.trainer.datamodule.test_split  # type: ignore[attr-defined]
+
     def _dataset(self) -> Any:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.dataset(data.test_split)
+        return self.trainer.datamodule.dataset(self._split())  # type: ignore[attr-defined]
 
 
 def score(

@@ -133,7 +133,7 @@ def key_of(override: str) -> str:
 
 
 def is_complete(state: dict[str, Any] | None, trainer: DictConfig) -> bool:
-    """Return whether a run has all the epochs or steps of `trainer.max_epochs` and `max_steps`.
+    """Return whether a run has all the epochs or steps that it was to have, or was stopped early.
 
     Args:
         state: The content of the checkpoint that it goes on from, if any.
@@ -142,7 +142,9 @@ def is_complete(state: dict[str, Any] | None, trainer: DictConfig) -> bool:
     if state is None:
         return False
     epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return epochs >= trainer.max_epochs >= 0 or state["global_step"] >= trainer.max_steps > 0
+    stopped = any(callback.get("stopping_reason") for callback in state["callbacks"].values())
+    enough = epochs >= trainer.max_epochs >= 0 or state["global_step"] >= trainer.max_steps > 0
+    return stopped or enough
 
 
 def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> None:
