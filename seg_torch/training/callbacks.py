@@ -211,3 +211,4 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(
             {**state_dict, **moved, "dirpath": self.dirpath, "best_k_models": best}
         )
+        self.current_score = state_dict["current_score"]  # which Lightning does not take over

@@ -1,9 +1,12 @@
 """From settings to the parts of a run: what is refused before the data is read."""
 
+from typing import Any
+
 import pytest
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
 
 from seg_torch.commands.train import train
+from seg_torch.data import SegmentationDataModule
 from seg_torch.errors import InputError
 from seg_torch.training.build import check_settings
 
@@ -24,12 +27,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("settings", WRONG)
-def test_e41_what_pytorch_refuses_is_told_before_the_data_is_read(small, tmp_path, settings):
-    no_data = ("data=folder", f"data.root={tmp_path / 'nothing'}", "data.augment.crop=[32,32]")
-    cfg = small("train", *settings.split())
-    cfg.data.root = no_data[1].partition("=")[2]
+def test_e41_what_pytorch_refuses_is_told_before_the_data_is_read(
+    small, tmp_path, monkeypatch, settings
+):
+    def read(*_: Any) -> None:
+        raise AssertionError("the data is read")
+
+    monkeypatch.setattr(SegmentationDataModule, "dataset", read)
     with pytest.raises(InputError, match=WRONG[settings]):
-        train(cfg)
+        train(small("train", *settings.split()))
     assert not (tmp_path / "run").exists()
 
 

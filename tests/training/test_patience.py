@@ -6,16 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from omegaconf import OmegaConf
-from test_training import Kill, assert_same_run, history, resume
+from test_training import assert_same_run, history, resume
 
 from seg_torch.commands.train import train
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.training.patience import StopWithoutImprovement
 
-# Nothing is learnt, so no epoch is better than the first.
-STILL = ("optimizer.lr=0", "patience=2", "trainer.max_epochs=6", "logger=none")
+# With these the second epoch is better than the first, and the next two are worse.
+NOISY = ("optimizer.lr=1e-2", "scheduler=none", "patience=2", "trainer.max_epochs=8")
+
+
+class Kill(Callback):
+    """Ends the run in its fourth epoch, after one validation that was no better."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 3:
+            raise RuntimeError("killed")
 
 
 def stopped_after(callback: StopWithoutImprovement, values: list[float]) -> int:
@@ -48,11 +57,11 @@ def test_it_counts_validations_in_a_row_without_a_better_score():
 
 def test_a_run_stops_early_says_so_and_is_complete(small, tmp_path, caplog):
     caplog.set_level("INFO", "seg_torch")
-    train(small("train", *STILL))
+    train(small("train", *NOISY))
     run = tmp_path / "run"
     scores = [float(row["val_mean_iou"]) for row in history(run)]
-    assert len(scores) == 3
-    text = f"val mean_iou has not been better than {scores[0]:.4f} in the last 2 validations"
+    assert 3 <= len(scores) == scores.index(max(scores)) + 1 + 2 < 8
+    text = f"val mean_iou has not been better than {max(scores):.4f} in the last 2 validations"
     assert [text in message for message in caplog.messages].count(True) == 1
     assert (run / "test_metrics.json").exists()
     with pytest.raises(InputError, match="complete"):
@@ -61,12 +70,13 @@ def test_a_run_stops_early_says_so_and_is_complete(small, tmp_path, caplog):
 
 @pytest.mark.promise(22)
 def test_a_run_that_is_killed_stops_where_an_undisturbed_one_does(small, tmp_path, monkeypatch):
-    """Before the epoch that is one too many, and in its test."""
-    train(small("train", f"output_dir={tmp_path / 'whole'}", *STILL))
+    """In the last epoch, and in its test."""
+    train(small("train", f"output_dir={tmp_path / 'whole'}", *NOISY))
     folder = tmp_path / "killed"
     kill = f"+callbacks.kill._target_={Kill.__module__}.{Kill.__name__}"
     with pytest.raises(RuntimeError, match="killed"):
-        train(small("train", f"output_dir={folder}", *STILL, kill))
+        train(small("train", f"output_dir={folder}", *NOISY, kill))
+    assert len(history(folder)) == 3
     config = OmegaConf.load(folder / "config.yaml")
     config.callbacks = {}
     OmegaConf.save(config, folder / "config.yaml")
@@ -78,7 +88,7 @@ def test_a_run_that_is_killed_stops_where_an_undisturbed_one_does(small, tmp_pat
         patch.setattr(Scorer, "test_step", killed)
         with pytest.raises(RuntimeError, match="killed in the test"):
             resume(folder)
-    assert len(history(folder)) == 3
+    assert len(history(folder)) == 4
     resume(folder)
     assert_same_run(folder, tmp_path / "whole")
 
