@@ -49,7 +49,8 @@ def check_settings(cfg: DictConfig) -> None:
     """Refuse what the optimizer and the schedule refuse, before the data is read.
 
     Raises:
-        InputError: Settings of them are missing, unknown or impossible, or nothing is to be trained.
+        InputError: Settings of them are missing, unknown or impossible, or nothing is to be
+            trained.
     """
     if cfg.trainer.get("limit_train_batches") == 0:
         raise InputError("trainer.limit_train_batches=0: nothing would be trained; use 1 or more")

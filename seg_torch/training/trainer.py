@@ -23,7 +23,6 @@ from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
 from seg_torch.models.network import COMPILE_MODES
 
-
 PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 

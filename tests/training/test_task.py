@@ -1,6 +1,7 @@
 """The task by itself: from Python, with a model of the user's, an encoder frozen for a while."""
 
 import copy
+import itertools
 import logging
 from functools import partial
 from typing import Any
@@ -206,15 +207,15 @@ def test_e42_an_encoder_is_frozen_for_so_many_epochs_with_every_schedule(tmp_pat
 def test_e42_true_is_for_ever_and_1_is_an_epoch(tmp_path, freeze_encoder, epochs):
     states = [Network(Encoded(freeze_encoder)).state_dict()]
     states += fit_encoder(tmp_path, freeze_encoder, poly).states
-    found = [any(moved(*pair, "encoder")) for pair in zip(states, states[1:], strict=False)]
+    found = [any(moved(*pair, "encoder")) for pair in itertools.pairwise(states)]
     assert found == [False] * epochs + [True] * (3 - epochs)
 
 
 @pytest.mark.promise(22)
-@pytest.mark.parametrize("stop_at", [(0, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("stop_at", [(0, 2), (1, 2), (2, 2)])
 def test_e42_a_run_that_is_stopped_while_it_is_frozen_or_after_goes_on_rightly(tmp_path, stop_at):
-    """With accumulated gradients, clipping, and BatchNorm's statistics in the middle of an epoch."""
-    options = {"gradient_clip_val": 0.5}
+    """In the middle of an epoch, with accumulated and clipped gradients."""
+    options = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
     whole = fit_encoder(tmp_path, 1, one_cycle, **options)
     stopped = counted_trainer(tmp_path, States(stop_at), max_epochs=3, **options)
     with pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -94,7 +94,9 @@ class Batches(Callback):
         self.batches: list[tuple[Tensor, Tensor]] = []
         self.weights: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, task: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         self.batches.append(batch)
         self.weights.append(task.network.model.weight.detach().clone())
 
