@@ -187,9 +187,9 @@ class SegmentationTask(LightningModule):
 
     def on_validation_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
-        with torch.inference_mode(False):  # what is made in it could not be changed by a later fit
-            self.confusion.reset()
-            self.validation_loss.reset()
+        # Anew: those of Trainer.validate, in its inference mode, can only be changed in that.
+        self.confusion.reset()
+        self.validation_loss.reset()
         if self.trainer.world_size > 1:
             # Where BatchNorm is not synchronised, each process has running statistics of its own.
             # A checkpoint holds those of the first, and they are what is scored.

@@ -55,23 +55,20 @@ def test_it_counts_validations_in_a_row_without_a_better_score():
     assert stopped_after(StopWithoutImprovement(2, "val/loss", "min"), losses) == 6
 
 
-def test_a_run_stops_early_says_so_and_is_complete(small, tmp_path, caplog):
+@pytest.mark.promise(22)
+def test_a_run_stops_early_and_says_so_also_one_that_was_killed(
+    small, tmp_path, monkeypatch, caplog
+):
+    """Killed in its last epoch and in its test, it ends as the undisturbed one."""
     caplog.set_level("INFO", "seg_torch")
-    train(small("train", *NOISY))
-    run = tmp_path / "run"
-    scores = [float(row["val_mean_iou"]) for row in history(run)]
+    whole = tmp_path / "whole"
+    train(small("train", f"output_dir={whole}", *NOISY))
+    scores = [float(row["val_mean_iou"]) for row in history(whole)]
     assert 3 <= len(scores) == scores.index(max(scores)) + 1 + 2 < 8
     text = f"val mean_iou has not been better than {max(scores):.4f} in the last 2 validations"
     assert [text in message for message in caplog.messages].count(True) == 1
-    assert (run / "test_metrics.json").exists()
     with pytest.raises(InputError, match="complete"):
-        resume(run)
-
-
-@pytest.mark.promise(22)
-def test_a_run_that_is_killed_stops_where_an_undisturbed_one_does(small, tmp_path, monkeypatch):
-    """In the last epoch, and in its test."""
-    train(small("train", f"output_dir={tmp_path / 'whole'}", *NOISY))
+        resume(whole)
     folder = tmp_path / "killed"
     kill = f"+callbacks.kill._target_={Kill.__module__}.{Kill.__name__}"
     with pytest.raises(RuntimeError, match="killed"):
@@ -90,7 +87,7 @@ def test_a_run_that_is_killed_stops_where_an_undisturbed_one_does(small, tmp_pat
             resume(folder)
     assert len(history(folder)) == 4
     resume(folder)
-    assert_same_run(folder, tmp_path / "whole")
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("patience", ["0", "-1", "1.5"])
