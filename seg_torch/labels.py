@@ -90,9 +90,19 @@ class Labels:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def drawn(self) -> Labels:
+        """The same classes in the colours of figures.
+
+        Shades of grey are how files encode classes, such as 0 and 255. Over a photo they are
+        hardly seen, so the PASCAL VOC colour map takes their place.
+        """
+        grey = (self.palette == self.palette[:, :1]).all()
+        return Labels(self.names) if grey else self
+
     def colour(self, class_id: int) -> str:
-        """Return the colour of a class as HTML has it, `#rrggbb`."""
-        return f"#{bytes(self.palette[class_id]).hex()}"
+        """Return the colour of a class in figures as HTML has it, `#rrggbb`."""
+        return f"#{bytes(self.drawn.palette[class_id]).hex()}"
 
     def to_dict(self) -> dict:
         """Return names and palette as plain data, for checkpoints and JSON."""

@@ -21,6 +21,11 @@ FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 # Settings that are false, true or a number; what they are for looks at it.
 SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
+# What models need besides what is always installed: the extra, and the package.
+MODEL_PACKAGES = {
+    "seg_torch.models.smp": ("smp", "segmentation_models_pytorch"),
+    "seg_torch.models.transformers": ("transformers", "transformers"),
+}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -53,6 +58,10 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
     require(call.command, call.command, *COMMANDS[call.command].packages)
     for logger in {"wandb", "mlflow"} & cfg.get("logger", {}).keys():
         require(f"logger={logger}", logger, logger)
+    target = str(OmegaConf.select(cfg, "model._target_"))
+    if target in MODEL_PACKAGES and not cfg.get("checkpoint"):
+        extra, package = MODEL_PACKAGES[target]
+        require(f"the model of {target}", extra, package)
     return cfg
 
 

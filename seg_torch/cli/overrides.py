@@ -99,6 +99,9 @@ def complete_overrides(
             "train takes no checkpoint=. resume=RUN_FOLDER goes on with that run, in its folder "
             "and with its settings; init_from=CHECKPOINT starts a new run with its weights"
         )
+    steps = given.get("trainer.max_steps", "-1")
+    if not steps.startswith("-") and "trainer.max_epochs" not in given:
+        complete.append("trainer.max_epochs=-1")  # whose default would end the run before
     if given.get("resume", "null") != "null":
         run.check_resumable(given["resume"], complete)
         return [o if o.startswith(("+", "hydra.")) else f"++{o}" for o in complete]

@@ -30,6 +30,6 @@ COMMANDS = {
     "compare": Command(positional="runs", takes_several=True),
     "predict": Command(),
     "export": Command(),
-    "app": Command(packages=("fastapi", "uvicorn")),
-    "serve": Command(packages=("fastapi", "uvicorn")),
+    "app": Command(packages=("fastapi", "uvicorn", "python_multipart")),
+    "serve": Command(packages=("fastapi", "uvicorn", "python_multipart")),
 }

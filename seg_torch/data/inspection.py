@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from seg_torch.data import doubts
 from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS, BaseDataset, checked_sample
@@ -76,13 +77,15 @@ def inspect_data(
                 continue
             statistics[split] = data.checked(split)
             of_split = statistics[split].problems
+            notes += doubts.describe(split, statistics[split], data.dataset(split).base_dataset)
         except InputError as error:
             of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in of_split}
     originals = {split: data.dataset(split).base_dataset for split in statistics}
     labels = data.labels if statistics else None
+    title = str(Path(data.root).expanduser().absolute()) if data.root else data.dataset_name or ""
     findings: dict[str, Any] = {
-        "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
+        "dataset": title,
         "refused": bool(problems),
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,

@@ -1,6 +1,7 @@
 """Datasets to batches."""
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,14 +11,22 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data import sampling
+from seg_torch.data import doubts, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
-from seg_torch.data.workers import TimedLoader, number_of_workers, start_worker
+from seg_torch.data.workers import (
+    TimedLoader,
+    largest_sample,
+    number_of_workers,
+    prepared_ahead,
+    start_worker,
+)
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
-from seg_torch.images.format import RGB, ImageFormat
-from seg_torch.labels import Labels
+from seg_torch.images.format import RGB, ImageFormat, any_image
+from seg_torch.labels import IGNORE_INDEX, Labels
+
+log = logging.getLogger(__name__)
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -48,6 +57,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: Of each of their values.
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
+        white: Value of white in images of more than 8 bits, see there; of RGB, too.
 
     Attributes:
         test_split: The split that `test_dataloader` loads, `test` until it is set.
@@ -75,6 +85,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: int = 8,
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
+        white: float | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
@@ -94,9 +105,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
-        self.format = RGB
+        self.format = any_image(white)
         if channels is not None:
-            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
+            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
         self.start = 0, 0
@@ -112,14 +123,16 @@ class SegmentationDataModule(LightningDataModule):
             kwargs: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
             if self.download:
                 kwargs["download"] = True
-            if self.format != RGB:
-                if "format" not in inspect.signature(self.make_dataset).parameters:
-                    raise InputError("data.channels: this dataset is RGB; use data=folder")
+            takes_format = "format" in inspect.signature(self.make_dataset).parameters
+            if self.format != RGB and takes_format:
                 kwargs["format"] = self.format
+            elif not self.format.is_rgb:
+                raise InputError("data.channels: this dataset is RGB; use data=folder")
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
             self._datasets[split] = base.as_dataset(samples)
+            self._datasets[split].base_dataset.read_as(self.format)
         return self._datasets[split]
 
     @cached_property
@@ -139,28 +152,38 @@ class SegmentationDataModule(LightningDataModule):
 
     @property
     def test_is_val(self) -> bool:
-        """Whether val stands in for test: both are the same files."""
-        val, test = (self.dataset(split).base_dataset.pairs for split in ("val", "test"))
-        return val is not None and val == test
+        """Whether val stands in for test: both are the same samples."""
+        val, test = (self.dataset(split).base_dataset for split in ("val", "test"))
+        return val.has_same_samples(test)
 
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too.
+        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class; for
+        train and val, masks in which no pixel is labelled.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
-        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
-            background, *objects = dataset.labels.names
+        advice = dataset.white_is_a_class
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
             file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
-                f"no class but the first would be learnt. If white stands for {objects[0]}, say "
-                f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+                f"no class but the first would be learnt. If white stands for "
+                f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
+        if split == "train":
+            statistics.problems += doubts.too_dark(statistics, dataset)
+        if split != "test" and values == [IGNORE_INDEX] and not statistics.problems:
+            use = "learnt" if split == "train" else "scored"
+            text = (
+                f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
+                f"{dataset.name(0)}, hold nothing but 255, so nothing can be {use}"
+            )
+            statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
     def check_files(self) -> None:
@@ -173,7 +196,10 @@ class SegmentationDataModule(LightningDataModule):
         for split in base.SPLITS:
             dataset = self.dataset(split).base_dataset  # which fetches it, if it can
             if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
-                problems += [problem.message for problem in self.checked(split).problems]
+                statistics = self.checked(split)
+                problems += [problem.message for problem in statistics.problems]
+                for note in doubts.describe(split, statistics, dataset):
+                    log.warning("%s", note)
         base.raise_problems(problems, "problems in the files of the dataset")
 
     def _training_statistics(self) -> DatasetStatistics:
@@ -237,7 +263,7 @@ class SegmentationDataModule(LightningDataModule):
         rank, world = self._rank_and_world()
         sampler = self._epoch_sampler(len(samples), rank, world, *self.start)
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        return self._loader(augmented, sampler, sampling.stack)
+        return self._loader(augmented, sampler, sampling.stack, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -285,7 +311,8 @@ class SegmentationDataModule(LightningDataModule):
         samples = self._samples(split, resize_labels=False)
         rank, world = self._rank_and_world()
         batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
-        return self._loader(sampling.NumberedSamples(samples), batches, sampling.group_by_size)
+        numbered = sampling.NumberedSamples(samples)
+        return self._loader(numbered, batches, sampling.group_by_size, self.eval_batch_size)
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
@@ -298,17 +325,21 @@ class SegmentationDataModule(LightningDataModule):
             keep = alone and fits_memory(samples)
         return in_memory(samples, self.trainer) if keep else samples
 
-    def _loader(self, dataset: Any, batches: Any, collate: Callable) -> DataLoader:
-        workers = self.num_workers
+    def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
+        workers, ahead = self.num_workers, None
+        processes = 1 if self.trainer is None else self.trainer.num_devices
         if workers is None:
             cached = isinstance(dataset.samples, CachedSamples)
-            processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = number_of_workers(cached, self._device, processes)
+        if workers > 0:
+            size = processes * batch_size * largest_sample(dataset, batch_size)
+            workers, ahead = prepared_ahead(workers, size, fixed=self.num_workers is not None)
         return TimedLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
+            prefetch_factor=ahead,
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -24,9 +24,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError, check_choice
+from seg_torch.files import is_hidden
 from seg_torch.hardware import available_cpus
+from seg_torch.images.convert import turned, upright
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
-from seg_torch.images.read import opened, plain_png
+from seg_torch.images.missing import missing
+from seg_torch.images.read import opened, orientation, plain_png
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
 
 log = logging.getLogger(__name__)
@@ -89,11 +92,15 @@ class Pairs(Sequence[Pair]):
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
-    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood.
+    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood. The
+    last part of the path with such a word decides; one with words of two splits says nothing.
     """
     words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
-    splits = re.findall(words, path.lower())
-    return splits[-1] if splits else ""
+    for part in reversed(path.lower().split("/")):
+        splits = {*re.findall(words, part)}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
+    return ""
 
 
 def val_for_test(split: str, dataset: object, has_test: bool = False) -> str:
@@ -251,6 +258,8 @@ def published_labels(dataset: str) -> Labels:
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Return the files below a folder whose names end in one of the suffixes.
 
+    What `files.is_hidden` says is none of the user's data is left out.
+
     Args:
         folder: Searched with its subfolders, but not with those that are symbolic links.
         suffixes: In lower case; a suffix matches upper case as well.
@@ -263,6 +272,8 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     for below in folders:  # which grows
         with suppress(OSError), os.scandir(folder / below) as entries:
             for entry in entries:
+                if is_hidden(entry.name):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{below}{entry.name}/")
                 elif entry.name.lower().endswith(suffixes) and not entry.is_dir():
@@ -327,7 +338,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
         if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path, content)
-        ids = np.array(image) if decoded is None else decoded
+        ids = np.array(upright(image)) if decoded is None else decoded
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
@@ -353,7 +364,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
         InputError: The file is missing, no image, or holds a colour that no class has.
     """
     with opened(path, "a mask") as image:
-        rgb = np.array(image.convert("RGB"))
+        rgb = np.array(upright(image).convert("RGB"))
     with parsing(path):
         return encode_segmap(rgb, palette)
 
@@ -409,8 +420,11 @@ class BaseDataset(Dataset):
         labels: The classes.
         format: How files become images.
         pairs: The files of each sample, `None` where samples are not read from files.
+        white_is_a_class: What to do where 255 in the masks stands for a class: `{0}` is the name of
+            the first class, `{1}` that of the second. "": it cannot be one.
     """
 
+    white_is_a_class = "write 1 in place of 255"
     labels: Labels
     format: ImageFormat = RGB
     pairs: Pairs | None = None
@@ -429,8 +443,21 @@ class BaseDataset(Dataset):
             return f"{type(self).__name__}[{index}]"
         return str(getattr(self.pairs[index], kind))
 
+    def has_same_samples(self, other: BaseDataset) -> bool:
+        """Return whether these are the samples of another one, as of val that stands for test."""
+        return self.pairs is not None and self.pairs == other.pairs
+
     def fingerprint(self) -> str | None:
         """Return what changes with the files and with how they are read; `None`: nothing does."""
+        return None
+
+    def read_as(self, format: ImageFormat) -> None:
+        """Take over the white of a format, where images of all kinds are read as RGB."""
+        if format.is_rgb and self.format.is_rgb:
+            self.format = format
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header; `None` where that takes reading it."""
         return None
 
     def image(self, index: int) -> np.ndarray:
@@ -460,6 +487,11 @@ class OwnDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
+
+    def read_as(self, format: ImageFormat) -> None:
+        """Refuse a white, since these samples are read by somebody else's code."""
+        if format.white is not None:
+            raise InputError("data.white: this dataset reads its images by itself")
 
     @property
     def base_dataset(self) -> BaseDataset:
@@ -498,6 +530,7 @@ class SegmentationDataset(BaseDataset):
     """
 
     pairs: Pairs
+    white_is_a_class = "say so in classes.txt:\n{0} 0 0 0\n{1} 255 255 255"
 
     def __init__(
         self,
@@ -525,8 +558,9 @@ class SegmentationDataset(BaseDataset):
         """Return what changes with the files and with how they are read.
 
         Returns:
-            SHA-256 of the names, sizes and times of all files, the classes, and the function that
-            reads masks; `None` where a file is missing, or the function cannot be looked at.
+            SHA-256 of the names, sizes and times of all files, the classes, the function that
+            reads masks, and the package's own readers: what an older version of these found does
+            not count. `None` where a file is missing, or the function cannot be looked at.
         """
         try:
             digest, here = hashlib.sha256(), os.getcwd()
@@ -536,10 +570,15 @@ class SegmentationDataset(BaseDataset):
             reader: Any = self.read_mask
             source = inspect.getsource(getattr(reader, "func", reader))
             options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+            own = readers_source()
         except Exception:  # of any function that somebody wrote
             return None
-        digest.update(repr((self.labels.to_dict(), self.format, source, options)).encode())
+        digest.update(repr((self.labels.to_dict(), self.format, source, options, own)).encode())
         return digest.hexdigest()
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header, `None` where it has none."""
+        return self.format.size(self.pairs.strings(index)[1])
 
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
@@ -562,12 +601,41 @@ class SegmentationDataset(BaseDataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = self.image(index), self.mask(index)
+        mask = as_seen(mask, image, pair.image, pair.mask)
         check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
 
 
+def as_seen(mask: np.ndarray, image: np.ndarray, image_file: Path, file: Path) -> np.ndarray:
+    """Return a mask that was drawn on the pixels of a photo as they are stored as it is seen.
+
+    That shows in its size, where the photo lies on its side and the mask says nothing of that.
+    """
+    lies = mask.shape != image.shape[:2] and mask.shape == image.shape[1::-1]
+    if lies and (turn := orientation(image_file)) in (5, 6, 7, 8) and orientation(file) == 1:
+        return turned(mask, turn)
+    return mask
+
+
+def without_missing(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return a mask in which pixels are not labelled where their image, masked, has no data."""
+    hidden = missing(image)
+    return mask if hidden is None else np.where(hidden, np.uint8(IGNORE_INDEX), mask)
+
+
+@cache
+def readers_source() -> str:
+    """Return a digest of the code of this package that reads images, masks and annotations."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("datasets", "images"):
+        for path in [package / "labels.py", *sorted((package / folder).rglob("*.py"))]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Return an image uint8 or uint16 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    mask = without_missing(mask, image)
     return tv_tensors.Image(as_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
 
 

@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 
 from seg_torch import hardware, metrics
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.sampling import EvaluationGroup
+from seg_torch.errors import InputError
 from seg_torch.evaluation.results import Results
 from seg_torch.labels import Labels
 from seg_torch.prediction.inference import Inference, decide
@@ -91,21 +93,38 @@ class Scorer(LightningModule):
             per_class = {"average_precision": values["average_precision"], **per_class}
         scores = metrics.report(self.confusion.compute(), self.labels.names, per_class)
         scores |= {**values["calibration"], "precision": self.inference.precision}
-        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
-            if scores[name] is not None:  # for the loggers, and what trainer.test returns
-                self.log(f"{self._split()}/{name}", scores[name])
+        self._log(scores)
         images = values["images"]
         if "label_quality" in values:
             images["label_quality"] = values["label_quality"]
+        # With limit_test_batches not all are scored.
+        indices = np.flatnonzero(images.pop("scored")).tolist()
+        images = {name: array[indices] for name, array in images.items()}
         dataset = self._dataset()
-        names = [dataset.name(index, "name") for index in range(len(dataset))]
-        self.results = Results(scores, images, names, self.labels)
+        scores |= {"split": self._split(), "images": len(indices), "images_of_split": len(dataset)}
+        names = [dataset.name(index, "name") for index in indices]
+        self.results = Results(scores, images, names, indices, self.labels)
+
+    def _log(self, scores: dict[str, Any]) -> None:
+        """Give the scores of all classes together to loggers, and to what trainer.test returns."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Loggers have a curve val/mean_iou, to which that of the best epoch does not belong.
+        group = data.test_split if self._split() == data.test_split else "best_val"
+        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+            if scores[name] is not None:
+                self.log(f"{group}/{name}", scores[name])
 
     def _split(self) -> str:
-        return self.trainer.datamodule.test_split  # type: ignore[attr-defined]
+        """Return what is scored: val, where it stands in for a test split that the data lack."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        with suppress(InputError):  # other data may have no val
+            if data.test_split == "test" and data.test_is_val:
+                return "val"
+        return data.test_split
 
     def _dataset(self) -> Any:
-        return self.trainer.datamodule.dataset(self._split())  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.dataset(data.test_split)
 
 
 def score(
@@ -122,6 +141,9 @@ def score(
 
     Returns:
         The results, in all processes the same.
+
+    Raises:
+        InputError: `trainer.limit_test_batches` is 0.
     """
     data.test_split = split
     # In float32 without TensorFloat-32, which is 10 bits.
@@ -129,7 +151,8 @@ def score(
     with hardware.full_float32() if exact else nullcontext():
         trainer.test(scorer, datamodule=data, verbose=False)
     results = scorer.results
-    assert results is not None
+    if results is None:
+        raise InputError("trainer.limit_test_batches=0: nothing was scored; use 1 or more, or null")
     if trainer.is_global_zero:
         results.print(split)
         results.write(folder, split)

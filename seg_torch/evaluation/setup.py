@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
@@ -46,13 +47,14 @@ class Model(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
+    """All that `seg_torch.evaluation.scorer.score` needs but the split, and where it comes from."""
 
     trainer: Trainer
     scorer: Scorer
     data: SegmentationDataModule
     folder: Path
     model: Model
+    processes: Processes
 
 
 def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
@@ -75,10 +77,11 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
     trainer = build_trainer(cfg, processes, folder)
+    hardware.forget_shapes()
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
     inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)
-    return Setup(trainer, scorer, data, folder, model)
+    return Setup(trainer, scorer, data, folder, model, processes)
 
 
 def open_model(cfg: DictConfig) -> Model:

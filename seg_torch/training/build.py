@@ -1,5 +1,6 @@
 """From a configuration to the parts of a training: network, task, callbacks."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     LearningRateMonitor,
+    Timer,
 )
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm
@@ -21,11 +23,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.data import SegmentationDataModule
+from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
 from seg_torch.models.network import Network, check_channels, freeze_unused_parameters
 from seg_torch.models.weights import adapt_first_conv, load_matching_weights
+from seg_torch.training import run
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
 from seg_torch.training.divergence import StopOnDivergence
@@ -46,12 +50,20 @@ REPLACED = {
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Refuse what the optimizer and the schedule refuse, before the data is read.
+    """Refuse settings of a run that would be found wrong only after its data are read.
 
     Raises:
-        InputError: Settings of them are missing, unknown or impossible, or nothing is to be
-            trained.
+        InputError: One of them.
     """
+    for key in ("seed", "data.seed"):
+        seed = OmegaConf.select(cfg, key)
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise InputError(f"{key}={seed}: expected a whole number from 0 to {(1 << 32) - 1}")
+    if cfg.optimizer.get("differentiable"):
+        raise InputError(
+            "optimizer.differentiable=true is for gradients of the optimizer's own steps, which "
+            "are not taken here; leave it out"
+        )
     if cfg.trainer.get("limit_train_batches") == 0:
         raise InputError("trainer.limit_train_batches=0: nothing would be trained; use 1 or more")
     make_optimizer, make_scheduler = _optimizer_and_scheduler(cfg)
@@ -66,6 +78,38 @@ def _optimizer_and_scheduler(cfg: DictConfig) -> tuple[Any, Any]:
     """Return the optimizer and, if there is one, the schedule, as partials."""
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     return optimizer, instantiate(cfg.get("scheduler"), _convert_="all") or None
+
+
+def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Processes) -> None:
+    """Refuse `trainer.val_check_interval` of more batches than an epoch has.
+
+    Raises:
+        InputError: It has fewer.
+    """
+    trainer, interval = cfg.trainer, cfg.trainer.get("val_check_interval")
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    images = len(data.dataset("train"))
+    batches = len(EpochSampler(images, data.batch_size, data.seed, world=processes.count))
+    limit = trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if interval > batches and trainer.get("limit_val_batches") != 0:
+        raise InputError(
+            f"trainer.val_check_interval={interval}: an epoch has only {batches} batches; "
+            "trainer.check_val_every_n_epoch=N validates after every N epochs instead"
+        )
+
+
+def log_time_limit(trainer: Trainer, folder: Path) -> None:
+    """Say that `trainer.max_time` has ended the training, which nobody else does."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    if any((timer.time_remaining() or 1) < 0 for timer in timers):
+        log.info(
+            "trainer.max_time has ended the training in epoch %d; with a longer one it goes on, by "
+            "resume=%s trainer.max_time=DD:HH:MM:SS",
+            *(trainer.current_epoch, folder),
+        )
 
 
 def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list[Callback]:
@@ -86,7 +130,7 @@ def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list
         *([] if cfg.get("ema") is None else [_weight_average(cfg, processes)]),
         *(_callback(name, node) for name, node in cfg.callbacks.items()),
         # Lightning calls these after all others. The last one has to contain what the best one is.
-        Checkpoints(folder, "best", monitor="val/mean_iou"),
+        Checkpoints(folder, "best", monitor=checkpoint.SCORE),
         Checkpoints(folder, "last"),
     ]
 
@@ -177,7 +221,7 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
 def log_settings(cfg: DictConfig, trainer: Trainer) -> None:
     """Give the settings of a run to its loggers, which compare runs by them."""
     for logger in trainer.loggers:
-        logger.log_hyperparams(plain(OmegaConf.merge(cfg, {"resume": None})))
+        logger.log_hyperparams({**plain(cfg), "resume": None})
 
 
 def scoring_trainer(
@@ -195,26 +239,46 @@ def scoring_trainer(
     return scoring
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what a run that goes on has to know of its last checkpoint before it is loaded.
+
+    The file is closed again: Windows could not replace it by the next one.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    content = checkpoint.read(run.last_checkpoint(folder))
+    return copy.deepcopy(
+        {key: content[key] for key in (checkpoint.KEY, "loops", "global_step", "callbacks")}
+    )
+
+
 def load_best(
-    network: Network, trainer: Trainer, folder: Path, processes: Processes
-) -> float | None:
-    """Load the weights of the run's best epoch in all processes, if there is one.
+    network: Network, folder: Path, processes: Processes
+) -> tuple[float | None, int | None]:
+    """Load the weights of the run's best epoch in all processes; without validation, of its last.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
     tensor, of which FSDP takes each process's share. The network is in float32 afterwards.
 
     Returns:
-        The score of that epoch's validation; `None` if there was no validation.
+        The score of the best epoch's validation, and the number of the epoch, counted from 1;
+        `None` if there was no validation.
     """
     network.float()  # the weights of a training in bf16-true are others
-    if processes.same((folder / "checkpoints" / "best.ckpt").exists()):
-        reads = processes.is_first or not processes.connected
-        state: Any = checkpoint.network_state(checkpoint.read(folder)) if reads else {}
-        network.to(processes.device)  # where the processes can exchange tensors
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
-        set_model_state_dict(network, state, options=options)
-    best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
-    return None if best.best_model_score is None else best.best_model_score.item()
+    files = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    file = processes.same(next((file for file in files if file.exists()), None))
+    if file is None:
+        return None, None  # nothing was to be trained
+    reads = processes.is_first or not processes.connected
+    content = checkpoint.read(file) if reads else {}
+    score = checkpoint.best_score(content) if file.stem == "best" else None
+    epoch = content["epoch"] + 1 if score is not None else None
+    state: Any = checkpoint.network_state(content) if reads else {}
+    network.to(processes.device)  # where the processes can exchange tensors
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
+    set_model_state_dict(network, state, options=options)
+    return processes.same((score, epoch))
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

@@ -94,8 +94,6 @@ def build_optimizer(
         InputError: It refuses its settings.
     """
     try:
-        if options.get("differentiable"):
-            raise ValueError("its steps cannot be differentiated here; leave differentiable out")
         return function(groups, **options)
     except Exception as error:  # of any type: PyTorch looks at few of them itself
         given = " ".join(f"{name}={value}" for name, value in options.items())

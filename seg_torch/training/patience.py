@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping
 
+from seg_torch.checkpoints.checkpoint import SCORE
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class StopWithoutImprovement(EarlyStopping):
         InputError: `patience` is not 1 or more.
     """
 
-    def __init__(self, patience: int, monitor: str = "val/mean_iou", mode: str = "max") -> None:
+    def __init__(self, patience: int, monitor: str = SCORE, mode: str = "max") -> None:
         if not isinstance(patience, int) or patience < 1:
             raise InputError(
                 f"patience={patience}: expected a number of validations, 1 or more, or null"

@@ -118,6 +118,27 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
         assert f"pip install 'segwright[{package}]'" in message
 
 
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        ("train model=smp", "segmentation_models_pytorch", "smp"),
+        ("train model=segformer", "transformers", "transformers"),
+        ("predict input=. output=out model=mask2former", "transformers", "transformers"),
+        ("serve", "python_multipart", "serve"),
+        ("app", "uvicorn", "app"),
+    ],
+)
+def test_e44_packages_are_looked_for_before_anything_else(
+    command, monkeypatch, line, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"seg_torch.commands.{line.split()[0]}", None)
+    code, message = command(line)
+    assert code == 2
+    assert f"needs {package}: pip install" in message
+    assert f"[{extra}]" in message
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])
 def test_loggers_write_inside_the_run_and_their_settings_exist(compose, name):
     settings = compose("train", f"logger={name}", "output_dir=here").logger[name]

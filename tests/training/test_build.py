@@ -16,7 +16,7 @@ WRONG = {
     "optimizer.betas=[0.9]": r"optimizer: AdamW refuses .*betas=\[0.9\]",
     "optimizer.betas=[2,0.9]": "optimizer: .*Invalid beta",
     "+optimizer.momentum=0.9": r"optimizer: .*'momentum' \(its settings: lr, betas",
-    "+optimizer.differentiable=true": "optimizer: .*leave differentiable out",
+    "+optimizer.differentiable=true": "optimizer.differentiable=true .*leave it out",
     "optimizer=sgd optimizer.nesterov=true optimizer.momentum=0": "optimizer: .*Nesterov",
     "scheduler=step scheduler.step_size=0": r"scheduler: .*\(its settings: step_size, gamma",
     "scheduler=plateau scheduler.factor=2": "scheduler: Factor should be < 1.0",

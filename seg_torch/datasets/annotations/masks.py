@@ -1,18 +1,24 @@
 """Exports as images and masks: of Roboflow, of CVAT and of labelme's script labelme2voc.py."""
 
 import csv
+import logging
+import posixpath
 import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
-from seg_torch.images.read import IMAGE_SUFFIXES
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.files import is_hidden
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size
+from seg_torch.labels import IGNORE_INDEX, VOC_PALETTE, Labels
+
+log = logging.getLogger(__name__)
 
 MASK, LISTS = "_mask.png", "ImageSets/Segmentation"
 
@@ -48,19 +54,25 @@ def roboflow(
             raise InputError(f"{home / file}: other classes than in {home / files[0]}")
     masks = [file.removesuffix(MASK) for file in base.list_files(home, (MASK,))]
     others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
-    images = _by_name(home, others)
-    missing = [f"{home / name}{MASK}" for name in masks if name not in images]
+    images, with_mask = _by_name(home, others), {normalize("NFC", name): name for name in masks}
+    missing = [f"{home}/{masks}{MASK}" for name, masks in with_mask.items() if name not in images]
     base.raise_problems(missing, "masks have no image of their name beside them")
+    missing = [image for name, image in images.items() if name not in with_mask]
+    base.raise_problems(missing, f"images have no mask NAME{MASK} beside them")
     samples = [
-        annotated.Annotated(n, images[n], f"{home}/{n}{MASK}", split=base.split_of(n))
-        for n in masks
+        annotated.Annotated(
+            mask, images[name], f"{home}/{mask}{MASK}", split=base.split_of(posixpath.dirname(name))
+        )
+        for name, mask in with_mask.items()
     ]
     chosen = annotated.choose_split(home, samples, split, val_fraction, seed)
     ids = {IGNORE_INDEX: IGNORE_INDEX} | {value: i for i, value in enumerate(classes)}
     with base.parsing(home / files[0]):
         labels = Labels(tuple(classes.values()))
     pairs = (sample[:3] for sample in chosen)
-    return base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset = base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset.white_is_a_class = f"say so in each {listing}:\n0, {{0}}\n255, {{1}}"
+    return dataset
 
 
 def read_csv(path: Path) -> dict[int, str]:
@@ -86,8 +98,9 @@ def cvat(
 
     `root` holds `labelmap.txt`, `JPEGImages`, `SegmentationClass` and
     `ImageSets/Segmentation/*.txt`. The masks have the colours of `labelmap.txt`, whose lines are
-    the classes (`name:R,G,B:parts:actions`), `background` among them. Lists named train, val and
-    test, as the subsets of CVAT's tasks, make the split; else it is made as in `folder`.
+    the classes (`name:R,G,B:parts:actions`), `background` among them. CVAT writes no mask of a
+    frame without objects; a listed image without one is background. Lists named train, val (or
+    valid) and test, as the subsets of CVAT's tasks, make the split; else it is made as in `folder`.
 
     Args:
         root: The dataset's folder.
@@ -107,8 +120,23 @@ def cvat(
     labelmap, images, masks = base.find(root, "A CVAT export", entries, source)
     labels = read_labelmap(labelmap)
     read_mask = partial(base.read_colour_mask, palette=labels.palette)
-    pairs = _pairs(images, masks, split, val_fraction, seed)
-    return base.SegmentationDataset(pairs, labels, read_mask)
+    empty = "background" in labels.names
+    pairs = _pairs(images, masks, split, val_fraction, seed, empty)
+    return CvatDataset(pairs, labels, read_mask)
+
+
+class CvatDataset(base.SegmentationDataset):
+    """Images with masks of colours; one without objects stands in for its mask."""
+
+    white_is_a_class = ""
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W], with every value checked."""
+        pair = self.pairs[index]
+        if pair.mask != pair.image:
+            return super().mask(index)
+        size = image_size(pair.image) or self.image(index).shape[:2]
+        return np.full(size, self.labels.names.index("background"), np.uint8)
 
 
 def labelme_voc(
@@ -152,45 +180,67 @@ def read_labelmap(path: Path) -> Labels:
     """Return the classes and colours of CVAT's `labelmap.txt`.
 
     Raises:
-        InputError: A line is not `name:R,G,B:parts:actions`, or two classes have one colour.
+        InputError: A line is not `name:R,G,B:parts:actions`, two classes have one colour, or only
+            some have one.
     """
     names, colours = [], []
     for line in base.read_list(path):
         if line.startswith("#"):
             continue
-        match = re.fullmatch(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3}):[^:]*:[^:]*", line)
+        match = re.fullmatch(r"(.+?):(?:(\d{1,3}),(\d{1,3}),(\d{1,3}))?:[^:]*:[^:]*", line)
         if match is None:
             raise InputError(f"{path}: the line {line!r} is not name:R,G,B:parts:actions")
         names.append(match[1])
-        colours.append([int(value) for value in match.groups()[1:]])
+        if match[2]:
+            colours.append([int(value) for value in match.groups()[1:]])
+    if 0 < len(colours) < len(names):
+        raise InputError(f"{path}: {len(colours)} of {len(names)} classes have a colour")
     twice = sorted({tuple(colour) for colour in colours if colours.count(colour) > 1})
     if twice:
         raise InputError(f"{path}: two classes have the colour {twice[0]}, give each its own")
     with base.parsing(path):
-        return Labels(tuple(names), np.array(colours).reshape(-1, 3))
+        # Datumaro leaves the colours out where they are those of VOC.
+        palette = np.array(colours) if colours else VOC_PALETTE[: len(names)]
+        return Labels(tuple(names), palette)
 
 
 def _by_name(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Return the paths of files below a folder by their names without suffix."""
-    return {annotated.name_of(file): f"{folder}/{file}" for file in files}
+    """Return the paths of files below a folder by their names without suffix.
+
+    Raises:
+        InputError: Two have the same name.
+    """
+    paths: dict[str, str] = {}
+    problems = []
+    for file in files:
+        name = normalize("NFC", annotated.name_of(file))
+        if paths.setdefault(name, f"{folder}/{file}") != f"{folder}/{file}":
+            problems.append(f"{paths[name]}: ambiguous, there is also {posixpath.basename(file)}")
+    base.raise_problems(problems, "images have the name of another one")
+    return paths
 
 
 def _pairs(
-    images: Path, masks: Path, split: str, val_fraction: float, seed: int
+    images: Path, masks: Path, split: str, val_fraction: float, seed: int, empty: bool = False
 ) -> list[tuple[str, str, str]]:
-    """Return name, image and mask of the samples of a split."""
+    """Return name, image and mask of the samples of a split.
+
+    Args:
+        images: The folder of the images.
+        masks: The folder of the masks.
+        split: As in `cvat`, like `val_fraction` and `seed`.
+        val_fraction: Of the images.
+        seed: Of the random split.
+        empty: Whether a listed image without a mask stands in for it.
+    """
     home = images.parent
     image_files = _by_name(images, base.list_files(images, IMAGE_SUFFIXES))
     mask_files = _by_name(masks, base.list_files(masks, (".png",)))
-    splits = dict.fromkeys(mask_files, "")
-    lists = sorted((home / LISTS).glob("*.txt"))
-    if lists:
-        # One without the split of its name, such as default.txt, leaves it to `choose_split`.
-        known = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-        listed = {path: known.get(path.stem.lower(), "") for path in lists}
-        if "train" in listed.values():  # then VOC's trainval.txt has nothing to add
-            listed = {path: name for path, name in listed.items() if name}
-        splits = {line: name for path, name in listed.items() for line in base.read_list(path)}
+    splits = _listed_splits(home, mask_files, image_files)
+    if empty:
+        mask_files = {
+            name: image_files[name] for name in splits if name in image_files
+        } | mask_files
     missing = [f"{masks / name}.png" for name in splits if name not in mask_files]
     missing += [f"{images / name}.jpg" for name in splits if name not in image_files]
     base.raise_problems(missing, "files are missing; an image and its mask have one name")
@@ -202,3 +252,31 @@ def _pairs(
         raise InputError(f"{masks}: no masks here")
     chosen = annotated.choose_split(home, samples, split, val_fraction, seed)
     return [sample[:3] for sample in chosen]
+
+
+def _listed_splits(home: Path, masks: Iterable[str], images: Iterable[str]) -> dict[str, str]:
+    """Return the split of each listed name, "" where no list says; without lists, of each mask.
+
+    Raises:
+        InputError: A name is in the lists of two splits.
+    """
+    paths = [path for path in sorted((home / LISTS).glob("*.txt")) if not is_hidden(path.name)]
+    # One without the split of its name, such as default.txt, leaves it to `choose_split`.
+    lists = {path.name: base.split_of(path.stem) for path in paths}
+    splits: dict[str, str] = dict.fromkeys(masks, "") if not paths else {}
+    unknown: set[str] = set()
+    twice = []
+    for path in paths:
+        names = [normalize("NFC", line) for line in base.read_list(path)]
+        if "train" in lists.values() and not lists[path.name]:
+            unknown.update(names)  # such as those of VOC's trainval.txt
+            continue
+        for name in names:
+            if splits.setdefault(name, lists[path.name]) != lists[path.name]:
+                twice.append(f"{name}: in {path.name}, and in the list of {splits[name] or 'none'}")
+    base.raise_problems(twice, f"names are in two lists of {home / LISTS}")
+    unused = sorted(unknown.union(masks, images) - splits.keys())
+    if unused:
+        some = ", ".join([*unused[:3], *["..."][: len(unused) > 3]])
+        log.info("%s: left out: %d names that are in no split (%s)", home, len(unused), some)
+    return splits
