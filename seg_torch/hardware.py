@@ -113,6 +113,17 @@ def accelerator(name: str) -> str:
     return name
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device.
+
+    The CPU goes on while a GPU copies only where that is safe: to CUDA, from memory that is pinned,
+    which PyTorch keeps until the copy is done. Elsewhere, as on Apple's GPUs, a copy of a tensor
+    that nobody keeps would read memory that is already used for something else.
+    """
+    safe = device.type == "cuda" and tensor.is_pinned()
+    return tensor.to(device, non_blocking=safe)
+
+
 def resolve_precision(precision: str | int, device_type: str) -> str:
     """Turn a precision as the user writes it into Lightning's name.
 
