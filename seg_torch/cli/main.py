@@ -59,6 +59,10 @@ def main(command: str | None = None) -> NoReturn:
     Args:
         command: Its name; if `None`, the first argument of the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            # A console of Windows (cp1252) has no Chinese, and none has every file's name.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and ends the process itself
     arguments, start = sys.argv[1:], []
     if "--version" in arguments:
@@ -120,9 +124,9 @@ def run_jobs(call: Call) -> list[int]:
 def compare_jobs(folder: str) -> None:
     """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
+    where = escaped(folder)
     try:
-        settings = {"runs": [folder], "split": "test", "output_dir": folder}
-        compare.compare(OmegaConf.create(escaped(settings)))
+        compare.compare(OmegaConf.create({"runs": where, "split": "test", "output_dir": where}))
     except InputError as error:  # such as runs on several datasets
         log.info("the runs are in no common table: %s", error)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"

@@ -134,7 +134,13 @@ class Inference:
         self.resize = resize
         self.tile = settings.tile if resize is None else None
         self.scales, self.flip = tuple(settings.scales), settings.flip
-        self.precision = hardware.resolve_precision(settings.precision, self.device.type)
+        self._precision = hardware.resolve_precision(settings.precision, self.device.type)
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: the type of its weights, unless that is float32."""
+        names = {dtype: name for name, dtype in hardware.TRUE_PRECISIONS.items()}
+        return names.get(self.network.mean.dtype, self._precision)
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +216,7 @@ class Inference:
 
     def _logits(self, images: Tensor) -> Tensor:
         """Images uint8 [N, 3, h, w] -> logits [N, C, ...] at the network's own resolution."""
-        images = images.to(self.device, non_blocking=True)
+        images = hardware.to_device(images, self.device)
         with self.autocast():
             if self.scales == (1.0,) and not self.flip:
                 return self.network(images)["out"]

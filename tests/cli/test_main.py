@@ -326,7 +326,7 @@ def test_the_table_of_commands_is_read_without_importing_one():
 # What is logged
 
 
-def test_importing_models_leaves_the_loggers_of_the_libraries_as_they_were():
+def test_e39_importing_models_leaves_the_loggers_of_the_libraries_as_they_were():
     script = (
         "import logging, seg_torch.models\n"
         "for name in ('timm', 'httpx', 'httpx2'):\n"
