@@ -13,8 +13,12 @@ CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if
 # The beginning of the names of files that are still being written; a killed process leaves some.
 # 32 hexadecimal digits and the suffix follow.
 PARTIAL = ".partial-"
-# Folders that systems leave between a user's files: macOS in archives, Synology in its shares.
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
+# Folders that systems leave between a user's files: macOS in archives, Synology in its shares,
+# Linux and Windows on every disk; those of Windows hold deleted files.
+SYSTEM_FOLDERS = {
+    *("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"),
+    "System Volume Information",
+}
 
 
 def is_hidden(name: str) -> bool:

@@ -7,10 +7,11 @@ legend. PyTorch is not imported: class names are wanted where nothing is compute
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from unicodedata import category
+from unicodedata import category, normalize
 
 import numpy as np
 from PIL import Image
@@ -102,6 +103,61 @@ class Labels:
     def from_dict(cls, data: dict) -> Labels:
         """Return the labels that `to_dict` described; further keys are ignored."""
         return cls(tuple(data["names"]), np.array(data["palette"]))
+
+
+COLOUR = re.compile(
+    r"(.+?)[\s,;:]+(?:rgb)?[(\[]?(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})[)\]]?", re.IGNORECASE
+)
+HEX_COLOUR = re.compile(r"(.+?)[\s,;:]+#([0-9a-f]{6})(?:\s+#.*)?", re.IGNORECASE)
+NUMBERED = re.compile(r"(\d+)(?:\s*[:,;)=]\s*|\s+-\s+|\.\s+|\s+)(\S.*)")
+
+
+def parse_classes(lines: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Return the names in a list of classes, in the order of their ids, and those colours it gives.
+
+    Args:
+        lines: `name`, `name R G B` or `name #RRGGBB`; what follows ` #` otherwise is a comment.
+            Where each line begins with a number of 0, 1, 2 ..., that is the id of its class.
+
+    Raises:
+        InputError: The lines are numbered from 1.
+    """
+    names, colours = [], []
+    for line in lines:
+        code = HEX_COLOUR.fullmatch(line)
+        if code and not COLOUR.fullmatch(code[1]):
+            names.append(code[1])
+            colours.append([*bytes.fromhex(code[2])])
+            continue
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if match := COLOUR.fullmatch(line):
+            names.append(match[1])
+            colours.append([int(value) for value in match.groups()[1:]])
+        elif line:
+            names.append(line)
+    matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    numbers, rest = [int(match[1]) for match in matches], [match[2] for match in matches]
+    if len(matches) < len(names) or len({*rest}) < len(names):  # as in 1 euro, 2 euro
+        return names, colours
+    order = sorted(range(len(names)), key=lambda i: numbers[i])
+    if sorted(numbers) == [*range(len(names))]:
+        return [rest[i] for i in order], [colours[i] for i in order if i < len(colours)]
+    if len(names) > 1 and sorted(numbers) == [*range(1, len(names) + 1)]:
+        raise InputError(
+            f"its lines are numbered from 1 to {len(names)}, and ids count from 0: write a line "
+            "for 0, such as 0 background; or leave the numbers out, then the first line is 0"
+        )
+    return names, colours
+
+
+def near_equal(names: Sequence[str]) -> list[list[str]]:
+    """Return the names that differ in nothing but case, spaces, hyphens and the like, in groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        visible = "".join(c for c in normalize("NFKC", name) if category(c) != "Cf")
+        key = re.sub(r"[\s_-]+", " ", visible.casefold()).strip()
+        groups.setdefault(key, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:

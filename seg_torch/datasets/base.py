@@ -13,21 +13,23 @@ import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError, check_choice
+from seg_torch.files import is_hidden
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.read import opened, plain_png
-from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
+from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent, parse_classes
 
 log = logging.getLogger(__name__)
 
@@ -152,16 +154,24 @@ def downloading(dataset: str, root: str | Path) -> Iterator[None]:
 
 def first_names(folder: Path) -> str:
     """Return the names in a folder, at most eight of them, for a message."""
-    names = sorted(path.name for path in folder.iterdir())
+    with readable(folder):
+        names = sorted(path.name for path in folder.iterdir() if not is_hidden(path.name))
     return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
-def raise_problems(problems: Sequence[str], what: str) -> None:
-    """Raise InputError with the number of problems and the first five, if there are any."""
+def raise_problems(problems: Sequence[str], what: str, each: str = "") -> None:
+    """Raise InputError with the number of problems and the first five, if there are any.
+
+    Args:
+        problems: Sentences, or names alone.
+        what: Follows their number.
+        each: Of names alone what is wrong with each, for those who see one without the others.
+    """
     if problems:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
         listing = "\n  ".join([*problems[:5], *more])
-        raise InputError(f"{len(problems)} {what}:\n  {listing}", problems)
+        sentences = [f"{problem}: {each}" if each else problem for problem in problems]
+        raise InputError(f"{len(problems)} {what}:\n  {listing}", sentences)
 
 
 @contextmanager
@@ -218,18 +228,11 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
     """Return the classes in a `classes.txt`, and whether it gives their colours.
 
     Raises:
-        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
-            of the classes only.
+        InputError: The file is not UTF-8, holds no classes, a colour above 255, colours for some
+            of the classes only, or lines that are numbered from 1.
     """
-    names, colours = [], []
-    for line in read_list(path):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})", line)
-        names.append(match[1] if match else line)
-        if match:
-            colours.append([int(value) for value in match.groups()[1:]])
+    with parsing(path):
+        names, colours = parse_classes(read_list(path))
     if not names:
         raise InputError(f"{path}: holds no class names; write one per line")
     if 0 < len(colours) < len(names):
@@ -251,24 +254,68 @@ def published_labels(dataset: str) -> Labels:
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Return the files below a folder whose names end in one of the suffixes.
 
+    Linked folders are followed. One that was seen already, or that holds the folder itself, is not
+    listed again, so loops end. What `is_hidden` says is none of the user's data is left out.
+
     Args:
-        folder: Searched with its subfolders, but not with those that are symbolic links.
+        folder: Searched with its subfolders.
         suffixes: In lower case; a suffix matches upper case as well.
 
     Returns:
         Paths relative to the folder, with `/`, sorted folder by folder.
+
+    Raises:
+        InputError: A folder cannot be read.
     """
+    if not folder.is_dir():
+        return []
     files: list[str] = []
-    folders = [""] if folder.is_dir() else []
-    for below in folders:  # which grows
-        with suppress(OSError), os.scandir(folder / below) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{below}{entry.name}/")
-                elif entry.name.lower().endswith(suffixes) and not entry.is_dir():
-                    files.append(below + entry.name)
+    seen = {_identity(path) for path in folder.resolve().parents}
+    folders, links = [""], []  # links come last: the name of a folder itself counts
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)
+        with readable(folder / below):
+            identity = _identity(folder / below)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        into = links if entry.is_symlink() else folders
+                        into.append(f"{below}{entry.name}/")
+                    elif entry.name.lower().endswith(suffixes):
+                        files.append(below + entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        say(f"{entry.path} is a link to nothing: what it stood for is left out")
     files.sort(key=lambda file: file.replace("/", "\0"))
     return files
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what two paths of one folder have in common."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn the error of a folder that cannot be read into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: this folder cannot be read ({error.strerror}); give yourself the right to "
+            "read it, or move it away"
+        ) from None
+
+
+@cache
+def say(message: str) -> None:
+    """Log a warning once, not for each split."""
+    log.warning("%s", message)
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, str]:
@@ -304,14 +351,21 @@ def pair_files(
         raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
-    raise_problems(missing, "files are missing, the download or its unpacking is incomplete")
+    what = "files are missing, the download or its unpacking is incomplete"
+    raise_problems(missing, what, "no such file")
     return Pairs(
         (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
     )
 
 
+# Image formats that change what is drawn.
+LOSSY = ("JPEG", "MPO")
+
+
 def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
+
+    Transparency is ignored. Of floating-point numbers, NaN is not labelled.
 
     Args:
         path: The file.
@@ -321,13 +375,23 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
         uint8 [H, W].
 
     Raises:
-        InputError: The file is missing, no image, has several channels or values above 255.
+        InputError: The file is missing, no image, lossy, has several channels, fractions or values
+            above 255.
     """
     with opened(path, "a mask", content) as image:
-        if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+        refuse_lossy(image, path)
+        if image.mode not in ("L", "LA", "P", "PA", "1", "I", "I;16", "I;16B", "F"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path, content)
         ids = np.array(image) if decoded is None else decoded
+    ids = ids if ids.ndim == 2 else ids[..., 0]
+    if ids.dtype.kind == "f":
+        ids = np.where(np.isnan(ids), IGNORE_INDEX, ids)
+        fractions = int((ids != np.rint(ids)).sum())
+        if fractions:
+            raise InputError(
+                f"{path}: {fractions:,} pixels are no whole numbers, so they are no class ids"
+            )
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
@@ -337,6 +401,16 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
             )
         ids = ids.astype(np.uint8)
     return ids
+
+
+def refuse_lossy(image: Image.Image, path: str | Path) -> None:
+    """Raise InputError for a mask in a file whose format changes what is drawn."""
+    compression = str(image.info.get("compression", ""))  # of TIFF
+    if image.format in LOSSY or compression in ("jpeg", "webp"):
+        raise InputError(
+            f"{path}: the mask is saved as JPEG, and JPEG is lossy: its values are not those that "
+            "were drawn. Export the masks anew as PNG; converting these files is not enough"
+        )
 
 
 def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
@@ -350,9 +424,10 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
         uint8 [H, W].
 
     Raises:
-        InputError: The file is missing, no image, or holds a colour that no class has.
+        InputError: The file is missing, no image, lossy, or holds a colour that no class has.
     """
     with opened(path, "a mask") as image:
+        refuse_lossy(image, path)
         rgb = np.array(image.convert("RGB"))
     with parsing(path):
         return encode_segmap(rgb, palette)
@@ -393,10 +468,31 @@ def read_mapped_mask(
     return ids
 
 
-def _wrong_values(name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object) -> InputError:
+def _wrong_values(
+    name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object, hint: str = ""
+) -> InputError:
     found = np.unique(mask).tolist()
+    listed = f"{found}" if len(found) <= 10 else f"{found[:10]} and {len(found) - 10} others"
     pixels = most_frequent(mask[wrong])
-    return InputError(f"{name}: mask values {found}; allowed are {allowed}", pixels=pixels)
+    return InputError(f"{name}: mask values {listed}; allowed are {allowed}{hint}", pixels=pixels)
+
+
+def _likeliest_mistake(mask: np.ndarray, classes: int) -> str:
+    """Say what most often leads to masks with such values, if anything does."""
+    found = np.setdiff1d(mask, IGNORE_INDEX).tolist()
+    if found[0] > 0 and found[-1] == classes:
+        return ". Ids count from 0: if these count from 1, subtract 1, or name 0 before the others"
+    if found[-1] == classes:
+        return ". There is one id more than names: if 0 is the background, it is named first"
+    if len(found) <= classes:
+        grey = found[-1]
+        return (
+            ". If these are greys that stand for classes, classes.txt gives each class its own, "
+            f"such as {grey} {grey} {grey} behind the name"
+        )
+    if len(found) > max(40, 2 * classes):
+        return ". So many values are left by resizing or smoothing a mask, or it is a photograph"
+    return ""
 
 
 class BaseDataset(Dataset):
@@ -576,7 +672,8 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
     if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
         wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
         classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
-        raise _wrong_values(name, mask, wrong, f"{classes} and {IGNORE_INDEX} (not labelled)")
+        allowed = f"{classes} and {IGNORE_INDEX} (not labelled)"
+        raise _wrong_values(name, mask, wrong, allowed, _likeliest_mistake(mask, len(labels)))
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
+from seg_torch.datasets.folder import read_palette_mask
 from seg_torch.errors import InputError
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import IGNORE_INDEX, Labels
@@ -50,7 +51,8 @@ def roboflow(
     others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
     images = _by_name(home, others)
     missing = [f"{home / name}{MASK}" for name in masks if name not in images]
-    base.raise_problems(missing, "masks have no image of their name beside them")
+    what = "no image of its name beside it"
+    base.raise_problems(missing, f"masks have {what}", what)
     samples = [
         annotated.Annotated(n, images[n], f"{home}/{n}{MASK}", split=base.split_of(n))
         for n in masks
@@ -145,7 +147,8 @@ def labelme_voc(
     with base.parsing(classes):
         labels = Labels(tuple(names))
     pairs = _pairs(images, masks, split, val_fraction, seed)
-    return base.SegmentationDataset(pairs, labels)
+    read_mask = partial(read_palette_mask, palette=labels.palette)  # the script's colours are VOC's
+    return base.SegmentationDataset(pairs, labels, read_mask)
 
 
 def read_labelmap(path: Path) -> Labels:
@@ -183,7 +186,7 @@ def _pairs(
     image_files = _by_name(images, base.list_files(images, IMAGE_SUFFIXES))
     mask_files = _by_name(masks, base.list_files(masks, (".png",)))
     splits = dict.fromkeys(mask_files, "")
-    lists = sorted((home / LISTS).glob("*.txt"))
+    lists = [home / LISTS / file for file in base.list_files(home / LISTS, (".txt",))]
     if lists:
         # One without the split of its name, such as default.txt, leaves it to `choose_split`.
         known = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -193,7 +196,8 @@ def _pairs(
         splits = {line: name for path, name in listed.items() for line in base.read_list(path)}
     missing = [f"{masks / name}.png" for name in splits if name not in mask_files]
     missing += [f"{images / name}.jpg" for name in splits if name not in image_files]
-    base.raise_problems(missing, "files are missing; an image and its mask have one name")
+    what = "files are missing; an image and its mask have one name"
+    base.raise_problems(missing, what, "no such file")
     samples = [
         annotated.Annotated(name, image_files[name], mask_files[name], split=of_split)
         for name, of_split in sorted(splits.items())

@@ -108,7 +108,8 @@ def _images(config: Path, content: dict[str, Any], key: str) -> list[str]:
         else:
             paths = {line: _find(config, content, line) for line in base.read_list(path)}
             missing = [line for line, image in paths.items() if image is None]
-            base.raise_problems(missing, f"images that {path} lists do not exist")
+            what = f"images that {path} lists do not exist"
+            base.raise_problems(missing, what, f"{path} lists this image, but it does not exist")
             images += [image.as_posix() for image in paths.values() if image is not None]
     return images
 
