@@ -44,6 +44,7 @@ class DatasetStatistics:
         images: Number of masks that hold each value, int64 [256].
         moments: Sums over the pixels of each channel and of its square, scaled to 0..1, float64
             [2, C].
+        sizes: Height and width of each image, int64 [N, 2]; 0 for an unusable sample.
         digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
         thumbnails: Each image in grey, uint8 [N, 16, 16].
         problems: All of them.
@@ -52,6 +53,7 @@ class DatasetStatistics:
     pixels: np.ndarray
     images: np.ndarray
     moments: np.ndarray
+    sizes: np.ndarray
     digests: np.ndarray
     thumbnails: np.ndarray
     problems: list[Problem] = field(default_factory=list)
@@ -90,6 +92,7 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
         moments=np.zeros((2, 1)),
+        sizes=np.zeros((count, 2), np.int64),
         digests=np.zeros(count, "S64"),
         thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
     )
@@ -101,7 +104,8 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
             if isinstance(outcome, list):
                 result.problems += outcome
                 continue
-            pixels, moments, result.digests[index], result.thumbnails[index] = outcome
+            pixels, moments, result.sizes[index] = outcome[:3]
+            result.digests[index], result.thumbnails[index] = outcome[3:]
             result.pixels += pixels
             result.images += pixels > 0
             result.moments = result.moments + moments
@@ -137,8 +141,8 @@ def _examine(dataset: BaseDataset, index: int) -> tuple | list[Problem]:
 
 def _measure(
     image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
-    """Return pixels by mask value, the moments, the digest and the thumbnail of a sample."""
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int], str, np.ndarray]:
+    """Return pixels by mask value, moments, size, digest and thumbnail of a sample."""
     pixels = np.bincount(mask.ravel(), minlength=256)
     rgb_image = Image.fromarray(rgb_shown)
     values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
@@ -151,7 +155,7 @@ def _measure(
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pixels, moments, digest.hexdigest(), np.asarray(small)
+    return pixels, moments, image.shape[:2], digest.hexdigest(), np.asarray(small)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:

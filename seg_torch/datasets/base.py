@@ -271,7 +271,8 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
         return []
     files: list[str] = []
     seen = {_identity(path) for path in folder.resolve().parents}
-    folders, links = [""], []  # links come last: the name of a folder itself counts
+    folders: list[str] = [""]
+    links: list[str] = []  # links come last: the name of a folder itself counts
     while folders or links:
         below = folders.pop() if folders else links.pop(0)
         with readable(folder / below):
@@ -574,6 +575,13 @@ class OwnDataset(BaseDataset):
         """Return the mask alone, uint8 [H, W]."""
         mask = getattr(self.samples, "mask", super().mask)
         return mask(index)
+
+
+def image_files(dataset: BaseDataset) -> Iterator[str]:
+    """Yield the path of the image of each sample, if they are read from files."""
+    if dataset.pairs is not None:
+        for index in range(len(dataset.pairs)):
+            yield dataset.pairs.strings(index)[1]
 
 
 def as_dataset(samples: Any) -> BaseDataset:

@@ -66,9 +66,9 @@ def _images_and_masks(home: Path) -> tuple[Path, Path] | None:
     images, masks = found
     if images and masks:
         if len(images) + len(masks) > 2:
-            names = ", ".join(folder.name for folder in [*images, *masks])
+            listed = ", ".join(folder.name for folder in [*images, *masks])
             raise InputError(
-                f"{home}: {names} could be images and masks; call them images and masks"
+                f"{home}: {listed} could be images and masks; call them images and masks"
             )
         return images[0], masks[0]
     stems = {os.path.splitext(file)[0] for file in _images_in(home)}
