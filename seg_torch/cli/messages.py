@@ -2,8 +2,11 @@
 
 import difflib
 import json
+import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
@@ -21,6 +24,34 @@ What was finished is kept: give the command again, for train with resume=RUN_FOL
 """
 
 
+class Wrapped(logging.Formatter):
+    """Formats log messages as bare text, which on a terminal is broken between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(super().format(record), sys.stdout)
+
+
+def wrapped(text: str, file: Any) -> str:
+    """Return a text whose lines fit the terminal that a file is, if it is one.
+
+    Paths and other long words stay whole, so that they can be copied.
+    """
+    if not file.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    # The lines of a list or of a traceback are indented, and so is what is broken off.
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
+
+
 def print_error(message: str) -> None:
     """Print an error, unless it is known that another process of this machine prints the same."""
     # Before torch is loaded there were only the settings, which are the same for all. Later an
@@ -30,7 +61,7 @@ def print_error(message: str) -> None:
     else:
         first = _is_first_with(message)
     if first:
-        print(f"error: {message}", file=sys.stderr)
+        print(wrapped(f"error: {message}", sys.stderr), file=sys.stderr)
 
 
 def is_first_on_machine() -> bool:

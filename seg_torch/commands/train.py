@@ -48,10 +48,11 @@ def train(cfg: DictConfig) -> float | None:
             last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        best = build.load_best(network, trainer, folder, processes)
+        best, epoch = build.load_best(network, trainer, folder, processes)
         inference = Inference(
             network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
         )
         scorer = Scorer(inference, data.labels)  # as evaluate.py has it
         score(trainer, scorer, data, folder, "test")
+        processes.first(lambda: run.tell_next_steps(folder, best, epoch))
     return best

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -74,8 +75,13 @@ class Results:
             columns = [name for name in names if f"mean_{name}" in self.scores]
             if not columns:
                 continue
-            table = Table(title=f"{split}: {len(self.names)} images")
-            table.add_column("class")
+            table = Table(
+                title=f"{split}: {len(self.names)} images",
+                box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
+                show_edge=False,
+            )
+            table.add_column("class", overflow="fold")
             for name in (*columns, "pixels"):
                 table.add_column(name, justify="right")
             for name, row in per_class.items():

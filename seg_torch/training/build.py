@@ -120,23 +120,27 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
 
 def load_best(
     network: Network, trainer: Trainer, folder: Path, processes: Processes
-) -> float | None:
+) -> tuple[float | None, int | None]:
     """Load the weights of the run's best epoch in all processes, if there is one.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
     tensor, of which FSDP takes each process's share.
 
     Returns:
-        The score of that epoch's validation; `None` if there was no validation.
+        The score of that epoch's validation, `None` if there was no validation; and for the first
+        process the number of the epoch, counted from 1.
     """
+    epoch = None
     if processes.same((folder / "checkpoints" / "best.ckpt").exists()):
         reads = processes.is_first or not processes.connected
-        state: Any = checkpoint.network_state(checkpoint.read(folder)) if reads else {}
+        content = checkpoint.read(folder) if reads else {}
+        epoch = content["epoch"] + 1 if reads else None
+        state: Any = checkpoint.network_state(content) if reads else {}
         network.to(processes.device)  # where the processes can exchange tensors
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
         set_model_state_dict(network, state, options=options)
     best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
-    return None if best.best_model_score is None else best.best_model_score.item()
+    return None if best.best_model_score is None else best.best_model_score.item(), epoch
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What happens beside the training steps: scores by epoch, curves, samples, checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ class History(Callback):
         if not trainer.is_global_zero:
             return
         row: dict[str, Any] = {
-            "epoch": trainer.current_epoch,
+            "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": train_loss,
@@ -109,6 +111,7 @@ class EpochLine(Callback):
         if task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(task.device)
         self.rows = read_table(self.table, TIMES)[: trainer.current_epoch]
+        self.started, self.first_epoch = time.perf_counter(), trainer.current_epoch
         self.watch = Stopwatch()  # an epoch that is resumed within has no start
 
     def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
@@ -130,26 +133,38 @@ class EpochLine(Callback):
         shown = {"loss": "train_loss", "val loss": "val_loss", "val mIoU": "val_mean_iou"}
         row = self.history.rows[-1]
         values = [f"{name} {row[key]:.4f}" for name, key in shown.items() if row[key] is not None]
+        scores = [r["val_mean_iou"] for r in self.history.rows if r.get("val_mean_iou") is not None]
+        if row["val_mean_iou"] is not None and row["val_mean_iou"] > max(scores[:-1], default=-1):
+            values[-1] += " (best so far)"
         waited, worked = self.watch.waited, self.watch.worked
         share = waited / max(waited + worked, 1e-9)
-        values.append(f"{share:.0%} of the time waiting for data")
-        epoch = trainer.current_epoch + 1
-        self.line = f"epoch {epoch} of {trainer.max_epochs}: {', '.join(values)}"
+        if share > 0.1:
+            values.append(f"{share:.0%} of the time waiting for data")
+        of = f" of {trainer.max_epochs}" * (trainer.max_epochs > 0)
+        self.line = f"epoch {row['epoch']}{of}: {', '.join(values)}"
         if share > 0.1 and waited > 1:  # else it is the start of the workers
             self.line += f"; {how_to_wait_less(trainer.datamodule)}"
 
     def on_train_end(self, trainer: Any, task: Any) -> None:
         self.log_epoch(trainer, task.device)
 
+    def time_left(self, trainer: Any) -> str:
+        """Return how long the run still takes at its speed so far, as the end of a line."""
+        epoch, step = self.history.rows[-1]["epoch"], trainer.global_step
+        left = trainer.max_epochs - epoch if trainer.max_epochs > 0 else math.inf
+        if trainer.lightning_module.max_steps > 0:
+            left = min(left, (trainer.lightning_module.max_steps - step) * epoch / step)
+        if not 0 < left < math.inf:
+            return ""
+        seconds = (time.perf_counter() - self.started) / (epoch - self.first_epoch)
+        return f", {timedelta(seconds=round(seconds * left))} left"
+
     def log_epoch(self, trainer: Any, device: torch.device) -> None:
         """Print the line of the epoch that has ended, if there is one, and write its row."""
         if not self.line:
             return
         seconds = time.perf_counter() - self.watch.started
-        if bar := trainer.progress_bar_callback:
-            bar.print(f"{self.line} ({seconds:.1f} s)")  # on a line of its own, above the bar
-        else:
-            log.info("%s (%.1f s)", self.line, seconds)
+        log.info("%s (%.1f s%s)", self.line, seconds, self.time_left(trainer))
         row = {"epoch": self.history.rows[-1]["epoch"], "seconds": round(seconds, 2)}
         if device.type == "cuda":
             row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
@@ -185,7 +200,7 @@ class SampleSheet(Callback):
         images, predictions = [r.image for r in results], [r.mask for r in results]
         sheet = sample_sheet(images, [mask.numpy() for _, mask in chosen], predictions, labels)
         with warn_on_oserror():
-            write_atomically(self.folder / f"epoch_{trainer.current_epoch:03d}.png", sheet.save)
+            write_atomically(self.folder / f"epoch_{trainer.current_epoch + 1:03d}.png", sheet.save)
 
 
 class Checkpoints(ModelCheckpoint):

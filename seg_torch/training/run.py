@@ -4,6 +4,8 @@ import csv
 import errno
 import logging
 import os
+import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +202,25 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     log.info("output_dir=%s", folder)
 
 
+def tell_next_steps(folder: Path, best: float | None, epoch: int | None) -> None:
+    """Log which checkpoint a run has led to, and the commands that use it.
+
+    Args:
+        folder: Of the run.
+        best: The score of its best epoch, if there was a validation.
+        epoch: The number of that epoch, counted from 1.
+    """
+    name = "last.ckpt" if epoch is None else "best.ckpt"
+    if best is not None:
+        log.info("best epoch: %d, with a val mIoU of %.4f", epoch, best)
+    log.info("checkpoint: %s", folder / "checkpoints" / name)
+    program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
+    run = shlex.quote(str(folder))
+    log.info("look at its scores and mistakes:\n  %s report %s", program, run)
+    checkpoint = shlex.quote(f"checkpoint={folder}")
+    log.info("segment your images:\n  %s predict %s input=IMAGES", program, checkpoint)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Enter a context in which an error of the disk says how the run goes on.
@@ -223,7 +244,10 @@ def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    if rows and rows[0]["epoch"] == 0:  # of a run that counted epochs from 0
+        rows = [row | {"epoch": row["epoch"] + 1} for row in rows]
+    return rows
 
 
 def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +20,7 @@ from seg_torch.distributed import Processes, refused_by_lightning
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
 from seg_torch.models.network import COMPILE_MODES
+from seg_torch.training.progress import ProgressBar
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -136,7 +136,7 @@ def build_trainer(
         return Trainer(
             **options,
             default_root_dir=folder,
-            callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if bar else [])],
+            callbacks=[*callbacks, *([ProgressBar()] if bar else [])],
             logger=[instantiate(node) for node in (cfg.get("logger") or {}).values()],
             enable_progress_bar=bar,
             plugins=[AtomicCheckpointIO()],

@@ -62,9 +62,9 @@ def make_run(
         **config,
     }
     OmegaConf.save(settings, folder / "config.yaml")
-    rows = "epoch,val_mean_iou\n0,0.25\n1,0.5\n2,\n"
+    rows = "epoch,val_mean_iou\n1,0.25\n2,0.5\n3,\n"
     (folder / "metrics.csv").write_text(rows)
-    (folder / "times.csv").write_text("epoch,seconds,memory_gb\n0,12.0,1.5\n1,8.0,2.5\n")
+    (folder / "times.csv").write_text("epoch,seconds,memory_gb\n1,12.0,1.5\n2,8.0,2.5\n")
     return counts
 
 

@@ -204,7 +204,7 @@ def test_processes_make_one_folder_fetch_once_count_once_and_speak_once(of_two):
     run = run_in(folder)
     assert list(folder.rglob("config.yaml")) == [run / "config.yaml"]
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
-    assert (run / "samples/epoch_000.png").is_file()
+    assert (run / "samples/epoch_001.png").is_file()
     counted = [f"counted {i:04d}" for i in range(sum(SPLITS.values()))]
     assert sorted((folder / "notes.txt").read_text().splitlines()) == [*counted, "downloaded"]
     for text in ("effective batch 8", "2 processes", "class weights", "epoch 1 of 1"):

@@ -89,7 +89,7 @@ def test_an_image_too_many_for_the_last_batch_trains_and_batches_of_one_are_refu
         "trainer.max_epochs=1 trainer.accelerator=cpu"
     )
     assert command(f"{line} output_dir=four data.batch_size=4") == (0, "")
-    assert (tmp_path / "four/metrics.csv").read_text().splitlines()[1].startswith("0,1,")
+    assert (tmp_path / "four/metrics.csv").read_text().splitlines()[1].startswith("1,1,")
     code, message = command(f"{line} output_dir=one data.batch_size=1")
     assert code == 2
     assert "data.batch_size=2" in message

@@ -50,7 +50,8 @@ def test_a_run_of_an_earlier_version_goes_on_and_ends_as_it_would_have_then(old_
     resume(tmp_path)
     found, expected = rows(old_run / "metrics.csv"), rows(STORED / "undisturbed/metrics.csv")
     assert [row["step"] for row in found] == [row["step"] for row in expected]
-    for key in expected[0].keys() - {"learning_rate"}:  # none of the result
+    assert [row["epoch"] for row in found] == [row["epoch"] + 1 for row in expected], "from 1 now"
+    for key in expected[0].keys() - {"epoch", "learning_rate"}:  # none of the result
         tolerance = {"rtol": LOSS} if key.endswith("loss") else {"atol": SCORE}
         np.testing.assert_allclose(
             [row[key] for row in found], [row[key] for row in expected], **tolerance, err_msg=key

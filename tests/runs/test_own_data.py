@@ -273,7 +273,9 @@ def test_a_perfect_prediction_scores_1_and_the_absent_class_is_absent(run):
     assert absent.pop("pixels") == 0
     assert set(absent.values()) == {None}
     for command in ("train", "evaluate"):
-        (row,) = [line for line in run.printed[command].splitlines() if "│ absent" in line]
+        (row,) = [
+            line for line in run.printed[command].splitlines() if line.lstrip().startswith("absent")
+        ]
         assert row.count("absent") == 5
 
 

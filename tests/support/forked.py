@@ -30,13 +30,18 @@ class Forked:
     """A process that runs `python ARGUMENTS`; `-m torch.distributed.run ...` is understood, too."""
 
     def __init__(
-        self, arguments: Sequence[str | Path], folder: Path | None = None, **environment: str
+        self,
+        arguments: Sequence[str | Path],
+        folder: Path | None = None,
+        terminal: str | None = None,
+        **environment: str,
     ) -> None:
         folders = [ROOT, *(p for p in ROOT.glob("tests/**") if p.is_dir())]
         paths = os.pathsep.join(map(str, folders))
         environment = {**os.environ, "PYTHONPATH": paths, **environment}
         self.file = NamedTemporaryFile("r")  # noqa: SIM115
-        run = ([*map(str, arguments)], str(folder or Path.cwd()), environment, self.file.name)
+        run = ([*map(str, arguments)], str(folder or Path.cwd()), environment)
+        run = (*run, terminal or self.file.name)
         self.process: Any = SERVER.Process(target=_run, args=run)
         with mock.patch.dict(os.environ, environment):  # of the server, which has to find this file
             self.process.start()
