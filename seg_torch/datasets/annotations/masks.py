@@ -186,7 +186,7 @@ def _pairs(
     image_files = _by_name(images, base.list_files(images, IMAGE_SUFFIXES))
     mask_files = _by_name(masks, base.list_files(masks, (".png",)))
     splits = dict.fromkeys(mask_files, "")
-    lists = [home / LISTS / file for file in base.list_files(home / LISTS, (".txt",))]
+    lists = sorted((home / LISTS).glob("*.txt"))
     if lists:
         # One without the split of its name, such as default.txt, leaves it to `choose_split`.
         known = {"train": "train", "val": "val", "validation": "val", "test": "test"}
