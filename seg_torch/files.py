@@ -1,11 +1,18 @@
-"""Where the configurations lie, and writing so that a killed process leaves no half a file."""
+"""Where configurations lie, listing files, and writing so that a killed process leaves no half."""
 
 import json
+import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from seg_torch.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the folder lies inside the package, in the repository beside it.
@@ -28,6 +35,73 @@ def is_hidden(name: str) -> bool:
     `SYSTEM_FOLDERS`.
     """
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files below a folder whose names end in one of the suffixes.
+
+    Linked folders are followed. One that was seen already, or that holds the folder itself, is not
+    listed again, so loops end. What `is_hidden` says is none of the user's data is left out.
+
+    Args:
+        folder: Searched with its subfolders.
+        suffixes: In lower case; a suffix matches upper case as well.
+
+    Returns:
+        Paths relative to the folder, with `/`, sorted folder by folder.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    if not folder.is_dir():
+        return []
+    files: list[str] = []
+    seen = {_identity(path) for path in folder.resolve().parents}
+    folders: list[str] = [""]
+    links: list[str] = []  # links come last: the name of a folder itself counts
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)
+        with readable(folder / below):
+            identity = _identity(folder / below)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        into = links if entry.is_symlink() else folders
+                        into.append(f"{below}{entry.name}/")
+                    elif entry.name.lower().endswith(suffixes):
+                        files.append(below + entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        _warn_of_dead_link(entry.path)
+    files.sort(key=lambda file: file.replace("/", "\0"))
+    return files
+
+
+@cache  # once, not for each split
+def _warn_of_dead_link(path: str) -> None:
+    log.warning("%s is a link to nothing: what it stood for is left out", path)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what two paths of one folder have in common."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn the error of a folder that cannot be read into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: this folder cannot be read ({error.strerror}); give yourself the right to "
+            "read it, or move it away"
+        ) from None
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:

@@ -176,7 +176,7 @@ class SegmentationDataModule(LightningDataModule):
         """Return the images whose file is in two of the splits, unless val stands in for test."""
         problems = []
         for first, second in combinations(splits, 2):
-            if (first, second) == ("val", "test") and self.test_is_val:
+            if second == "test" and self.test_is_val:
                 continue
             datasets = (self.dataset(split).base_dataset for split in (first, second))
             files = [{*base.image_files(dataset)} for dataset in datasets]

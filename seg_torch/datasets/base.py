@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -25,10 +25,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.files import is_hidden
+from seg_torch.files import is_hidden, readable
+from seg_torch.files import list_files as list_files
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
-from seg_torch.images.read import opened, plain_png
+from seg_torch.images.read import opened, plain_png, stored_size
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent, parse_classes
 
 log = logging.getLogger(__name__)
@@ -249,74 +250,6 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
 def published_labels(dataset: str) -> Labels:
     """Return the classes of a dataset of this package, from its file in `classes`."""
     return read_classes(Path(__file__).parent / "classes" / f"{dataset}.txt")[0]
-
-
-def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files below a folder whose names end in one of the suffixes.
-
-    Linked folders are followed. One that was seen already, or that holds the folder itself, is not
-    listed again, so loops end. What `is_hidden` says is none of the user's data is left out.
-
-    Args:
-        folder: Searched with its subfolders.
-        suffixes: In lower case; a suffix matches upper case as well.
-
-    Returns:
-        Paths relative to the folder, with `/`, sorted folder by folder.
-
-    Raises:
-        InputError: A folder cannot be read.
-    """
-    if not folder.is_dir():
-        return []
-    files: list[str] = []
-    seen = {_identity(path) for path in folder.resolve().parents}
-    folders: list[str] = [""]
-    links: list[str] = []  # links come last: the name of a folder itself counts
-    while folders or links:
-        below = folders.pop() if folders else links.pop(0)
-        with readable(folder / below):
-            identity = _identity(folder / below)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            with os.scandir(folder / below) as entries:
-                for entry in entries:
-                    if is_hidden(entry.name):
-                        continue
-                    if entry.is_dir():
-                        into = links if entry.is_symlink() else folders
-                        into.append(f"{below}{entry.name}/")
-                    elif entry.name.lower().endswith(suffixes):
-                        files.append(below + entry.name)
-                    elif entry.is_symlink() and not os.path.exists(entry.path):
-                        say(f"{entry.path} is a link to nothing: what it stood for is left out")
-    files.sort(key=lambda file: file.replace("/", "\0"))
-    return files
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """Return what two paths of one folder have in common."""
-    stat = os.stat(folder)
-    return stat.st_dev, stat.st_ino
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turn the error of a folder that cannot be read into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{folder}: this folder cannot be read ({error.strerror}); give yourself the right to "
-            "read it, or move it away"
-        ) from None
-
-
-@cache
-def say(message: str) -> None:
-    """Log a warning once, not for each split."""
-    log.warning("%s", message)
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, str]:
@@ -687,9 +620,15 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
     """Raise InputError unless the mask [H, W] has the height and width of its image [H, W, C]."""
     if image.shape[:2] != mask.shape:
+        turned = ""
+        if image.shape[1::-1] == mask.shape and stored_size(str(image_name)) == mask.shape:
+            turned = (
+                ", since its EXIF data turn it by 90 degrees and the mask was drawn on the image "
+                "as it is stored: turn the mask, or take the EXIF orientation out of the image"
+            )
         raise InputError(
             f"{name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image_name} has {image.shape[1]} x {image.shape[0]}"
+            f"{image_name} has {image.shape[1]} x {image.shape[0]}{turned}"
         )
 
 

@@ -308,16 +308,8 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
     mask_endings = _endings(masks, "", problems)
     if not image_endings and not mask_endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
-    together = images == masks
-    if together or not image_endings.keys() & mask_endings.keys():
-        by_word = without_words(image_endings, mask_endings, together)
-        if by_word:
-            image_endings, mask_endings = by_word
-        elif together:
-            raise InputError(
-                f"{images}: not every image a.jpg has a mask a_mask.png; put images in images/ and "
-                "masks of the same names in masks/"
-            )
+    if images == masks or not image_endings.keys() & mask_endings.keys():
+        image_endings, mask_endings = without_words(image_endings, mask_endings)
     for name, ending in image_endings.items():
         if name not in mask_endings:
             problems.append(f"{images / name}{ending}: no mask")

@@ -87,27 +87,27 @@ def _matches(stems: Iterable[str]) -> list[re.Match[str]]:
 
 
 def without_words(
-    images: dict[str, str], masks: dict[str, str], together: bool
-) -> tuple[dict[str, str], dict[str, str]] | None:
+    images: dict[str, str], masks: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the endings of images and masks by what their names have in common.
 
     Args:
         images: Endings by name, such as `{"a": ".jpg"}` or `{"a_sat": ".jpg"}`.
-        masks: Those of the masks, such as `{"a_mask": ".png"}`.
-        together: Both hold all files of one folder.
+        masks: Those of the masks, such as `{"a_mask": ".png"}`; both may hold all files of one
+            folder.
 
     Returns:
-        `{"a": ".jpg"}` or `{"a": "_sat.jpg"}`, and `{"a": "_mask.png"}`; `None` unless each image
-        gets exactly one mask in this way, and no file is left over.
+        `{"a": ".jpg"}` or `{"a": "_sat.jpg"}`, and `{"a": "_mask.png"}`; what was given unless each
+        image gets exactly one mask in this way, and no file is left over.
     """
-    if together:
+    if images == masks:
         masks = {name: ending for name, ending in masks.items() if MASK_WORD.fullmatch(name)}
         images = {name: ending for name, ending in images.items() if name not in masks}
     mask_names = _cut(masks, MASK_WORD)
     for image_names in (images, _cut(images, IMAGE_WORD)):
         if mask_names and image_names and mask_names.keys() == image_names.keys():
             return image_names, mask_names
-    return None
+    return images, masks
 
 
 def _cut(endings: dict[str, str], word: re.Pattern[str]) -> dict[str, str] | None:

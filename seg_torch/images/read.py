@@ -133,6 +133,13 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
+def stored_size(path: str | Path) -> tuple[int, int] | None:
+    """Return (height, width) of an image as it is stored, before EXIF data turn it."""
+    with suppress(Exception), Image.open(path) as image:
+        return image.height, image.width
+    return None
+
+
 def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Read an image file of any format that Pillow reads.
 
