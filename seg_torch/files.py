@@ -56,7 +56,8 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     if not folder.is_dir():
         return []
     files: list[str] = []
-    seen = {_identity(path) for path in folder.resolve().parents}
+    above = {*folder.resolve().parents, *folder.absolute().parents}
+    seen = {_identity(path) for path in above}
     folders: list[str] = [""]
     links: list[str] = []  # links come last: the name of a folder itself counts
     while folders or links:

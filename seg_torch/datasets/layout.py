@@ -97,15 +97,15 @@ def without_words(
             folder.
 
     Returns:
-        `{"a": ".jpg"}` or `{"a": "_sat.jpg"}`, and `{"a": "_mask.png"}`; what was given unless each
-        image gets exactly one mask in this way, and no file is left over.
+        `{"a": ".jpg"}` or `{"a": "_sat.jpg"}`, and `{"a": "_mask.png"}`; what was given where this
+        leads to no pairs.
     """
     if images == masks:
         masks = {name: ending for name, ending in masks.items() if MASK_WORD.fullmatch(name)}
         images = {name: ending for name, ending in images.items() if name not in masks}
     mask_names = _cut(masks, MASK_WORD)
     for image_names in (images, _cut(images, IMAGE_WORD)):
-        if mask_names and image_names and mask_names.keys() == image_names.keys():
+        if mask_names and image_names and mask_names.keys() & image_names.keys():
             return image_names, mask_names
     return images, masks
 
