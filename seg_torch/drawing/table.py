@@ -9,10 +9,26 @@ from rich.table import Table
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; its first column says what a row is about, the others are numbers."""
+    """Print a table; its first column says what a row is about, the others are numbers.
+
+    Columns without a value are left out. Where the table is wider than the terminal, each row
+    is printed as a list.
+    """
+    rows = list(rows)
+    filled = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-    for cells in rows:
-        table.add_row(*map(escape, cells))
-    Console().print(table)
+    for i in filled:
+        header_lines = header[i].replace(" ", "\n", 1)
+        table.add_column(escape(header_lines), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(escape(row[i]) for i in filled))
+    terminal, file = Console(), Console(width=10_000)
+    if not terminal.is_terminal:
+        file.print(table)
+    elif file.measure(table).maximum <= terminal.width:
+        terminal.print(table)
+    else:
+        for row in rows:
+            terminal.print(row[0], markup=False, style="bold", soft_wrap=True)
+            for i in filled[1:]:
+                terminal.print(f"  {header[i]}: {row[i] or '-'}", markup=False, highlight=False)

@@ -20,6 +20,7 @@ from forked import Forked
 from lightning import Callback
 
 from seg_torch.cli.messages import Wrapped
+from seg_torch.drawing.table import print_table
 
 ROWS = 70
 
@@ -106,3 +107,17 @@ def test_e46_messages_are_broken_between_words_in_a_terminal_and_nowhere_else(mo
     assert path in " ".join(lines), "can be copied"
     assert " ".join(" ".join(lines).split()) == " ".join(message.split())
     assert "\n  an item" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 120])
+def test_e46_no_number_of_a_table_is_broken_or_cut_off(monkeypatch, capsys, columns):
+    header = ["settings", "runs", "test mean IoU", "difference [95% interval]", "p", "GPU GB"]
+    row = ["model=[x]/a-long-name", "2", "0.1461 ± 0.0012", "0.123 [0.104, 0.201]", "", ""]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # taken for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    print_table("Runs", header, [row])
+    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, printed.split("\n"))) <= columns
+    assert all(cell in printed for cell in row)
+    assert "GPU" not in printed, "no run has a value"
