@@ -1,6 +1,7 @@
 """Samples that are decoded once and kept: in memory, for all processes of a machine, or on disk."""
 
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -104,7 +105,7 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     if files is None:
         raise InputError("data.cache=disk: this dataset is not read from files; use ram")
     sizes = samples.size, samples.size is not None and samples.resize_labels
-    key = repr((files, sizes, __version__))
+    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
     folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
     if not folder.exists():
         log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)

@@ -79,8 +79,9 @@ def inspect_data(
     labels = data.labels if statistics else None
     duplicates = find_duplicates(statistics, originals)
     notes += data.describe(statistics, duplicates)
+    title = str(Path(data.root).expanduser().absolute()) if data.root else data.dataset_name or ""
     findings: dict[str, Any] = {
-        "dataset": "" if data.root is None else str(Path(data.root).expanduser().absolute()),
+        "dataset": title,
         "refused": bool(problems),
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,

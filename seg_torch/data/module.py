@@ -144,9 +144,9 @@ class SegmentationDataModule(LightningDataModule):
 
     @property
     def test_is_val(self) -> bool:
-        """Whether val stands in for test: both are the same files."""
-        val, test = (self.dataset(split).base_dataset.pairs for split in ("val", "test"))
-        return val is not None and val == test
+        """Whether val stands in for test: both are the same samples."""
+        val, test = (self.dataset(split).base_dataset for split in ("val", "test"))
+        return val.has_same_samples(test)
 
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
@@ -159,11 +159,11 @@ class SegmentationDataModule(LightningDataModule):
         values = np.flatnonzero(statistics.pixels).tolist()
         file, text = dataset.name(0), ""
         if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
-            background, *objects = dataset.labels.names
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
-                f"no class but the first would be learnt. If white stands for {objects[0]}, say "
-                f"so in classes.txt:\n{background} 0 0 0\n{objects[0]} 255 255 255"
+                f"no class but the first would be learnt. If white stands for "
+                f"{dataset.labels.names[1]}, "
+                + dataset.white_is_a_class.format(*dataset.labels.names)
             )
         elif values == [255] and not statistics.problems:
             text = f"{file} and the other masks of {split}: no pixel is labelled, all are 255"

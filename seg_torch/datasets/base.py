@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -92,11 +92,15 @@ class Pairs(Sequence[Pair]):
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
-    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood.
+    `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood. The
+    last part of the path with such a word decides; one with words of two splits says nothing.
     """
     words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
-    splits = re.findall(words, path.lower())
-    return splits[-1] if splits else ""
+    for part in reversed(path.lower().split("/")):
+        splits = {*re.findall(words, part)}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
+    return ""
 
 
 def val_for_test(split: str, dataset: object, has_test: bool = False) -> str:
@@ -439,8 +443,11 @@ class BaseDataset(Dataset):
         labels: The classes.
         format: How files become images.
         pairs: The files of each sample, `None` where samples are not read from files.
+        white_is_a_class: What to do where 255 in the masks stands for a class: `{0}` is the name of
+            the first class, `{1}` that of the second.
     """
 
+    white_is_a_class = "write 1 in place of 255"
     labels: Labels
     format: ImageFormat = RGB
     pairs: Pairs | None = None
@@ -458,6 +465,10 @@ class BaseDataset(Dataset):
         if self.pairs is None:
             return f"{type(self).__name__}[{index}]"
         return str(getattr(self.pairs[index], kind))
+
+    def has_same_samples(self, other: BaseDataset) -> bool:
+        """Return whether these are the samples of another one, as of val that stands for test."""
+        return self.pairs is not None and self.pairs == other.pairs
 
     def fingerprint(self) -> str | None:
         """Return what changes with the files and with how they are read; `None`: nothing does."""
@@ -535,6 +546,7 @@ class SegmentationDataset(BaseDataset):
     """
 
     pairs: Pairs
+    white_is_a_class = "say so in classes.txt:\n{0} 0 0 0\n{1} 255 255 255"
 
     def __init__(
         self,
@@ -562,8 +574,9 @@ class SegmentationDataset(BaseDataset):
         """Return what changes with the files and with how they are read.
 
         Returns:
-            SHA-256 of the names, sizes and times of all files, the classes, and the function that
-            reads masks; `None` where a file is missing, or the function cannot be looked at.
+            SHA-256 of the names, sizes and times of all files, the classes, the function that
+            reads masks, and the package's own readers: what an older version of these found does
+            not count. `None` where a file is missing, or the function cannot be looked at.
         """
         try:
             digest, here = hashlib.sha256(), os.getcwd()
@@ -573,9 +586,10 @@ class SegmentationDataset(BaseDataset):
             reader: Any = self.read_mask
             source = inspect.getsource(getattr(reader, "func", reader))
             options = pickle.dumps((getattr(reader, "args", ()), getattr(reader, "keywords", {})))
+            own = readers_source()
         except Exception:  # of any function that somebody wrote
             return None
-        digest.update(repr((self.labels.to_dict(), self.format, source, options)).encode())
+        digest.update(repr((self.labels.to_dict(), self.format, source, options, own)).encode())
         return digest.hexdigest()
 
     def image(self, index: int) -> np.ndarray:
@@ -601,6 +615,16 @@ class SegmentationDataset(BaseDataset):
         image, mask = self.image(index), self.mask(index)
         check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
+
+
+@cache
+def readers_source() -> str:
+    """Return a digest of the code of this package that reads images, masks and annotations."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("datasets", "images"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

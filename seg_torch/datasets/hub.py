@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from seg_torch.errors import InputError, check_choice, require
 from seg_torch.images.read import read_image
 from seg_torch.labels import IGNORE_INDEX, Labels
 
+log = logging.getLogger(__name__)
+
 IMAGES, MASKS = ("image", "pixel_values"), ("label", "annotation", "mask", "segmentation_mask")
 
 
@@ -27,14 +30,18 @@ def hf(
     unlabelled: int | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
+    image_column: str | None = None,
+    mask_column: str | None = None,
 ) -> HubDataset:
     """Return a dataset of the Hugging Face Hub with images and masks of class ids.
 
     The column `image` holds the images, one of `label`, `annotation`, `mask` and
-    `segmentation_mask` the masks. `datasets` downloads it once and keeps it as files that all
-    processes map into memory. `id2label.json` of the dataset's repository or folder names the
-    classes, in the order of their ids. Splits named train, validation (or val, valid) and test
-    are taken; with one alone, a hash of each image's number makes the others.
+    `segmentation_mask` the masks, if its type is that of images. `datasets` downloads it once and
+    keeps it as files that all processes map into memory. `id2label.json` of the dataset's
+    repository or folder names the classes, in the order of their ids. Splits named train,
+    validation (or val, valid) and test are taken, others such as `train_tiny` only where there is
+    none of these names. Without train or without validation a hash of each image's number makes
+    both of the other; a test split is kept apart.
 
     Args:
         name: `OWNER/NAME` on the Hub, or a folder: one that `save_to_disk` wrote, or with Parquet
@@ -45,13 +52,15 @@ def hf(
             down by one. 255 always is not labelled unless it has a name.
         val_fraction: Fraction of the images in val, where the dataset has none.
         seed: Seed of that random split.
+        image_column: Column of the images, where it has another name.
+        mask_column: Column of the masks, in the same way.
 
     Returns:
         The samples of the split.
 
     Raises:
-        InputError: The split is unknown, the package `datasets` or the dataset is missing, or it
-            has no such columns or no class names.
+        InputError: The split is unknown, the package `datasets` or the dataset is missing, it has
+            no such columns or no class names, or nothing to train on.
     """
     check_choice("split", split, base.SPLITS)
     parts = _load(str(name))
@@ -61,17 +70,59 @@ def hf(
         names.pop(unlabelled, None)
         ids[unlabelled] = IGNORE_INDEX
     table = base.id_table(ids | {value: i for i, value in enumerate(names)})
-    by_split = {base.split_of(part): content for part, content in parts.items()}
+    by_split = _by_split(str(name), parts)
     split = base.val_for_test(split, name, "test" in by_split)
-    rows = by_split.get(split)
-    if rows is None or (split == "train" and "val" not in by_split):
-        rows = by_split.get("train", next(iter(parts.values())))
+    if split == "test" or {"train", "val"} <= by_split.keys():
+        rows = by_split[split]
+    else:
+        rows = _to_be_split(str(name), parts, by_split)
         numbers = [str(i) for i in range(len(rows))]
         chosen = split_names(Path(name), numbers, split, val_fraction, seed)
         rows = rows.select(sorted(map(int, chosen)))
     with base.parsing(name, "id2label: "):
         labels = Labels(tuple(names.values()))
-    return HubDataset(rows, labels, table, f"{name} {split}")
+    return HubDataset(rows, labels, table, f"{name} {split}", image_column, mask_column)
+
+
+def _by_split(name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables that are train, val and test, as far as there are any.
+
+    Raises:
+        InputError: Two names may be those of one split.
+    """
+    by_split: dict[str, Any] = {}
+    used = []
+    for split in base.SPLITS:
+        named = [part for part in parts if base.split_of(part) == split]
+        named = [part for part in named if part.isalpha()] or named  # train before train_tiny
+        if len(named) > 1:
+            raise InputError(
+                f"{name}: each of its splits {', '.join(named)} may be {split}; save a copy with "
+                "one of them by save_to_disk, and give data.name=FOLDER"
+            )
+        used += named
+        if named:
+            by_split[split] = parts[named[0]]
+    if by_split and len(used) < len(parts):
+        others = ", ".join(part for part in parts if part not in used)
+        log.info("%s: only its splits %s are used, not %s", name, ", ".join(used), others)
+    return by_split
+
+
+def _to_be_split(name: str, parts: Mapping[str, Any], by_split: Mapping[str, Any]) -> Any:
+    """Return the table that both train and val are made of.
+
+    Raises:
+        InputError: There is none, since nothing is trained on test images, or there are several.
+    """
+    tables = [by_split[split] for split in ("train", "val") if split in by_split]
+    tables = tables or [content for part, content in parts.items() if not base.split_of(part)]
+    if len(tables) != 1:
+        raise InputError(
+            f"{name} has the splits {', '.join(parts)}, none of which is called train or "
+            "validation, so there is nothing to train on"
+        )
+    return tables[0]
 
 
 class HubDataset(base.BaseDataset):
@@ -83,24 +134,36 @@ class HubDataset(base.BaseDataset):
         rows: The table; images and masks are not decoded by it.
         labels: The classes.
         table: Class id of each mask value, see `base.id_table`.
-        title: What messages call it.
+        title: What messages call it, with the split.
+        image_column: As in `hf`, like `mask_column`.
+        mask_column: Of the masks.
     """
 
-    def __init__(self, rows: Any, labels: Labels, table: np.ndarray, title: str) -> None:
+    white_is_a_class = 'name it in id2label.json: {{"0": "{0}", "255": "{1}"}}'
+
+    def __init__(
+        self,
+        rows: Any,
+        labels: Labels,
+        table: np.ndarray,
+        title: str,
+        image_column: str | None = None,
+        mask_column: str | None = None,
+    ) -> None:
         self.labels, self.table, self.title = labels, table, title
         self.columns = [
-            next((c for c in known if c in rows.column_names), None) for known in (IMAGES, MASKS)
+            _column(rows.features, title, "image_column", image_column, IMAGES),
+            _column(rows.features, title, "mask_column", mask_column, MASKS),
         ]
-        if None in self.columns:
-            raise InputError(
-                f"{title} has the columns {', '.join(rows.column_names)}; it takes one of "
-                f"{', '.join(IMAGES)} and one of {', '.join(MASKS)}"
-            )
         from datasets import Image
 
         for column in self.columns:
             rows = rows.cast_column(column, Image(decode=False))
         self.rows = rows.select_columns(self.columns)
+
+    def has_same_samples(self, other: base.BaseDataset) -> bool:
+        """Return whether these are the samples of another one, as of val that stands for test."""
+        return isinstance(other, HubDataset) and self.title == other.title
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,6 +190,32 @@ class HubDataset(base.BaseDataset):
         image, mask = read_image(name, content), self.mask(index)
         base.check_sizes(image, mask, name, f"{self.title}[{index}]")
         return base.as_sample(image, mask)
+
+
+def _column(
+    features: Mapping[str, Any], title: str, setting: str, given: str | None, known: tuple[str, ...]
+) -> str:
+    """Return the column that is given, or the one of a known name whose cells are images.
+
+    Raises:
+        InputError: There is no such column, or several of known names.
+    """
+    from datasets import Image
+
+    def holds_images(feature: Any) -> bool:
+        as_files = isinstance(feature, Mapping) and "bytes" in feature
+        return isinstance(feature, Image) or as_files or getattr(feature, "dtype", "") == "binary"
+
+    found = [given] if given else [c for c in known if c in features and holds_images(features[c])]
+    if len(found) == 1 and found[0] in features:
+        return found[0]
+    columns = ", ".join(f"{column} ({type(f).__name__})" for column, f in features.items())
+    several = f", and {' and '.join(found)} hold images" if len(found) > 1 else ""
+    expected = f"one of {', '.join(known)} with images" if given is None else f"a column {given}"
+    raise InputError(
+        f"{title} has the columns {columns}{several}; it takes {expected}, or say which column: "
+        f"data.dataset.{setting}=NAME"
+    )
 
 
 def _load(name: str) -> Mapping[str, Any]:

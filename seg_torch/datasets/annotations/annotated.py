@@ -4,15 +4,20 @@ A format is a function that reads the files of an `AnnotatedFolder` once, and on
 its shapes. Later shapes lie on top of earlier ones; a format with another rule sorts them.
 """
 
+import hashlib
+import itertools
 import json
 import logging
 import os
 import posixpath
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -39,7 +44,8 @@ class Annotated(NamedTuple):
     """An image and what is drawn on it.
 
     Attributes:
-        name: Unique in the dataset: the image's path below the root, without suffix.
+        name: Unique in its split: the image's path below the root, without suffix unless two images
+            differ in nothing else.
         image: The path of its file.
         file: The path of the file that annotates it, or of its mask.
         shapes: Class name and shape of each, in the order of drawing, as JSON: a shape is what
@@ -65,17 +71,23 @@ class AnnotatedFolder:
         images: The images in it, relative to it.
 
     Attributes:
-        samples: All annotated images.
+        samples: All annotated images by path and split.
         problems: What is wrong with the annotations.
+        left_out: What is not read, by the reason.
     """
 
     def __init__(self, home: Path, files: Sequence[str], images: Sequence[str]) -> None:
         self.home, self.files = home, files
-        self.samples: list[Annotated] = []
+        self.samples: dict[tuple[str, str], Annotated] = {}
         self.problems: list[str] = []
+        self.left_out: dict[str, list[str]] = {}
         self.images: dict[str, list[str]] = {}  # by the last part of their path
         for image in images:
-            self.images.setdefault(posixpath.basename(image), []).append(image)
+            self.images.setdefault(same_name(posixpath.basename(image)), []).append(image)
+
+    def leave_out(self, reason: str, name: object) -> None:
+        """Note that something is not read, for one message about all of these."""
+        self.left_out.setdefault(reason, []).append(str(name))
 
     def contents(self, recognise: Callable[[Any], bool], what: str) -> Iterator[tuple[str, Any]]:
         """Yield name and content of each JSON file whose content is recognised.
@@ -88,6 +100,8 @@ class AnnotatedFolder:
             content = None
             with self.collected():
                 content = base.read_json(self.home / file)
+                if not recognise(content):
+                    self.leave_out(f"JSON files that hold no {what}", file)
             if recognise(content):
                 recognised = True
                 yield file, content
@@ -119,12 +133,16 @@ class AnnotatedFolder:
         Raises:
             InputError: There is no such image, or there are several.
         """
+        if not isinstance(name, str):
+            raise InputError(f"{name!r} is no name of an image")
         wanted = posixpath.normpath(name.replace("\\", "/"))
-        named = self.images.get(posixpath.basename(wanted), [])
+        named = self.images.get(same_name(posixpath.basename(wanted)), [])
         in_folder = posixpath.normpath(posixpath.join(posixpath.dirname(beside), wanted))
         if in_folder in named:
             return in_folder
-        named = [image for image in named if f"/{image}".endswith(f"/{wanted}")] or named
+        # A path from another machine ends in the same folders.
+        common = [_common_parts(image, wanted) for image in named]
+        named = [image for image, parts in zip(named, common, strict=True) if parts == max(common)]
         split = base.split_of(beside)
         of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
         candidates = of_split or named
@@ -151,10 +169,16 @@ class AnnotatedFolder:
             shapes: Class name and shape of each, as plain data.
             split: As in `Annotated`, like `size`.
             size: (width, height).
+
+        Raises:
+            InputError: The image has other annotations in the same split.
         """
         content = json.dumps(shapes, separators=(",", ":")).encode()
         paths = os.path.join(self.home, image), os.path.join(self.home, file)
-        self.samples.append(Annotated(name_of(name), *paths, content, split, size))
+        sample = Annotated(name_of(name), *paths, content, split, size)
+        first = self.samples.setdefault((paths[0], split), sample)
+        if first[2:4] != sample[2:4]:
+            raise InputError(f"{image} is annotated in {first.file}, too; keep one of the two")
 
 
 # Draws a shape of a class id on a mask: (mask, class id, shape).
@@ -175,6 +199,8 @@ class AnnotatedDataset(base.SegmentationDataset):
         rest: The mask value of pixels outside of all shapes.
     """
 
+    white_is_a_class = f"give its shapes another label than {IGNORED}"
+
     def __init__(
         self,
         samples: list[Annotated],
@@ -183,13 +209,23 @@ class AnnotatedDataset(base.SegmentationDataset):
         values: dict[str, int],
         rest: int,
     ) -> None:
-        # The function is part of what `check` remembers a result by.
+        # The function is part of what `check` remembers a result by, like what it draws.
         super().__init__((s[:3] for s in samples), labels, draw)  # type: ignore[arg-type]
         self.draw, self.values, self.rest = draw, values, rest
         content = bytearray().join(sample.shapes for sample in samples)
         self._content = torch.frombuffer(content, dtype=torch.uint8)
         self._ends = torch.tensor([0, *(len(sample.shapes) for sample in samples)]).cumsum(0)
         self._sizes = torch.tensor([sample.size for sample in samples])
+
+    def fingerprint(self) -> str | None:
+        """Return what changes with the files, with how they are read and with all shapes."""
+        files = super().fingerprint()
+        if files is None:
+            return None
+        digest = hashlib.sha256(f"{files} {self.values} {self.rest}".encode())
+        for part in (self._content, self._ends, self._sizes):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
 
     def shapes(self, index: int) -> list[tuple[str, Any]]:
         """Return class name and shape of each annotation, in the order of drawing."""
@@ -244,6 +280,7 @@ def dataset(
     val_fraction: float,
     seed: int,
     kind: type[AnnotatedDataset] = AnnotatedDataset,
+    lists: Path | None = None,
 ) -> AnnotatedDataset:
     """Return the samples of a split.
 
@@ -258,6 +295,7 @@ def dataset(
         val_fraction: Fraction of the images in val, where nothing else makes the split.
         seed: Seed of that random split.
         kind: The class of the result.
+        lists: The folder of `train.txt` and `val.txt`, if it is another one.
 
     Raises:
         InputError: There are no images or no classes for `split`, or annotations are malformed.
@@ -276,7 +314,7 @@ def dataset(
     with base.parsing(home):
         labels = Labels(tuple(names))
     values |= {name: value for value, name in enumerate(names)}
-    chosen = choose_split(home, samples, split, val_fraction, seed)
+    chosen = choose_split(lists or home, samples, split, val_fraction, seed)
     return kind(chosen, labels, draw, values, rest)
 
 
@@ -291,10 +329,28 @@ def _read_once(
     """Return all images, and the names of the classes in order."""
     folder = AnnotatedFolder(home, files, images)
     names = read(folder)
+    for image, split in folder.samples:
+        if split == "" and any((image, other) in folder.samples for other in base.SPLITS):
+            folder.problems.append(f"{image}: one of two annotations is in no split; keep one")
     base.raise_problems(folder.problems, f"problems in the annotations of {home}")
     if not folder.samples:
         raise InputError(f"{home}: no annotated images here")
-    return folder.samples, names
+    samples = [*folder.samples.values()]
+    prefix = os.path.join(home, "")
+    used = {path.removeprefix(prefix) for sample in samples for path in sample[1:3]}
+    for image in set(images) - used:
+        folder.leave_out("images without annotation", image)
+    for reason, left_out in folder.left_out.items():
+        several = ", ".join([*sorted(left_out)[:3], *["..."][: len(left_out) > 3]])
+        log.info("%s: not read are %d %s: %s", home, len(left_out), reason, several)
+    count = Counter((sample.name, sample.split) for sample in samples)
+    ambiguous = {name for (name, _), number in count.items() if number > 1}
+    return [_with_suffix(s) if s.name in ambiguous else s for s in samples], names
+
+
+def _with_suffix(sample: Annotated) -> Annotated:
+    """Return the sample of an image whose name another one has but for the suffix."""
+    return sample._replace(name=sample.name + posixpath.splitext(sample.image)[1])
 
 
 def choose_split(
@@ -313,16 +369,56 @@ def choose_split(
     for sample in samples:
         by_split.setdefault(sample.split, []).append(sample)
     if "" in by_split and len(by_split) > 1:
-        log.info("%s: %d images are in no split of its own", home, len(by_split[""]))
+        names = ", ".join(sample.name for sample in by_split[""][:3])
+        log.info("%s: %d images are in no split of its own: %s", home, len(by_split[""]), names)
+        if "train" not in by_split:
+            by_split["train"] = by_split.pop("")
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
         return by_split[base.val_for_test(split, home, "test" in by_split)]
     rest = {sample.name: sample for sample in samples if sample.split != "test"}
+    if not rest:
+        raise InputError(f"{home}: only test images here, and none to train on")
     return [rest[name] for name in split_names(home, list(rest), split, val_fraction, seed)]
+
+
+def _common_parts(first: str, second: str) -> int:
+    """Return in how many of their last parts two paths agree."""
+    parts = zip(reversed(first.split("/")), reversed(second.split("/")), strict=False)
+    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
+
+
+def same_name(name: str) -> str:
+    """Return what names of one file have in common: Windows and macOS write it in other ways."""
+    return normalize("NFC", name).casefold()
 
 
 def name_of(image: str) -> str:
     """Return what a sample is called: the path of its image without suffix."""
     return posixpath.splitext(image)[0]
+
+
+def pairs(points: Any) -> np.ndarray:
+    """Return points (x, y), float64 [N, 2], of pairs or of x0, y0, x1, y1 ...
+
+    Raises:
+        InputError: They are something else.
+    """
+    try:
+        array = np.array(points, np.float64)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if array.ndim == 1 and array.size % 2 == 0:
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        text = textwrap.shorten(str(points), 80, placeholder=" ...")
+        raise InputError(f"its points are not pairs of x and y: {text}")
+    return array
+
+
+def polygon_area(points: np.ndarray) -> float:
+    """Return the area of a polygon of points [N, 2], by the shoelace formula."""
+    x, y = points.T
+    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
 
 
 def checked_points(mask: Image.Image, points: Any, at_least: int) -> list[tuple[float, float]]:
@@ -331,11 +427,7 @@ def checked_points(mask: Image.Image, points: Any, at_least: int) -> list[tuple[
     Raises:
         InputError: There are too few, or one is far outside of the image.
     """
-    array = np.array(points, np.float64)
-    if array.ndim == 1 and array.size % 2 == 0:  # x0, y0, x1, y1 ...
-        array = array.reshape(-1, 2)
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise InputError("its points are not pairs of x and y")
+    array = pairs(points)
     if len(array) < at_least:
         raise InputError(f"{len(array)} points, but it takes at least {at_least}")
     margin = MARGIN * np.array(mask.size) + 1

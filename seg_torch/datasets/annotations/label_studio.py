@@ -1,5 +1,6 @@
-"""Label Studio's JSON export: polygons, brushes, rectangles and ellipses."""
+"""Label Studio's JSON export: polygons, brushes, bitmasks, rectangles and ellipses."""
 
+import base64
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,11 @@ from PIL import Image, ImageDraw
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
+from seg_torch.images.read import opened
 
 # The kinds of regions that have an area, and where their class is.
-KINDS = ("polygonlabels", "brushlabels", "rectanglelabels", "ellipselabels")
-WITHOUT_LABEL = ("polygon", "brush", "rectangle", "ellipse")
+KINDS = ("polygonlabels", "brushlabels", "bitmasklabels", "rectanglelabels", "ellipselabels")
+WITHOUT_LABEL = ("polygon", "brush", "bitmask", "rectangle", "ellipse")
 
 
 def label_studio(
@@ -30,13 +32,14 @@ def label_studio(
 
     `root` holds the file of the export "JSON" (not JSON-MIN) and the images, in any folder, with
     or without the eight characters that Label Studio puts in front of uploaded names. Files named
-    train, val and test make the split; else it is made as in `folder`.
+    train, val and test make the split, or folders of the images do; else it is made as in `folder`.
 
-    Polygons, brushes (run lengths), rectangles and ellipses are drawn in the order of the file:
-    where they overlap, the later one lies on top. Of several annotations of an image the ground
-    truth counts or, without one, the one that was changed last; cancelled ones and predictions do
-    not count, and images without annotation are left out. The classes are those found, sorted by
-    name.
+    Polygons, brushes (run lengths), bitmasks, rectangles and ellipses are drawn in the order of the
+    file: where they overlap, the later one lies on top. Regions without an area, such as key
+    points, are counted and left out, unless a class or an image has no others. Of several
+    annotations of an image the ground truth counts or, without one, the one that was changed last;
+    cancelled ones and predictions do not count, and images without annotation are left out. The
+    classes are those found, sorted by name.
 
     Args:
         root: The dataset's folder.
@@ -50,8 +53,8 @@ def label_studio(
         The samples of the split.
 
     Raises:
-        InputError: The split is unknown, there is no export, it is malformed, or an image is
-            missing.
+        InputError: The split is unknown, there is no export, it is malformed, an image is
+            missing, or two tasks annotate one.
     """
     source = "export JSON from Label Studio, and put it and the images there"
     home, files = annotated.files_in(
@@ -70,20 +73,52 @@ def is_label_studio(content: Any) -> bool:
 def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     """Read all tasks of the files that hold some."""
     names: set[str] = set()
+    without_area: set[str] = set()
+    tasks: dict[str, str] = {}
     for file, content in folder.contents(is_label_studio, "annotated tasks of Label Studio"):
         for task in content:
-            with folder.part(file, f"task {task.get('id')}: "):
+            number = f"task {task.get('id')}"
+            with folder.part(file, f"{number}: "):
                 results = _results(task["annotations"])
                 if results is None:
+                    folder.leave_out("tasks without annotation", number)
                     continue
                 regions = [r for r in results if r["type"] in (*KINDS, *WITHOUT_LABEL)]
+                others = [r for r in results if r not in regions]
+                for other in others:
+                    folder.leave_out(f"results of the type {other['type']}", number)
+                lost = {str(name) for r in others for name in _labels(r)}
+                if lost and not regions:
+                    raise InputError(f"its regions have no area, so {sorted(lost)} would be lost")
                 shapes = [_shape(region) for region in regions]
-                sizes = [(int(r["original_width"]), int(r["original_height"])) for r in regions]
                 path = _image(folder, task["data"], file)
-                size = sizes[0] if sizes else (0, 0)
-                folder.add(path, path, file, shapes, base.split_of(file), size)
+                first = tasks.setdefault(path, f"{number} of {file}")
+                if first != f"{number} of {file}":
+                    raise InputError(f"{path} is annotated in {first}, too; delete one of the two")
+                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                folder.add(path, path, file, shapes, split, _size(regions))
                 names |= {name for name, _ in shapes}
+                without_area |= lost
+    if without_area - names:
+        classes = sorted(without_area - names)
+        folder.problems.append(f"{folder.home}: all regions of {classes} are without an area")
     return sorted(names)
+
+
+def _labels(result: Mapping[str, Any]) -> list[Any]:
+    """Return the classes of a region, none of what is said of the whole image."""
+    is_region = str(result["type"]).endswith("labels")
+    return result["value"].get(result["type"], []) if is_region else []
+
+
+def _size(regions: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return (width, height) of the image that regions were drawn on, (0, 0) without any."""
+    images = {
+        (r.get("to_name"), int(r["original_width"]), int(r["original_height"])) for r in regions
+    }
+    if len(images) > 1:
+        raise InputError(f"its regions are on several images: {sorted(map(str, images))}")
+    return images.pop()[1:] if images else (0, 0)
 
 
 def _results(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -108,10 +143,16 @@ def _shape(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _image(folder: annotated.AnnotatedFolder, data: Mapping[str, Any], file: str) -> str:
     """Return the path of a task's image: its own name, or the one that it was uploaded with."""
     # `image` is the name in Label Studio's templates.
-    address = data.get("image") or next(text for text in data.values() if isinstance(text, str))
-    name = posixpath.basename(unquote(address.split("?d=")[-1]).replace("\\", "/"))
-    uploaded = re.sub(r"^[0-9a-f]{8}-", "", name)
-    return folder.find_image(name if name in folder.images else uploaded, file)
+    address = data.get("image") or next((v for v in data.values() if isinstance(v, str)), None)
+    if not isinstance(address, str):
+        raise InputError(f"its data name no image: {[*data]}")
+    if re.match(r"\w+://", address):
+        address = address.split("?")[0]  # a signature
+    path = unquote(address.split("?d=")[-1]).replace("\\", "/")
+    name = posixpath.basename(path)
+    if annotated.same_name(name) not in folder.images:
+        path = re.sub(r"^[0-9a-f]{8}-", "", name)
+    return folder.find_image(path, file)
 
 
 def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
@@ -122,6 +163,8 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     elif kind == "brushlabels":
         opacity = decode_brush(shape["rle"], mask.height, mask.width)
         annotated.draw_pixels(mask, value, opacity >= 128)
+    elif kind == "bitmasklabels":
+        annotated.draw_pixels(mask, value, _bitmask(shape["imageDataURL"], mask.size) >= 128)
     else:
         # What is turned or round may go over the edge, but begins inside.
         corner = np.array([shape["x"], shape["y"]]) * size / 100
@@ -137,6 +180,18 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
         matrix = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
         points = (corners @ matrix + start).ravel().tolist()
         ImageDraw.Draw(mask).polygon(points, fill=value, outline=value)
+
+
+def _bitmask(address: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the opacity of a bitmask, a PNG file of black on nothing in a data URL."""
+    content = base64.b64decode(address.partition("base64,")[2])
+    with opened("its bitmask", "a mask", content) as image:
+        if image.size != size or "A" not in image.getbands():
+            raise InputError(
+                f"a bitmask in mode {image.mode} of {image.width} x {image.height} pixels; "
+                f"expected is RGBA of {size[0]} x {size[1]}"
+            )
+        return np.array(image.getchannel("A"))
 
 
 def decode_brush(content: Sequence[int], height: int, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""labelme: a JSON file for each image."""
+"""labelme and X-AnyLabeling: a JSON file for each image."""
 
 import base64
 import math
@@ -17,6 +17,8 @@ from seg_torch.images.read import opened, read_image
 
 LINE_WIDTH, POINT_RADIUS = 10, 5  # labelme's own, in pixels
 KEPT = ("shape_type", "points", "mask")  # what is drawn of a shape
+# Corners one after the other: those of labelme, and two that X-AnyLabeling has beside them.
+POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")
 # How many points a shape has, where it is not any number of them.
 POINTS = {"rectangle": 2, "circle": 2, "line": 2, "point": 1, "mask": 2}
 
@@ -28,11 +30,12 @@ def labelme(
     val_fraction: float = 0.2,
     seed: int = 0,
 ) -> annotated.AnnotatedDataset:
-    """Return images annotated with labelme.
+    """Return images annotated with labelme, or with X-AnyLabeling, which writes the same files.
 
     `root` holds a JSON file for each image, with subfolders, and the images beside them, elsewhere
-    or inside the JSON files (`imageData`). Folders named train, val (or valid) and test make the
-    split; else `train.txt` and `val.txt` do, or a hash of each name.
+    or inside the JSON files (`imageData`). Folders of them, or of the images, that are named train,
+    val (or valid) and test make the split; else `train.txt` and `val.txt` do, or a hash of each
+    name.
 
     Shapes are drawn as labelme draws them: lines 10 pixels wide, points as discs with a radius of
     5. Where shapes overlap, the later one in the file lies on top. The label `_background_` means
@@ -52,7 +55,7 @@ def labelme(
 
     Raises:
         InputError: The split is unknown, there are no annotations, a file is malformed, an image
-            is missing, or a label is not in `labels.txt`.
+            is missing, two files annotate one, or a label is not in `labels.txt`.
     """
     source = "annotate images with labelme and keep its JSON files beside them"
     home, files = annotated.files_in(root, (".json",), "labelme annotations", "IMAGE.json", source)
@@ -86,6 +89,9 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     names: set[str] = set()
     for file, content in folder.contents(is_labelme, "annotations of labelme"):
         with folder.part(file):
+            unnamed = [i for i, shape in enumerate(content["shapes"], 1) if not shape["label"]]
+            if unnamed:
+                raise InputError(f"shape {unnamed[0]} has no label")
             shapes = [
                 (str(shape["label"]), {key: shape.get(key) for key in KEPT})
                 for shape in content["shapes"]
@@ -97,7 +103,9 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             with suppress(InputError) if content.get("imageData") else nullcontext():
                 image = folder.find_image(content["imagePath"], file)
             size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-            folder.add(file, image, file, shapes, base.split_of(posixpath.dirname(file)), size)
+            folders = posixpath.dirname(file), posixpath.dirname(image)
+            split = base.split_of(folders[0]) or base.split_of(folders[1])
+            folder.add(file, image, file, shapes, split, size)
             names |= used
     special = {annotated.BACKGROUND, annotated.IGNORED}
     return listed or [*sorted(names & special), *sorted(names - special)]
@@ -106,7 +114,8 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
 def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw one of labelme's shapes, as its `shape_to_mask` does."""
     kind, draw = shape["shape_type"] or "polygon", ImageDraw.Draw(mask)
-    if kind in ("polygon", "oriented_rectangle"):
+    corners = kind == "rectangle" and len(shape["points"]) == 4  # of X-AnyLabeling
+    if kind in POLYGONS or corners:
         return annotated.draw_polygon(mask, value, shape["points"])
     points = annotated.checked_points(mask, shape["points"], 2 if kind == "linestrip" else 1)
     if len(points) != POINTS.get(kind, len(points)):

@@ -1,10 +1,13 @@
 """Exports as images and masks: of Roboflow, of CVAT and of labelme's script labelme2voc.py."""
 
 import csv
+import logging
+import posixpath
 import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -12,8 +15,11 @@ from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
 from seg_torch.datasets.folder import read_palette_mask
 from seg_torch.errors import InputError
-from seg_torch.images.read import IMAGE_SUFFIXES
+from seg_torch.files import is_hidden
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size
 from seg_torch.labels import IGNORE_INDEX, Labels
+
+log = logging.getLogger(__name__)
 
 MASK, LISTS = "_mask.png", "ImageSets/Segmentation"
 
@@ -49,20 +55,27 @@ def roboflow(
             raise InputError(f"{home / file}: other classes than in {home / files[0]}")
     masks = [file.removesuffix(MASK) for file in base.list_files(home, (MASK,))]
     others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
-    images = _by_name(home, others)
-    missing = [f"{home / name}{MASK}" for name in masks if name not in images]
+    images, with_mask = _by_name(home, others), {normalize("NFC", name): name for name in masks}
+    missing = [f"{home}/{mask}{MASK}" for name, mask in with_mask.items() if name not in images]
     what = "no image of its name beside it"
     base.raise_problems(missing, f"masks have {what}", what)
+    missing = [image for name, image in images.items() if name not in with_mask]
+    what = f"no mask NAME{MASK} beside "
+    base.raise_problems(missing, f"images have {what}them", f"{what}it")
     samples = [
-        annotated.Annotated(n, images[n], f"{home}/{n}{MASK}", split=base.split_of(n))
-        for n in masks
+        annotated.Annotated(
+            mask, images[name], f"{home}/{mask}{MASK}", split=base.split_of(posixpath.dirname(name))
+        )
+        for name, mask in with_mask.items()
     ]
     chosen = annotated.choose_split(home, samples, split, val_fraction, seed)
     ids = {IGNORE_INDEX: IGNORE_INDEX} | {value: i for i, value in enumerate(classes)}
     with base.parsing(home / files[0]):
         labels = Labels(tuple(classes.values()))
     pairs = (sample[:3] for sample in chosen)
-    return base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset = base.SegmentationDataset(pairs, labels, base.mapped_masks(ids))
+    dataset.white_is_a_class = f"say so in each {listing}:\n0, {{0}}\n255, {{1}}"
+    return dataset
 
 
 def read_csv(path: Path) -> dict[int, str]:
@@ -88,8 +101,9 @@ def cvat(
 
     `root` holds `labelmap.txt`, `JPEGImages`, `SegmentationClass` and
     `ImageSets/Segmentation/*.txt`. The masks have the colours of `labelmap.txt`, whose lines are
-    the classes (`name:R,G,B:parts:actions`), `background` among them. Lists named train, val and
-    test, as the subsets of CVAT's tasks, make the split; else it is made as in `folder`.
+    the classes (`name:R,G,B:parts:actions`), `background` among them. CVAT writes no mask of a
+    frame without objects; a listed image without one is background. Lists named train, val (or
+    valid) and test, as the subsets of CVAT's tasks, make the split; else it is made as in `folder`.
 
     Args:
         root: The dataset's folder.
@@ -109,8 +123,21 @@ def cvat(
     labelmap, images, masks = base.find(root, "A CVAT export", entries, source)
     labels = read_labelmap(labelmap)
     read_mask = partial(base.read_colour_mask, palette=labels.palette)
-    pairs = _pairs(images, masks, split, val_fraction, seed)
-    return base.SegmentationDataset(pairs, labels, read_mask)
+    empty = "background" in labels.names
+    pairs = _pairs(images, masks, split, val_fraction, seed, empty)
+    return CvatDataset(pairs, labels, read_mask)
+
+
+class CvatDataset(base.SegmentationDataset):
+    """Images with masks of colours; one without objects stands in for its mask."""
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask alone, uint8 [H, W], with every value checked."""
+        pair = self.pairs[index]
+        if pair.mask != pair.image:
+            return super().mask(index)
+        size = image_size(pair.image) or self.image(index).shape[:2]
+        return np.full(size, self.labels.names.index("background"), np.uint8)
 
 
 def labelme_voc(
@@ -174,26 +201,42 @@ def read_labelmap(path: Path) -> Labels:
 
 
 def _by_name(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Return the paths of files below a folder by their names without suffix."""
-    return {annotated.name_of(file): f"{folder}/{file}" for file in files}
+    """Return the paths of files below a folder by their names without suffix.
+
+    Raises:
+        InputError: Two have the same name.
+    """
+    paths: dict[str, str] = {}
+    problems = []
+    for file in files:
+        name = normalize("NFC", annotated.name_of(file))
+        if paths.setdefault(name, f"{folder}/{file}") != f"{folder}/{file}":
+            problems.append(f"{paths[name]}: ambiguous, there is also {posixpath.basename(file)}")
+    base.raise_problems(problems, "images have the name of another one")
+    return paths
 
 
 def _pairs(
-    images: Path, masks: Path, split: str, val_fraction: float, seed: int
+    images: Path, masks: Path, split: str, val_fraction: float, seed: int, empty: bool = False
 ) -> list[tuple[str, str, str]]:
-    """Return name, image and mask of the samples of a split."""
+    """Return name, image and mask of the samples of a split.
+
+    Args:
+        images: The folder of the images.
+        masks: The folder of the masks.
+        split: As in `cvat`, like `val_fraction` and `seed`.
+        val_fraction: Of the images.
+        seed: Of the random split.
+        empty: Whether a listed image without a mask stands in for it.
+    """
     home = images.parent
     image_files = _by_name(images, base.list_files(images, IMAGE_SUFFIXES))
     mask_files = _by_name(masks, base.list_files(masks, (".png",)))
-    splits = dict.fromkeys(mask_files, "")
-    lists = sorted((home / LISTS).glob("*.txt"))
-    if lists:
-        # One without the split of its name, such as default.txt, leaves it to `choose_split`.
-        known = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-        listed = {path: known.get(path.stem.lower(), "") for path in lists}
-        if "train" in listed.values():  # then VOC's trainval.txt has nothing to add
-            listed = {path: name for path, name in listed.items() if name}
-        splits = {line: name for path, name in listed.items() for line in base.read_list(path)}
+    splits = _listed_splits(home, mask_files)
+    if empty:
+        mask_files = {
+            name: image_files[name] for name in splits if name in image_files
+        } | mask_files
     missing = [f"{masks / name}.png" for name in splits if name not in mask_files]
     missing += [f"{images / name}.jpg" for name in splits if name not in image_files]
     what = "files are missing; an image and its mask have one name"
@@ -206,3 +249,31 @@ def _pairs(
         raise InputError(f"{masks}: no masks here")
     chosen = annotated.choose_split(home, samples, split, val_fraction, seed)
     return [sample[:3] for sample in chosen]
+
+
+def _listed_splits(home: Path, masks: Iterable[str]) -> dict[str, str]:
+    """Return the split of each listed name, "" where no list says; without lists, of each mask.
+
+    Raises:
+        InputError: A name is in the lists of two splits.
+    """
+    paths = [path for path in sorted((home / LISTS).glob("*.txt")) if not is_hidden(path.name)]
+    # One without the split of its name, such as default.txt, leaves it to `choose_split`.
+    lists = {path.name: base.split_of(path.stem) for path in paths}
+    splits: dict[str, str] = dict.fromkeys(masks, "") if not paths else {}
+    unknown: set[str] = set()
+    twice = []
+    for path in paths:
+        names = [normalize("NFC", line) for line in base.read_list(path)]
+        if "train" in lists.values() and not lists[path.name]:
+            unknown.update(names)  # such as those of VOC's trainval.txt
+            continue
+        for name in names:
+            if splits.setdefault(name, lists[path.name]) != lists[path.name]:
+                twice.append(f"{name}: in {path.name}, and in the list of {splits[name] or 'none'}")
+    base.raise_problems(twice, f"names are in two lists of {home / LISTS}")
+    unused = sorted((unknown | {*masks}) - {*splits})
+    if unused:
+        some = ", ".join(unused[:3])
+        log.info("%s: %d listed names and masks are in no split: %s", home, len(unused), some)
+    return splits

@@ -226,7 +226,7 @@ def test_an_image_that_is_missing_is_named(make, name):
         ("coco", {"size": [9, 9], "counts": [81]}, r"size of the run lengths is \[9, 9\]"),
         ("coco", {"size": [48, 64], "counts": [5, 5]}, "add up to 10 pixels"),
         ("coco", {"size": [48, 64], "counts": LARGER}, "Invalid RLE"),
-        ("coco", [[1, "a", 9, 9, 3, 3]], "could not convert"),
+        ("coco", [[1, "a", 9, 9, 3, 3]], r"annotation 2: .* not pairs of x and y: \[1, 'a', 9"),
         ("labelme", [[1, 1], [9, 9]], "2 points, but it takes at least 3"),
         ("labelme", [[1, 1], [9, 9], [5, -30]], r"the point \(5, -30\) is outside of"),
         ("labelme", [[1, 1], [9, 9], [5, math.nan]], r"the point \(5, nan\) is outside of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from functools import partial
 
@@ -11,11 +12,13 @@ import pytest
 from annotation_copies import (
     HEIGHT,
     WIDTH,
+    all_masks,
     tiny_copy,
 )
 
 from seg_torch import datasets
 from seg_torch.data.inspection import inspect_dataset
+from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
@@ -136,3 +139,98 @@ def test_a_roboflow_export_without_valid_is_split(make):
     parts = [datasets.roboflow(root, split) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [2, 1, 1]
     assert parts[2].pairs[0].name.startswith("test/")
+
+
+def test_e78_a_frame_without_objects_of_cvat_is_background(make):
+    # CVAT lists it and writes no mask.
+    root = make("cvat")
+    for kind in ("SegmentationClass", "SegmentationObject"):
+        (root / kind / "photo_1.png").unlink()
+    masks = all_masks(datasets.cvat, root)
+    assert len(masks) == 5
+    assert masks["photo_1"].shape == (HEIGHT, WIDTH)
+    assert not masks["photo_1"].any()
+    assert (masks["photo_2"] == make_data.tool_mask(2)).all()
+    assert not SegmentationDataModule(datasets.cvat, str(root)).check_files()
+
+
+def test_a_frame_without_objects_and_without_a_background_is_refused(make):
+    root = make("cvat")
+    text = (root / "labelmap.txt").read_text()
+    (root / "labelmap.txt").write_text(text.replace("background", "sky"))
+    (root / "SegmentationClass" / "photo_1.png").unlink()
+    with pytest.raises(InputError, match=r"SegmentationClass/photo_1\.png"):
+        datasets.cvat(root, "train")
+
+
+@pytest.mark.parametrize("name", ["valid", "Validation", "val_2"])
+def test_e72_the_subset_valid_of_cvat_is_val(make, name):
+    root = make("cvat")
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "default.txt").unlink()
+    make_data.write_lines(lists / "train.txt", ["photo_0", "photo_2"])
+    make_data.write_lines(lists / f"{name}.txt", ["photo_1", "more/photo_3"])
+    names = {s: [p.name for p in datasets.cvat(root, s).pairs] for s in ("train", "val")}
+    assert names == {"train": ["photo_0", "photo_2"], "val": ["more/photo_3", "photo_1"]}
+
+
+def test_e72_a_list_that_is_no_split_is_named(make, caplog):
+    root = make("cvat")
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "default.txt").unlink()
+    make_data.write_lines(lists / "train.txt", ["photo_0", "photo_2"])
+    make_data.write_lines(lists / "val.txt", ["photo_1"])
+    make_data.write_lines(lists / "holdout.txt", ["photo_4"])
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        datasets.cvat(root, "train")
+    assert "2 listed names and masks are in no split: more/photo_3, photo_4" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cvat", "labelme_voc"])
+def test_e07_a_name_in_the_lists_of_two_splits_is_refused(make, name):
+    root = make(name)
+    first, second, *_ = sorted(path.stem for path in (root / "SegmentationClass").glob("*.png"))
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "default.txt").unlink(missing_ok=True)
+    make_data.write_lines(lists / "train.txt", [first, second])
+    make_data.write_lines(lists / "val.txt", [second])
+    with pytest.raises(InputError, match=rf"{second}: in val\.txt, and in the list of train"):
+        getattr(datasets, name)(root, "train")
+
+
+@pytest.mark.parametrize("name", ["cvat", "labelme_voc", "roboflow"])
+def test_e06_two_images_of_one_mask_are_refused(make, name):
+    root = make(name)
+    pair = getattr(datasets, name)(root, "train").pairs[0]
+    make_data.save(make_data.picture(9), pair.image.with_suffix(".png"))
+    with pytest.raises(InputError, match=rf"ambiguous, there is also .*{pair.image.stem}\.png"):
+        getattr(datasets, name)(root, "train")
+
+
+def test_e07_roboflow_photos_that_are_called_test_stay_in_their_folder(make):
+    root = make("roboflow")
+    for path in [*(root / "train").glob("photo_0*")]:
+        path.rename(path.with_name(path.name.replace("photo", "test")))
+    train = datasets.roboflow(root, "train")
+    assert sorted(pair.name.split("_jpg")[0] for pair in train.pairs) == [
+        *("train/photo_1", "train/photo_2", "train/test_0")
+    ]
+
+
+def test_e70_a_roboflow_image_without_a_mask_is_refused(make):
+    root = make("roboflow")
+    make_data.save(make_data.picture(9), root / "train" / "lost.jpg")
+    with pytest.raises(InputError, match=r"1 images have no mask NAME_mask\.png (.|\n)*lost\.jpg"):
+        datasets.roboflow(root, "train")
+
+
+def test_e83_white_masks_of_roboflow_are_told_about_in_its_own_words(make):
+    root = make("roboflow")
+    for path in root.rglob("*_mask.png"):
+        make_data.save(np.where(np.arange(64) < 9, 255, 0).astype(np.uint8)[None], path)
+        make_data.save(make_data.picture(1, 1, 64), path.with_name(f"{path.name[:-9]}.jpg"))
+    problems = inspect_dataset(datasets.roboflow, root)["problems"]
+    assert "say so in each _classes.csv:\n0, background\n255, car" in problems[0]["message"]
+    for path in root.rglob("_classes.csv"):
+        make_data.write_lines(path, ["Pixel Value, Class", "0, background", "255, car"])
+    assert not inspect_dataset(datasets.roboflow, root)["problems"]

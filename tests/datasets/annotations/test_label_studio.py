@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 
 import make_data
 import numpy as np
 import pytest
 from annotation_copies import (
+    HEIGHT,
+    WIDTH,
     all_masks,
     edit,
     tiny_copy,
 )
+from PIL import Image
 
 from seg_torch import datasets
 from seg_torch.datasets.annotations.label_studio import decode_brush
@@ -113,4 +117,116 @@ def test_json_min_of_label_studio_is_refused(make):
     path = next(root.glob("*.json"))
     path.write_text(json.dumps([{"image": "/data/upload/1/a.jpg", "id": 1, "label": []}]))
     with pytest.raises(InputError, match="hold no annotated tasks of Label Studio"):
+        datasets.label_studio(root, "train")
+
+
+def test_e06_two_tasks_of_one_image_are_refused(make):
+    root = make("label_studio")
+    path = next(root.glob("*.json"))
+
+    def change(content):
+        content[1]["data"] = content[0]["data"]
+
+    edit(path, change)
+    message = rf"{path.name}: task 2: images/.*photo 0\.jpg is annotated in task 1 of {path.name}"
+    with pytest.raises(InputError, match=message):
+        datasets.label_studio(root, "train")
+
+
+def bitmask(mask: np.ndarray) -> str:
+    """Black pixels on nothing, as Label Studio exports them."""
+    pixels = np.zeros((*mask.shape, 4), np.uint8)
+    pixels[..., 3] = mask * 255
+    return f"data:image/png;base64,{make_data.png(Image.fromarray(pixels))}"
+
+
+def test_e70_bitmasks_are_drawn(make):
+    root = make("label_studio")
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[3:9, 20:50] = True
+    expected[5, 30:40] = False
+    each = make_data.region("bitmasklabels", "sign", {"imageDataURL": bitmask(expected)})
+    path = next(root.glob("*.json"))
+    edit(path, lambda content: content[0]["annotations"][0].update(result=[each]))
+    mask = all_masks(datasets.label_studio, root)["00000000-photo 0"]
+    assert datasets.label_studio(root, "train").labels.names[2] == "sign"
+    assert (mask == np.where(expected, 2, 0)).all()
+
+
+def test_a_bitmask_of_another_size_is_a_finding(make):
+    root = make("label_studio")
+    value = {"imageDataURL": bitmask(np.ones((20, 30), bool))}
+    each = make_data.region("bitmasklabels", "car", value)
+    path = next(root.glob("*.json"))
+    edit(path, lambda content: content[0]["annotations"][0].update(result=[each]))
+    with pytest.raises(InputError, match="a bitmask in mode RGBA of 30 x 20 pixels; expected is"):
+        all_masks(datasets.label_studio, root)
+
+
+def key_point(label: str) -> dict:
+    return make_data.region("keypointlabels", label, {"x": 50.0, "y": 50.0, "width": 0.5})
+
+
+def test_e70_regions_without_an_area_are_counted(make, caplog):
+    root = make("label_studio")
+    path = next(root.glob("*.json"))
+    choice = {"type": "choices", "value": {"choices": ["sunny"]}, "id": "c"}
+
+    def change(content):
+        content[0]["annotations"][0]["result"] += [key_point("car"), key_point("car"), choice]
+
+    before = all_masks(datasets.label_studio, root)
+    edit(path, change)
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        after = all_masks(datasets.label_studio, root)
+    assert all((after[name] == before[name]).all() for name in before)
+    assert "not read are 2 results of the type keypointlabels: task 1, task 1" in caplog.text
+    assert "not read are 1 results of the type choices: task 1" in caplog.text
+    assert "not read are 1 tasks without annotation: task 6" in caplog.text
+
+
+def test_e70_a_class_or_an_image_without_an_area_is_refused(make):
+    root = make("label_studio")
+    path = next(root.glob("*.json"))
+
+    def add(content):
+        content[0]["annotations"][0]["result"].append(key_point("person"))
+
+    edit(path, add)
+    with pytest.raises(InputError, match=r"all regions of \['person'\] are without an area"):
+        datasets.label_studio(root, "train")
+
+    def only(content):
+        content[0]["annotations"][0]["result"] = [key_point("car")]
+
+    edit(path, only)
+    message = rf"{path.name}: task 1: its regions have no area, so \['car'\] would be lost"
+    with pytest.raises(InputError, match=message):
+        datasets.label_studio(root, "train")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/data/local-files/?d=project/b/photo.jpg",
+        "s3://bucket/b/photo.jpg?X-Amz-Signature=1%2F2",
+        "project\\b\\photo.jpg",
+    ],
+)
+def test_images_of_one_name_are_told_apart_by_their_folders(make, address):
+    root = make("label_studio")
+    for folder in "abc":
+        make_data.save(make_data.picture(1), root / folder / "photo.jpg")
+    path = next(root.glob("*.json"))
+    edit(path, lambda content: content[0]["data"].update(image=address))
+    assert "b/photo" in {
+        pair.name for split in ("train", "val") for pair in datasets.label_studio(root, split).pairs
+    }
+
+
+def test_regions_on_two_images_of_a_task_are_refused(make):
+    root = make("label_studio")
+    path = next(root.glob("*.json"))
+    edit(path, lambda c: c[0]["annotations"][0]["result"][0].update(to_name="other"))
+    with pytest.raises(InputError, match="task 1: its regions are on several images"):
         datasets.label_studio(root, "train")

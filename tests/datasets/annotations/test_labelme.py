@@ -122,3 +122,50 @@ def test_a_labelme_shape_of_a_wrong_kind_is_refused(make, change, message):
         InputError, match=rf"photo_0\.json: photo_0\.jpg, shape 1 \(car\): .*{message}"
     ):
         all_masks(datasets.labelme, root)
+
+
+@pytest.mark.parametrize("kind", ["rectangle", "rotation", "quadrilateral"])
+def test_e79_shapes_of_four_corners_of_x_anylabeling(make, kind):
+    root = make("labelme")
+    corners = [[10, 5], [30, 5], [30, 25], [10, 25]]
+    if kind != "rectangle":
+        corners = [[30, 5], [45, 20], [30, 35], [15, 20]]
+    # As X-AnyLabeling 2 writes it.
+    shape = {
+        **{"label": "car", "score": None, "points": corners, "group_id": None},
+        **{"description": "", "difficult": False, "shape_type": kind, "flags": {}},
+        **{"attributes": {}, "kie_linking": []},
+    }
+    shape |= {"direction": 0.7} if kind == "rotation" else {}
+    edit(root / "photo_0.json", lambda content: content.update(shapes=[shape]))
+    mask = all_masks(datasets.labelme, root)["photo_0"]
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    expected = (x >= 10) & (x <= 30) & (y >= 5) & (y <= 25)
+    if kind != "rectangle":
+        expected = abs(x - 30) + abs(y - 20) <= 15
+    assert (mask == expected).all()
+
+
+@pytest.mark.parametrize("copy", ["photo_0 - copy.json", "backup/photo_0.json"])
+def test_e06_two_files_of_one_image_are_refused(make, copy):
+    root = make("labelme")
+    target = root / copy
+    target.parent.mkdir(exist_ok=True)
+    target.write_text((root / "photo_0.json").read_text())
+    edit(target, lambda content: content["shapes"].pop())
+    with pytest.raises(InputError, match=r"photo_0\.jpg is annotated in .*json, too; keep one"):
+        datasets.labelme(root, "train")
+
+
+def test_a_shape_without_a_label_is_refused(make):
+    root = make("labelme")
+    edit(root / "photo_0.json", lambda content: content["shapes"][1].update(label=None))
+    with pytest.raises(InputError, match=r"photo_0\.json: shape 2 has no label"):
+        datasets.labelme(root, "train")
+
+
+def test_an_image_is_found_whatever_way_its_name_is_written(make):
+    root = make("labelme")
+    (root / "photo_0.jpg").rename(root / "Strasse u\u0308ber 0.JPG")  # as macOS has it
+    edit(root / "photo_0.json", lambda c: c.update(imagePath="strasse \u00fcber 0.jpg"))
+    assert "photo_0" in all_masks(datasets.labelme, root)

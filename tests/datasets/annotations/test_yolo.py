@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from functools import partial
 
 import make_data
 import pytest
 from annotation_copies import (
+    all_masks,
     every_mask,
     tiny_copy,
 )
@@ -80,3 +82,105 @@ def test_a_data_yaml_that_says_too_little_is_refused(make, lines, message):
     make_data.write_lines(root / "data.yaml", lines)
     with pytest.raises(InputError, match=rf"data\.yaml: (.|\n)*{message}|{message}"):
         datasets.yolo(root, "train")
+
+
+def test_e72_validation_of_fiftyone_is_val(make):
+    root = make("yolo")
+    expected = every_mask(datasets.yolo(root, "val"))
+    (root / "data.yaml").rename(root / "dataset.yaml")
+    lines = ["names: [car, traffic light]", "nc: 2", "path: .", "train: ./images/train/"]
+    make_data.write_lines(root / "dataset.yaml", [*lines, "validation: ./images/val/"])
+    found = every_mask(datasets.yolo(root, "val"))
+    assert len(datasets.yolo(root, "train")) == 3
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
+
+
+def test_e72_an_entry_of_images_that_is_no_split_is_named(make, caplog):
+    root = make("yolo")
+    with (root / "data.yaml").open("a") as file:
+        file.write("holdout: images/val\n")
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        datasets.yolo(root, "train")
+    assert "1 entries of data.yaml that are neither train, val nor test: holdout" in caplog.text
+
+
+def test_e74_poses_are_refused(make):
+    root = make("yolo")
+    with (root / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [3, 2]\n")
+    with pytest.raises(
+        InputError, match=r"data\.yaml: kpt_shape: these are poses; export polygons"
+    ):
+        datasets.yolo(root, "train")
+
+
+@pytest.mark.parametrize("prefix", ["", "data/", "/home/somebody/datasets/mine/"])
+@pytest.mark.parametrize("names", [("train", None), ("Train", "Validation")])
+def test_e78_the_exports_of_cvat(make, prefix, names):
+    # As "Ultralytics YOLO Segmentation" of CVAT has it, with and without subsets of the task.
+    root = make("yolo")
+    expected = all_masks(datasets.yolo, root)
+    (root / "labels" / "val" / "photo_4.txt").unlink(missing_ok=True)
+    lines = ["names:", "  0: car", "  1: traffic light", "path: ."]
+    listed = {subset: [] for subset in names if subset}
+    for name, folder in zip(names, ("train", "val"), strict=True):
+        target = name or names[0]
+        images = sorted((root / "images" / folder).iterdir())
+        listed[target] += [f"{prefix}images/{target}/{path.name}" for path in images]
+        for kind in ("images", "labels"):
+            moved = root / f"{kind}_new" / target
+            moved.mkdir(parents=True, exist_ok=True)
+            for path in (root / kind / folder).iterdir():
+                path.rename(moved / path.name)
+    for kind in ("images", "labels"):
+        shutil.rmtree(root / kind)
+        (root / f"{kind}_new").rename(root / kind)
+    for subset, paths in listed.items():
+        make_data.write_lines(root / f"{subset}.txt", paths)
+    lines += [f"{subset}: {subset}.txt" for subset in listed]
+    make_data.write_lines(root / "data.yaml", lines)
+    found = all_masks(datasets.yolo, root)
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
+    if names[1]:
+        assert len(datasets.yolo(root, "val")) == 2
+
+
+def test_e06_two_images_of_one_text_file_are_refused(make):
+    root = make("yolo")
+    make_data.save(make_data.picture(9), root / "images" / "train" / "photo_0.png")
+    with pytest.raises(InputError, match=r"photo_0\.png are both annotated in .*photo_0\.txt"):
+        datasets.yolo(root, "train")
+
+
+def test_e18_images_without_any_text_file_are_refused(make):
+    root = make("yolo")
+    (root / "labels").rename(root / "annotations")
+    message = r"none of 5 images has a text file: of .*/images/val/photo_4\.jpg it is .*/labels/val"
+    with pytest.raises(InputError, match=message):
+        datasets.yolo(root, "train")
+
+
+def test_e70_text_files_without_an_image_are_counted(make, caplog):
+    root = make("yolo")
+    (root / "images" / "train" / "photo_0.jpg").unlink()
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        datasets.yolo(root, "train")
+    assert "not read are 1 text files without an image" in caplog.text
+
+
+def test_a_folder_relative_to_the_current_one_is_read(make, monkeypatch):
+    root = make("yolo")
+    expected = all_masks(datasets.yolo, root)
+    monkeypatch.chdir(root.parent)
+    found = all_masks(datasets.yolo, root.name)
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
+
+
+def test_another_yaml_file_beside_that_of_the_dataset_is_no_dataset(make):
+    root = make("yolo")
+    (root / "data.yaml").rename(root / "mine.yaml")
+    make_data.write_lines(root / "args.yaml", ["task: segment", "epochs: 100"])
+    assert len(datasets.yolo(root, "train")) == 3
