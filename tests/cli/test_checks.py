@@ -71,7 +71,8 @@ def test_e52_where_the_folder_is_missing_the_dataset_says_how_to_get_it(command,
     code, message = command(f"train data={dataset} data.root=nowhere")
     assert code == 2
     assert "data.root=nowhere: no such file or folder" in message
-    assert f"To get it: {source}" in message
+    assert "To get it: " in message
+    assert source in message
 
 
 @pytest.mark.promise(29)
