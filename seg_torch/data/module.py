@@ -152,18 +152,18 @@ class SegmentationDataModule(LightningDataModule):
         """Return what a pass over all samples of a split finds.
 
         Masks of usable files are a problem, too, where none of their pixels is labelled or, for
-        train, where there is nothing but 0 and 255.
+        train, where there is nothing but 0 and 255 and white may be a class.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
+        advice = dataset.white_is_a_class
         file, text = dataset.name(0), ""
-        if split == "train" and values == [0, 255] and len(dataset.labels) > 1:
+        if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
                 f"no class but the first would be learnt. If white stands for "
-                f"{dataset.labels.names[1]}, "
-                + dataset.white_is_a_class.format(*dataset.labels.names)
+                f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
         elif values == [255] and not statistics.problems:
             text = f"{file} and the other masks of {split}: no pixel is labelled, all are 255"

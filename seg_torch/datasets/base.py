@@ -286,7 +286,8 @@ def pair_files(
     image_files, mask_files = _by_name(images, image_suffix), _by_name(masks, mask_suffix)
     chosen = list(mask_files) if names is None else list(names)
     if not chosen:
-        raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
+        what = f"no *{mask_suffix} here" if names is None else "the list of this split is empty"
+        raise InputError(f"{masks}: {what}, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
     what = "files are missing, the download or its unpacking is incomplete"
@@ -444,7 +445,7 @@ class BaseDataset(Dataset):
         format: How files become images.
         pairs: The files of each sample, `None` where samples are not read from files.
         white_is_a_class: What to do where 255 in the masks stands for a class: `{0}` is the name of
-            the first class, `{1}` that of the second.
+            the first class, `{1}` that of the second. "": it cannot be one.
     """
 
     white_is_a_class = "write 1 in place of 255"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seg_torch.datasets import base
 from seg_torch.datasets.layout import (
+    SPLIT,
     find_parts,
     read_split_lists,
     split_of_name,
@@ -82,6 +83,7 @@ def folder(
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
+    _refuse_empty_folders(parts, endings)
     chosen = _choose_split(home, list(endings), split, val_fraction, seed)
     pairs = _pairs(chosen, endings, parts)
     if split == "train":
@@ -126,6 +128,15 @@ def _pairs(names: Iterable[str], endings: Endings, parts: Parts) -> Iterator[tup
         (images, masks), (image, mask) = parts[start], endings[name]
         below = name.removeprefix(start)
         yield name, f"{images}/{below}{image}", f"{masks}/{below}{mask}"
+
+
+def _refuse_empty_folders(parts: Parts, endings: Endings) -> None:
+    """Refuse a folder of a split that holds no images, whose split chance would fill."""
+    filled = {name.partition("/")[0] for name in endings}
+    for images, masks in parts.values() if "" in parts else ():
+        for folder in (*images.iterdir(), *masks.iterdir()):
+            if folder.is_dir() and SPLIT.fullmatch(folder.name) and folder.name not in filled:
+                raise InputError(f"{folder}: no images here; fill it, or remove it")
 
 
 def _choose_split(

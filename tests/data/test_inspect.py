@@ -278,11 +278,25 @@ def test_e18_a_single_class_in_train_is_said(own, caplog):
     )
 
 
-def test_e18_yolo_with_labels_in_a_folder_of_another_name_is_refused(tmp_path):
+@pytest.mark.parametrize("split", ["train", "val", "."])
+def test_e18_yolo_with_labels_in_a_folder_of_another_name_is_refused(tmp_path, split):
     make_data.make_yolo(tmp_path)
-    (tmp_path / "labels").rename(tmp_path / "annotations")
-    with pytest.raises(InputError, match=r"has a text file(.|\n)*labels/(train|val)/photo_\d\.txt"):
+    labels = (tmp_path / "labels" / split).resolve()
+    labels.rename(labels.with_name("annotations"))
+    with pytest.raises(InputError, match=r"none of \d images of (train|val) has a text file") as e:
         datasets.yolo(tmp_path, "train")
+    assert f"{tmp_path}/labels/{'train' if split == '.' else split}/photo_" in str(e.value)
+
+
+def test_e18_a_test_set_of_yolo_without_text_files_has_no_labels(tmp_path, caplog):
+    make_data.make_yolo(tmp_path)
+    make_data.save(make_data.picture(9), tmp_path / "images/test/photo_9.jpg")
+    content = (tmp_path / "data.yaml").read_text().replace("test:", "test: images/test")
+    (tmp_path / "data.yaml").write_text(content)
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        test, val = datasets.yolo(tmp_path, "test"), datasets.yolo(tmp_path, "val")
+    assert test.pairs == val.pairs
+    assert "1 test images without text files: " in caplog.text
 
 
 # What inspect notes, train says

@@ -54,6 +54,9 @@ def roboflow(
         if read_csv(home / file) != classes:
             raise InputError(f"{home / file}: other classes than in {home / files[0]}")
     masks = [file.removesuffix(MASK) for file in base.list_files(home, (MASK,))]
+    for place in map(posixpath.dirname, files):
+        there = [name for name in masks if name.startswith(f"{place}/")]
+        annotated.refuse_empty(home / place, base.split_of(place), there)
     others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
     images, with_mask = _by_name(home, others), {normalize("NFC", name): name for name in masks}
     missing = [f"{home}/{mask}{MASK}" for name, mask in with_mask.items() if name not in images]
@@ -130,6 +133,8 @@ def cvat(
 
 class CvatDataset(base.SegmentationDataset):
     """Images with masks of colours; one without objects stands in for its mask."""
+
+    white_is_a_class = ""
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask alone, uint8 [H, W], with every value checked."""
@@ -265,6 +270,7 @@ def _listed_splits(home: Path, masks: Iterable[str]) -> dict[str, str]:
     twice = []
     for path in paths:
         names = [normalize("NFC", line) for line in base.read_list(path)]
+        annotated.refuse_empty(path, lists[path.name], names)
         if "train" in lists.values() and not lists[path.name]:
             unknown.update(names)  # such as those of VOC's trainval.txt
             continue

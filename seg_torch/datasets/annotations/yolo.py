@@ -1,6 +1,5 @@
 """YOLO's polygons, as Ultralytics, CVAT and Roboflow write them."""
 
-import os
 import posixpath
 import re
 from contextlib import suppress
@@ -112,6 +111,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     images = [
         (split, image) for key, split in keys.items() for image in _images(config, content, key)
     ]
+    images = [each for split in base.SPLITS for each in _annotated(folder, config, images, split)]
     has_val = {"train", "val"} <= {split for split, _ in images}
     texts: dict[str, str] = {}
     for split, image in images:
@@ -123,16 +123,34 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             shapes = _polygons(text, classes) if text.exists() else []
             file = str(text) if text.exists() else folder.files[0]
             folder.add(name, image, file, shapes, split if has_val or split == "test" else "")
-    if texts and not any(map(os.path.exists, texts)):
-        raise InputError(
-            f"{config}: none of {len(images)} images has a text file: of {image} it is {text}"
-        )
     for home in sorted({Path(text).parent for text in texts}):
         if "labels" in home.parts:
             there = {str(home / file) for file in base.list_files(home, (".txt",))}
             for other in sorted(there - texts.keys()):
                 folder.leave_out("text files without an image", other)
     return list(dict.fromkeys(classes.values()))
+
+
+def _annotated(
+    folder: annotated.AnnotatedFolder, config: Path, images: list[tuple[str, str]], split: str
+) -> list[tuple[str, str]]:
+    """Return the images of a split, none for a test set without text files, which has no labels.
+
+    Raises:
+        InputError: No image for training or validation has a text file.
+    """
+    chosen = [each for each in images if each[0] == split]
+    if not chosen or any(_text_of(image).exists() for _, image in chosen):
+        return chosen
+    if split == "test":
+        for _, image in chosen:
+            folder.leave_out("test images without text files", image)
+        return []
+    image = chosen[0][1]
+    raise InputError(
+        f"{config}: none of {len(chosen)} images of {split} has a text file: of {image} it is "
+        f"{_text_of(image)}"
+    )
 
 
 def _text_of(image: str) -> Path:
@@ -160,6 +178,8 @@ def _images(config: Path, content: dict[str, Any], key: str) -> list[str]:
             what = f"images that {path} lists do not exist"
             base.raise_problems(missing, what, f"{path} lists this image, but it does not exist")
             images += [image.as_posix() for image in paths.values() if image is not None]
+    if entries:
+        annotated.refuse_empty(f"{config}: {key}: {entries}", base.split_of(key), images)
     return images
 
 

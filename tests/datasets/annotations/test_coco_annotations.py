@@ -20,7 +20,8 @@ from pycocotools.coco import COCO
 
 from seg_torch import datasets
 from seg_torch.data.check import check
-from seg_torch.data.inspection import inspect_dataset
+from seg_torch.data.inspection import inspect_data, inspect_dataset
+from seg_torch.data.module import SegmentationDataModule
 from seg_torch.drawing.regions import coco_annotations, write_coco
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
@@ -497,3 +498,16 @@ def test_e70_what_a_coco_folder_holds_and_is_not_read_is_counted(make, caplog):
         datasets.coco(root, "train")
     assert "not read are 1 images without annotation: test2017/more.jpg" in caplog.text
     assert "not read are annotations/captions_train2017.json" in caplog.text
+
+
+def test_objects_of_the_first_class_alone_are_no_white_masks(make):
+    root = make("coco")
+
+    def only_cars(content):
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+
+    for path in (root / "annotations").glob("instances_*.json"):
+        edit(path, only_cars)
+    dataset = partial(datasets.coco, background=None)
+    assert dataset(root, "train").labels.names == ("car", "traffic light")
+    assert not inspect_data(SegmentationDataModule(dataset, str(root)))["problems"]
