@@ -16,6 +16,7 @@ from seg_torch.datasets import base
 from seg_torch.datasets.layout import (
     SPLIT,
     find_parts,
+    folders_in,
     read_split_lists,
     split_of_name,
     without_words,
@@ -115,10 +116,12 @@ def _paired(home: Path, format: ImageFormat) -> tuple[Parts, Endings]:
             source = "labels/ holds text files: for YOLO's polygons give data=yolo, which needs a "
             source += "data.yaml; for masks, " + SOURCE
         base.find(home, "A dataset of your own", ["images", "masks"], source)
+    if "" in parts:
+        return parts, _paired_endings(*parts[""], format)
     endings: Endings = {}
-    for start, (images, masks) in parts.items():
-        pairs = _paired_endings(images, masks, format)
-        endings |= {start + name: ending for name, ending in pairs.items()} if start else pairs
+    for start, folders in parts.items():
+        pairs = _paired_endings(*folders, format)
+        endings |= {start + name: ending for name, ending in pairs.items()}
     return parts, endings
 
 
@@ -132,10 +135,10 @@ def _pairs(names: Iterable[str], endings: Endings, parts: Parts) -> Iterator[tup
 
 def _refuse_empty_folders(parts: Parts, endings: Endings) -> None:
     """Refuse a folder of a split that holds no images, whose split chance would fill."""
-    filled = {name.partition("/")[0] for name in endings}
-    for images, masks in parts.values() if "" in parts else ():
-        for folder in (*images.iterdir(), *masks.iterdir()):
-            if folder.is_dir() and SPLIT.fullmatch(folder.name) and folder.name not in filled:
+    filled = {name.partition("/")[0] for name in endings if "/" in name}
+    for place in parts.get("", ()):
+        for folder in folders_in(place):
+            if SPLIT.fullmatch(folder.name) and folder.name not in filled:
                 raise InputError(f"{folder}: no images here; fill it, or remove it")
 
 
@@ -319,7 +322,7 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
     mask_endings = _endings(masks, "", problems)
     if not image_endings and not mask_endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
-    if images == masks or not image_endings.keys() & mask_endings.keys():
+    if images == masks or not any(name in mask_endings for name in image_endings):
         image_endings, mask_endings = without_words(image_endings, mask_endings)
     for name, ending in image_endings.items():
         if name not in mask_endings:

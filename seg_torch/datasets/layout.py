@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
-from seg_torch.files import is_hidden
+from seg_torch.files import is_hidden, readable
 from seg_torch.images.read import IMAGE_SUFFIXES
 
 # How folders of images and of masks are called, in lower case.
@@ -40,7 +40,7 @@ def find_parts(home: Path) -> dict[str, tuple[Path, Path]]:
         return {}
     if pair := _images_and_masks(home):
         return {"": pair}
-    folders = [folder for folder in _folders(home) if SPLIT.fullmatch(folder.name)]
+    folders = [folder for folder in folders_in(home) if SPLIT.fullmatch(folder.name)]
     parts = {f"{f.name}/": pair for f in folders if (pair := _images_and_masks(f))}
     missing = [str(folder) for folder in folders if f"{folder.name}/" not in parts]
     if parts and missing:
@@ -50,9 +50,11 @@ def find_parts(home: Path) -> dict[str, tuple[Path, Path]]:
     return parts
 
 
-def _folders(home: Path) -> list[Path]:
-    names = [entry.name for entry in home.iterdir() if entry.is_dir()]
-    return [home / name for name in sorted(names) if not is_hidden(name)]
+def folders_in(home: Path) -> list[Path]:
+    """Return the folders in a folder."""
+    with readable(home), os.scandir(home) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
+    return [home / name for name in sorted(names)]
 
 
 def _images_and_masks(home: Path) -> tuple[Path, Path] | None:
@@ -61,7 +63,7 @@ def _images_and_masks(home: Path) -> tuple[Path, Path] | None:
         return home / "images", home / "masks"
     found = []
     for names in (IMAGES, MASKS):
-        named = [folder for folder in _folders(home) if folder.name.lower() in names]
+        named = [folder for folder in folders_in(home) if folder.name.lower() in names]
         found.append([folder for folder in named if base.list_files(folder, IMAGE_SUFFIXES)])
     images, masks = found
     if images and masks:
@@ -78,8 +80,9 @@ def _images_and_masks(home: Path) -> tuple[Path, Path] | None:
 
 
 def _images_in(home: Path) -> list[str]:
-    files = [entry.name for entry in home.iterdir() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    return [file for file in files if not is_hidden(file)]
+    with readable(home), os.scandir(home) as entries:
+        names = [entry.name for entry in entries if not is_hidden(entry.name)]
+    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def _matches(stems: Iterable[str]) -> list[re.Match[str]]:
