@@ -3,9 +3,10 @@
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from seg_torch import hardware
 from seg_torch.errors import InputError
+from seg_torch.folders import claimed
 
 T = TypeVar("T")
 
@@ -110,6 +112,17 @@ class Processes:
             InputError: As `first` does.
         """
         self._on_ranks(function, range(self.on_machine, self.count, self.on_machine))
+
+    @contextmanager
+    def claimed(self, folder: Path) -> Iterator[None]:
+        """Enter a context in which no other run writes into a folder, `output_dir`.
+
+        Raises:
+            InputError: Another one does, or it cannot be written.
+        """
+        with ExitStack() as claim:
+            self.first(lambda: claim.enter_context(claimed(folder)))
+            yield
 
     def wait(self) -> None:
         """Wait until all processes have come so far."""

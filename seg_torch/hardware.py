@@ -66,6 +66,16 @@ def reuse_memory() -> None:
         mallopt(m_mmap_max, 0)
 
 
+def forget_shapes() -> None:
+    """Let oneDNN keep the code for few shapes, in a process that segments images of many sizes.
+
+    It compiles each layer for each size of its input and keeps the last 1,024 of these, which are
+    gigabytes of large networks. 256 are more than one pass takes. It reads the setting when it
+    compiles for the first time; one of the user's own stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
 def return_memory() -> None:
     """Give what `reuse_memory` has kept back to the system (glibc only), before other sizes."""
     if malloc_trim := _function_of_glibc("malloc_trim"):
@@ -149,6 +159,25 @@ def full_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def restored_flags() -> Iterator[None]:
+    """Enter a context at whose end PyTorch computes as before, in the same ways and precisions.
+
+    A Trainer sets that for the whole process.
+    """
+    cudnn: Any = torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    convolutions, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = convolutions, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @contextmanager

@@ -91,9 +91,19 @@ class Labels:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def drawn(self) -> Labels:
+        """The same classes in the colours of figures.
+
+        Shades of grey are how files encode classes, such as 0 and 255. Over a photo they are
+        hardly seen, so the PASCAL VOC colour map takes their place.
+        """
+        grey = (self.palette == self.palette[:, :1]).all()
+        return Labels(self.names) if grey else self
+
     def colour(self, class_id: int) -> str:
-        """Return the colour of a class as HTML has it, `#rrggbb`."""
-        return f"#{bytes(self.palette[class_id]).hex()}"
+        """Return the colour of a class in figures as HTML has it, `#rrggbb`."""
+        return f"#{bytes(self.drawn.palette[class_id]).hex()}"
 
     def to_dict(self) -> dict:
         """Return names and palette as plain data, for checkpoints and JSON."""
@@ -285,6 +295,24 @@ def most_frequent(values: np.ndarray) -> dict[int, int]:
     found, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:20]
     return {int(found[i]): int(counts[i]) for i in order}
+
+
+def likeliest_mistake(mask: np.ndarray, classes: int) -> str:
+    """Say what most often leads to a mask with values that are no class, "" where nothing does."""
+    found = np.setdiff1d(mask, IGNORE_INDEX).tolist()
+    if found[0] > 0 and found[-1] == classes:
+        return ". Ids count from 0: if these count from 1, subtract 1, or name 0 before the others"
+    if found[-1] == classes:
+        return ". There is one id more than names: if 0 is the background, it is named first"
+    if len(found) <= classes:
+        grey = found[-1]
+        return (
+            ". If these are greys that stand for classes, classes.txt gives each class its own, "
+            f"such as {grey} {grey} {grey} behind the name"
+        )
+    if len(found) > max(40, 2 * classes):
+        return ". So many values are left by resizing or smoothing a mask, or it is a photograph"
+    return ""
 
 
 def _codes(rgb: np.ndarray) -> np.ndarray:

@@ -35,6 +35,31 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     assert reused < usual / 10
 
 
+# A convolution for 300 widths of its input, and for the first one again.
+MANY_SIZES = """
+import os, sys, torch
+from seg_torch.hardware import forget_shapes
+convolution = torch.nn.Conv2d(3, 16, 3)
+if sys.argv[1] == "few":
+    forget_shapes()
+os.environ["ONEDNN_VERBOSE"] = "profile_create"
+with torch.no_grad():
+    for width in [*range(100, 400), 100]:
+        convolution(torch.zeros(1, 3, 80, width))
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_e63_code_for_few_sizes_of_images_is_kept():
+    command = [sys.executable, "-c", MANY_SIZES]
+    for how, last in (("usual", "cache_hit"), ("few", "cache_miss")):
+        log = subprocess.run([*command, how], check=True, capture_output=True, text=True).stdout
+        made = [line for line in log.splitlines() if ",convolution," in line]
+        if len(made) != 301:
+            pytest.skip("another library does the convolutions here")
+        assert f"create:{last}" in made[-1]
+
+
 def device(monkeypatch, name: str) -> None:
     """As on a machine with a CUDA GPU, with Apple's, or with none (`cpu`)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda")

@@ -34,6 +34,7 @@ from seg_torch.models.network import Network
 log = logging.getLogger(__name__)
 
 KEY = "seg_torch"
+SCORE = "val/mean_iou"  # by which the best epoch is chosen
 HUB_SCHEME = "hf://"
 # What `Segmenter.save_pretrained` writes.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -153,12 +154,25 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint={path}: not a checkpoint, or cut off while it was copied")
     try:
         content = _read_published(file) if published else weights.load(file)
+        if not published:
+            _check_sums(file)
         _check(content, os.path.getsize(file))
         content[KEY] = with_current_names(content[KEY])
     except Exception as error:  # there is no end to what broken files raise
         why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
         raise InputError(f"checkpoint={path}: cannot be read as a checkpoint: {why}") from None
     return content
+
+
+def _check_sums(file: Path) -> None:
+    """Refuse a file whose content is not what was written, which PyTorch does not look at.
+
+    It takes a second or two for a gigabyte.
+    """
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"it is damaged ({damaged} is not what was written): copy it again")
 
 
 def _read_published(file: Path) -> dict[str, Any]:
@@ -250,6 +264,15 @@ def build_network(content: dict[str, Any], trust: Sequence[str] = ()) -> Network
         message = f"the checkpoint's weights do not fit its own model: {reason(error, 400)}"
         raise InputError(message) from None
     return network
+
+
+def best_score(content: dict[str, Any]) -> float | None:
+    """Return the best validation's mean IoU of a run up to a checkpoint of it, if there was one."""
+    for state in content.get("callbacks", {}).values():
+        of_best = isinstance(state, dict) and state.get("monitor") == SCORE
+        if of_best and state["best_model_score"] is not None:
+            return float(state["best_model_score"])
+    return None
 
 
 def network_state(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from seg_torch.upsample import upsample
 
 log = logging.getLogger(__name__)
 
-SIZES = ((64, 96), (161, 225), (250, 187))  # of the images on which both are compared
+# Images on which both are compared: how many at once, and their size, the first the smallest.
+SIZES = ((2, 32, 32), (1, 64, 96), (1, 161, 225), (1, 250, 187))
 
 
 @torch.no_grad()
@@ -31,10 +32,10 @@ def compare(graph: Graph, run: GraphRunner) -> float:
     channels = len(graph.network.mean)
     image, _ = shapes("val", size=max(map(max, SIZES)))[0]
     scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
-    for height, width in SIZES:
-        images = scene[None, :, :height, :width].contiguous()
+    for count, height, width in SIZES:
+        images = torch.stack([scene[:, i : i + height, :width] for i in range(count)])
         expected, before = _timed(partial(graph, images))
-        size = f"{height} x {width}"
+        size = f"{count} x " * (count > 1) + f"{height} x {width}"
         try:
             result, after = _timed(partial(run, images, graph.outputs))
         except Exception as error:  # there is no end to what the runtimes raise

@@ -88,8 +88,7 @@ def write(
     Raises:
         InputError: A package is missing, or the model cannot be exported.
     """
-    packages = (*FORMATS[format].packages, *(["nncf"] if calibration is not None else []))
-    require(f"format={format}", format, *packages)
+    packages = require_packages(format, calibration is not None)
     for name in ("onnxscript", "onnx_ir", "nncf"):  # which tell every step
         logging.getLogger(name).setLevel(logging.WARNING)
     if hasattr(graph.network.model, "has_own_loss"):
@@ -108,6 +107,17 @@ def write(
             draft.unlink()
     except Exception as error:  # there is no end to what the exporters raise
         raise InputError(f"the model cannot be exported to {format}: {_reason(error)}") from error
+
+
+def require_packages(format: str, int8: bool) -> tuple[str, ...]:
+    """Return the packages that it takes to write a format.
+
+    Raises:
+        InputError: One is missing.
+    """
+    packages = (*FORMATS[format].packages, *(["nncf"] if int8 else []))
+    require(f"format={format}", format, *packages)
+    return packages
 
 
 def _reason(error: BaseException) -> str:
@@ -217,8 +227,12 @@ def _open_openvino(path: str) -> tuple[GraphRunner, str]:
     core = openvino.Core()
     model = core.read_model(path)
     about = model.get_rt_info([checkpoint.KEY]).astype(str)
-    # On some CPUs its own choice is bfloat16.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "f32",  # on some CPUs its own choice is bfloat16
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Of the layers that it has compiled for a size of their input it would keep 5,000.
+        "CPU_RUNTIME_CACHE_CAPACITY": 256,
+    }
     compiled = core.compile_model(model, "CPU", settings)
 
     def run(images: Tensor, outputs: Sequence[str]) -> list[Tensor]:

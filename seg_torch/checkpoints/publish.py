@@ -182,6 +182,7 @@ def _card(
     """Return README.md."""
     architecture = _last_name(description["model"])
     dataset = _last_name(description["data"].get("dataset", {}))
+    split = scores.get("split", "test") if scores else "test"
     shown = {key: scores[key] for key in SHOWN if scores and scores.get(key) is not None}
     results = [
         EvalResult(
@@ -191,6 +192,7 @@ def _card(
             metric_type=key,
             metric_name=SHOWN[key],
             metric_value=value,
+            dataset_split=split,
         )
         for key, value in shown.items()
     ]
@@ -217,9 +219,19 @@ def _card(
         example=EXAMPLE if example else None,
         colours=COLOURS,
         dataset=dataset,
+        scored_on=_scored_on(scores or {}),
         scores={SHOWN[key]: value for key, value in shown.items()},
         iou=iou,
     )
+
+
+def _scored_on(scores: dict[str, Any]) -> str:
+    """Return of which images scores are. Earlier versions did not say."""
+    scored, of_split = (scores.get(key) for key in ("images", "images_of_split"))
+    part = "" if scored == of_split else f"{scored} of the {of_split} "
+    if scores.get("split") == "val":
+        return f"{part}validation images, which chose the best epoch,"
+    return f"{part}test images"
 
 
 def _last_name(config: dict[str, Any]) -> str:

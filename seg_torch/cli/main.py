@@ -8,24 +8,31 @@ import importlib
 import logging
 import os
 import re
+import shlex
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from seg_torch.cli import paths
 from seg_torch.cli.checks import checked, unknown_setting
 from seg_torch.cli.help import help_page, named_command
-from seg_torch.cli.messages import explain, is_first_on_machine, print_error
+from seg_torch.cli.messages import explain, is_first, is_first_on_machine, print_error
 from seg_torch.cli.overrides import Call, parse
+from seg_torch.configuration import escaped
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.files import CONFIG_FOLDER
+from seg_torch.folders import claimed, new_folder
+from seg_torch.training.run import key_of
 from seg_torch.version import __version__
 
 # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold the
@@ -38,6 +45,8 @@ NOTES = (
 # request of huggingface_hub.
 QUIET = {"lightning.pytorch": logging.WARNING, "lightning.fabric": logging.WARNING}
 QUIET |= {"timm": logging.ERROR, "httpx": logging.WARNING, "httpx2": logging.WARNING}
+
+log = logging.getLogger(__name__)
 
 
 def main(command: str | None = None) -> NoReturn:
@@ -67,30 +76,55 @@ def main(command: str | None = None) -> NoReturn:
 
 def run_jobs(call: Call) -> list[int]:
     """Run a command once, or once for each job of a sweep, and return their exit codes."""
-    codes = []
+    codes: list[int] = []
+    sweep, folders = ExitStack(), list[str]()  # the claim to its folder
 
     def job(cfg: DictConfig) -> Any:
         """Return what the command did: sweepers such as Optuna's go by the score of train."""
+        if HydraConfig.get().mode == RunMode.MULTIRUN and not codes and is_first():
+            # Before any job: those of two sweeps in one folder would be taken for one sweep's.
+            folders.append(HydraConfig.get().sweep.dir)
+            sweep.enter_context(claimed(folders[0]))
         code, result = attempt(lambda: execute(call, checked(call, cfg)))
         files_failed = call.command != "train" and bool(result)
         codes.append(code or int(files_failed))
         return result
 
+    # For the folder of a sweep, which Hydra makes before it calls the job.
+    OmegaConf.register_new_resolver("path", lambda path: paths.expanded(str(path)), replace=True)
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]  # which Hydra reads
     try:
         if call.help:
             print(help_page(call))
         else:
-            hydra.main(str(CONFIG_FOLDER), call.command, version_base="1.3")(job)()
+            with sweep:
+                hydra.main(str(CONFIG_FOLDER), call.command, version_base="1.3")(job)()
+            if call.command == "train" and folders and codes.count(0) > 1:
+                compare_jobs(folders[0])
     except ConfigCompositionException as error:
-        unknown = re.search(r"Could not override '([^'@]+)", str(error))
-        if unknown is None:
+        # A list without brackets, device=0,1, is refused before its setting is looked for.
+        key = re.search(
+            r"(?:Could not override|Ambiguous value for argument) '([^'@=]+)", str(error)
+        )
+        message = unknown_setting(call, key[1]) if key else None
+        if message is None:
             raise
-        raise InputError(unknown_setting(call, unknown[1])) from None
+        raise InputError(message) from None
     finally:
         sys.argv = argv
     return codes
+
+
+def compare_jobs(folder: str) -> None:
+    """Print the table of a sweep's runs, which is also left in its folder, and its command."""
+    compare = importlib.import_module("seg_torch.commands.compare")
+    try:
+        compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
+    except InputError as error:  # such as runs on several datasets
+        log.info("the runs are in no common table: %s", error)
+    program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
+    log.info("the same for these or other runs:\n  %s compare %s", program, shlex.quote(folder))
 
 
 def attempt(work: Callable[[], Any]) -> tuple[int, Any]:
@@ -124,12 +158,19 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     """
     warnings.filterwarnings("ignore", f".*({NOTES})")
     state = HydraConfig.get()
-    overrides = list(state.overrides.task)
+    overrides, made = list(state.overrides.task), ""
+    plain: Any = OmegaConf.to_container(cfg)
     if "output_dir" in cfg and not cfg.get("resume"):
         if state.mode == RunMode.MULTIRUN:
-            cfg.output_dir = state.runtime.output_dir
+            # Hydra has not escaped it: read like a setting, its ${ would be a reference.
+            runtime: Any = OmegaConf.to_container(state.runtime)
+            cfg.output_dir = escaped(runtime["output_dir"])
+        elif "${now:" in plain["output_dir"] and is_first():
+            made = new_folder(cfg.output_dir)  # another run may begin just now
+            cfg.output_dir = escaped(made)
         overrides = [o for o in overrides if not o.startswith("output_dir=")]
-        overrides.append(f"output_dir='{cfg.output_dir}'")
+        overrides.append("output_dir=")
+    overrides = [_as_typed(call.command, cfg, override) for override in overrides]
     environment = set(os.environ)
     HydraConfig.instance().cfg = None
     flags = [flag for flag in call.flags if flag not in ("-m", "--multirun")]
@@ -140,9 +181,18 @@ def execute(call: Call, cfg: DictConfig) -> Any:
             logging.getLogger(name).setLevel(level)
         return getattr(module, call.command)(cfg)
     finally:
+        with suppress(OSError):  # the run has left something in it
+            os.rmdir(made)
         if "LOCAL_RANK" not in environment:
             distributed: Any = sys.modules.get("torch.distributed")
             if distributed and distributed.is_available() and distributed.is_initialized():
                 distributed.destroy_process_group()
             for name in os.environ.keys() - environment:
                 del os.environ[name]
+
+
+def _as_typed(command: str, cfg: DictConfig, override: str) -> str:
+    """Return an override as the user would give it: Hydra's form of a path is quoted."""
+    key, (name, equals, _) = key_of(override), override.partition("=")
+    value = OmegaConf.select(cfg, key) if equals and key in paths.settings_of(command) else None
+    return override if value is None else f"{name}={paths.as_typed(value)}"

@@ -18,6 +18,8 @@ from seg_torch.errors import InputError
 
 # Files that are parts of others, no choices of the user.
 INTERNAL = {"default", "from_checkpoint"}
+# Where launchers say which process this is: torchrun, Slurm, and Lightning.
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 LOST = """\
 another process of this run has ended or cannot be reached; its own message, if any, says why.
 What was finished is kept: give the command again, for train with resume=RUN_FOLDER\
@@ -62,6 +64,11 @@ def print_error(message: str) -> None:
         first = _is_first_with(message)
     if first:
         print(wrapped(f"error: {message}", sys.stderr), file=sys.stderr)
+
+
+def is_first() -> bool:
+    """Return whether no launcher says that this is another process than the first of all."""
+    return all(os.environ.get(name) in (None, "", "0") for name in RANKS)
 
 
 def is_first_on_machine() -> bool:
@@ -109,6 +116,10 @@ def explain(error: BaseException) -> str | None:
         group, choice = str(error.missing_cfg_file).rsplit("/", 1)
         options = [option for option in error.options if option not in INTERNAL]
         hint = did_you_mean(choice, options)
+        if group == "data":
+            hint = f", and no folder of that name{hint}"
+        if group == "model" and os.path.isfile(choice):
+            hint = f"; a file of weights is checkpoint={choice}"
         return f"there is no {group}={choice}{hint}\nThere are: {', '.join(options) or 'none'}"
     if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}"

@@ -14,6 +14,7 @@ from seg_torch.errors import check_choice
 from seg_torch.evaluation.bootstrap import METHOD
 from seg_torch.evaluation.comparison import Group, compared, differing, grouped, read_runs
 from seg_torch.files import write_text
+from seg_torch.folders import claimed
 from seg_torch.training.run import write_table
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ def compare(cfg: DictConfig) -> None:
         print_table(*table)
     log.info(NOTE)
     folder = Path(cfg.output_dir)
-    write_text(folder / "compare.md", render("compare.md", tables=tables, note=NOTE))
     known = [{k: v for k, v in row.items() if v == v} for row in rows]  # without nan
-    write_table(folder / "compare.csv", dict.fromkeys(rows[0], float), known)
+    with claimed(folder):
+        write_text(folder / "compare.md", render("compare.md", tables=tables, note=NOTE))
+        write_table(folder / "compare.csv", dict.fromkeys(rows[0], float), known)
     for name in ("compare.md", "compare.csv"):
         log.info("%s", folder / name)
 

@@ -4,9 +4,12 @@ from omegaconf import DictConfig
 
 from seg_torch.evaluation.scorer import score
 from seg_torch.evaluation.setup import open_for_scoring
+from seg_torch.hardware import restored_flags
 
 
+@restored_flags()
 def evaluate(cfg: DictConfig) -> None:
     """Score a checkpoint or a published model on a split of its own data or of other data."""
-    trainer, scorer, data, folder, _ = open_for_scoring(cfg)
-    score(trainer, scorer, data, folder, cfg.split)
+    setup = open_for_scoring(cfg)
+    with setup.processes.claimed(setup.folder):
+        score(setup.trainer, setup.scorer, setup.data, setup.folder, cfg.split)

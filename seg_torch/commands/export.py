@@ -33,6 +33,7 @@ def export(cfg: DictConfig) -> None:
     check_choice("format", cfg.format, exported.FORMATS)
     if cfg.int8 and cfg.format != "openvino":
         raise InputError(f"int8=true needs format=openvino, not {cfg.format}")
+    exported.require_packages(cfg.format, cfg.int8)
     network, labels, description = exported.load_network(cfg.checkpoint, cfg.trust)
     if isinstance(network, exported.ExportedNetwork):
         raise InputError(f"checkpoint={cfg.checkpoint} is exported already; give the checkpoint")
@@ -73,6 +74,8 @@ def _output(cfg: DictConfig, source: Path) -> Path:
     path = Path(cfg.output) if cfg.output else source.with_name(source.stem + suffix)
     if not path.name.endswith(suffix):
         raise InputError(f"output={path}: a file of format={cfg.format} is called NAME{suffix}")
+    if any(file.exists() and file.samefile(source) for file in _files(path)):
+        raise InputError(f"output={path}: would replace the checkpoint {source}; give another name")
     return path
 
 

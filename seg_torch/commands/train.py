@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig
 
 from seg_torch import hardware
-from seg_torch.checkpoints import checkpoint
+from seg_torch.configuration import escaped, instantiate
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
@@ -18,6 +17,7 @@ from seg_torch.training.signals import StopOnSignal
 from seg_torch.training.trainer import build_trainer
 
 
+@hardware.restored_flags()
 def train(cfg: DictConfig) -> float | None:
     """Train, keep the best epoch, and score it on the test set.
 
@@ -29,30 +29,32 @@ def train(cfg: DictConfig) -> float | None:
         StoppedError: A signal came, see `seg_torch.training.signals.StopOnSignal`.
     """
     cfg = run.requeued_config(cfg)
+    build.check_settings(cfg)
     processes = Processes(cfg.trainer)
-    cfg.output_dir = processes.same(str(cfg.output_dir))  # a time in its name differs between them
-    folder = Path(cfg.output_dir)
-    with StopOnSignal(folder) as stop, run.disk_errors(folder):
-        state = checkpoint.read(run.last_checkpoint(cfg.resume)) if cfg.resume else None
+    folder = Path(processes.same(str(cfg.output_dir)))  # a time in its name differs between them
+    cfg.output_dir = escaped(str(folder))
+    with processes.claimed(folder), StopOnSignal(folder) as stop, run.disk_errors(folder):
+        state = build.read_state(folder) if cfg.resume else None
         processes.first(lambda: run.claim(folder, cfg.trainer, state))
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
-        processes.first(data.check_files)  # and downloads them
+        data: SegmentationDataModule = instantiate(cfg.data)
+        processes.first(lambda: build.check_interval(cfg, data, processes))  # and downloads them
+        processes.first(data.check_files)
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)
-        if not run.is_complete(state, cfg.trainer):  # else it was killed in the test
+        if not run.what_ended(state, cfg.trainer):  # else it was killed in the test
             last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
                 trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        best, epoch = build.load_best(network, trainer, folder, processes)
-        inference = Inference(
-            network, len(data.labels), data.resize, InferenceSettings(precision="32-true")
-        )
-        scorer = Scorer(inference, data.labels)  # as evaluate.py has it
-        score(trainer, scorer, data, folder, "test")
+            build.log_time_limit(trainer, folder)
+        best, epoch = build.load_best(network, folder, processes)
+        if cfg.trainer.limit_test_batches != 0:
+            settings = InferenceSettings(precision="32-true")  # as evaluate.py has it
+            inference = Inference(network, len(data.labels), data.resize, settings)
+            score(trainer, Scorer(inference, data.labels), data, folder, "test")
         processes.first(lambda: run.tell_next_steps(folder, best, epoch))
     return best

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -14,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning import Trainer
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -25,6 +25,7 @@ from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.folders import locked
 from seg_torch.hardware import total_memory
 from seg_torch.version import __version__
 
@@ -53,6 +54,11 @@ class CachedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.layout)
 
+    def nbytes(self, index: int) -> int:
+        """Return what a sample takes."""
+        _, itemsize, *sizes = self.layout[index].tolist()
+        return itemsize * math.prod(sizes[:3]) + math.prod(sizes[3:])
+
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         offset, itemsize, *sizes = self.layout[index].tolist()
         shapes = sizes[:3], sizes[3:]
@@ -64,9 +70,17 @@ class CachedSamples(Dataset):
 
 
 def fits_memory(samples: ResizedSamples) -> bool:
-    """Whether all samples take less than a 16th of the memory, if they are like the first one."""
-    size = sum(part.nbytes for part in samples[0]) * len(samples)
-    return size < total_memory(torch.device("cpu")) / 16
+    """Whether all samples take less than a 16th of the memory.
+
+    What they take is in the headers of their files; those without are read, one after the other.
+    """
+    rest = total_memory(torch.device("cpu")) / 16
+    for index in range(len(samples)):
+        size = samples.nbytes(index)
+        rest -= sum(part.nbytes for part in samples[index]) if size is None else size
+        if rest <= 0:
+            return False
+    return True
 
 
 def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples:
@@ -109,9 +123,8 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
     if not folder.exists():
         log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "samples.bin"
-    with FileLock(folder / "lock"):
+    with locked(folder, wait=True):
         if not path.exists():
             for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed
                 partial.unlink()
@@ -136,7 +149,7 @@ def _map_descriptor(descriptor: Any) -> CachedSamples:
 
 def _map_file(file: BinaryIO) -> CachedSamples:
     """Map a file of samples into memory: what is read of it is shared by all processes."""
-    content = np.memmap(file, np.uint8, "c")  # copy on write, for a transform that works in place
+    content = np.memmap(file, np.uint8, "c")  # copy on write: PyTorch warns of what is read-only
     (count,) = content[-8:].view(np.int64)
     layout = content[-8 - 56 * count : -8].view(np.int64).reshape(count, 7)
     return CachedSamples(torch.from_numpy(content), layout, file)

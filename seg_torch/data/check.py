@@ -16,15 +16,26 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from seg_torch.datasets.base import BaseDataset, check_sizes, checked_sample, in_threads
+from seg_torch.datasets.base import (
+    BaseDataset,
+    Pair,
+    as_seen,
+    check_sizes,
+    checked_sample,
+    in_threads,
+    without_missing,
+)
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images.format import as_array
+from seg_torch.images.missing import missing
+from seg_torch.images.read import doubts, orientation
 
 log = logging.getLogger(__name__)
 
 MANY = 500  # samples from which on the check shows how far it is
 THUMBNAIL = 16  # height and width
+UNCLEAR, TURNED = 1, 2  # masks of photos that EXIF data turn
 
 
 class Problem(NamedTuple):
@@ -47,6 +58,12 @@ class DatasetStatistics:
         sizes: Height and width of each image, int64 [N, 2]; 0 for an unusable sample.
         digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
         thumbnails: Each image in grey, uint8 [N, 16, 16].
+        measured: Number of pixels that have data, int64; the moments are of these.
+        largest: Value of each image of more than 8 bits, int64 [N]; 0 for others.
+        bands: Whether each image has a band that is left out, bool [N].
+        turns: Of each mask whether its photo is turned by EXIF data and it is not: `UNCLEAR` where
+            it may have been drawn on the photo as it is seen, `TURNED` where its size says that it
+            was not, else 0; uint8 [N].
         problems: All of them.
     """
 
@@ -56,11 +73,15 @@ class DatasetStatistics:
     sizes: np.ndarray
     digests: np.ndarray
     thumbnails: np.ndarray
+    measured: np.ndarray
+    largest: np.ndarray
+    bands: np.ndarray
+    turns: np.ndarray
     problems: list[Problem] = field(default_factory=list)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of each channel over all pixels, scaled to 0..1."""
-        mean, square = self.moments / self.pixels.sum()
+        mean, square = self.moments / max(1, int(self.measured))
         variance = square - mean**2
         variance[variance < 1e-12] = 0  # a rounding error of a channel of one value
         return mean.tolist(), np.sqrt(variance).tolist()
@@ -95,6 +116,10 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         sizes=np.zeros((count, 2), np.int64),
         digests=np.zeros(count, "S64"),
         thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
+        measured=np.zeros((), np.int64),
+        largest=np.zeros(count, np.int64),
+        bands=np.zeros(count, bool),
+        turns=np.zeros(count, np.uint8),
     )
     with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
         progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
@@ -104,8 +129,11 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
             if isinstance(outcome, list):
                 result.problems += outcome
                 continue
-            pixels, moments, result.sizes[index] = outcome[:3]
-            result.digests[index], result.thumbnails[index] = outcome[3:]
+            (largest, band, result.turns[index]), *outcome = outcome
+            pixels, moments, measured, result.sizes[index] = outcome[:4]
+            result.digests[index], result.thumbnails[index] = outcome[4:]
+            result.largest[index], result.bands[index] = largest, bool(band)
+            result.measured += measured
             result.pixels += pixels
             result.images += pixels > 0
             result.moments = result.moments + moments
@@ -119,6 +147,7 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
 def _examine(dataset: BaseDataset, index: int) -> tuple | list[Problem]:
     """Return the measures of one sample, or all that is wrong with it."""
     problems: list[Problem] = []
+    doubtful: tuple = (0, "", 0)
 
     def attempt(file: object, read: Callable[[], Any]) -> Any:
         try:
@@ -135,27 +164,52 @@ def _examine(dataset: BaseDataset, index: int) -> tuple | list[Problem]:
         image = attempt(names[0], lambda: dataset.image(index))
         mask = attempt(names[1], lambda: dataset.mask(index))
         if not problems:
+            pair = dataset.pairs[index]
+            doubtful = _doubts(dataset, pair, image, mask)
+            mask = as_seen(mask, image, pair.image, pair.mask)
             attempt(names[1], lambda: check_sizes(image, mask, *names))
-    return problems or _measure(image, mask, dataset.format.shown(image))
+        if not problems:
+            mask = without_missing(mask, image)
+    return problems or (doubtful, *_measure(image, mask, dataset.format.shown(image)))
+
+
+def _doubts(
+    dataset: BaseDataset, pair: Pair, image: np.ndarray, mask: np.ndarray
+) -> tuple[int, str, int]:
+    """Return the largest value of more than 8 bits, why a band is left out, and what is turned."""
+    if dataset.format.is_rgb:
+        turn, largest, band = doubts(pair.image)
+    else:
+        turn, largest = orientation(pair.image), image.max() if image.dtype == np.uint16 else 0
+        band = ""
+    turns = 0
+    if 2 <= turn <= 8 and pair.mask != pair.image and orientation(pair.mask) == 1:
+        height, width = image.shape[:2]
+        lies = turn >= 5 and height != width
+        turns = UNCLEAR if not lies else TURNED if mask.shape == (width, height) else 0
+    return int(largest), band, turns
 
 
 def _measure(
     image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int], str, np.ndarray]:
-    """Return pixels by mask value, moments, size, digest and thumbnail of a sample."""
+) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int], str, np.ndarray]:
+    """Return pixels by mask value, moments and their pixels, size, digest and thumbnail."""
     pixels = np.bincount(mask.ravel(), minlength=256)
+    hidden, measured = missing(image), mask.size
     rgb_image = Image.fromarray(rgb_shown)
     values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
     if image is rgb_shown:  # Pillow counts in a fraction of the time
         counts = np.array(rgb_image.histogram()).reshape(3, 256)
     else:
-        channels = image.reshape(-1, image.shape[2]).T
+        image = np.ma.getdata(image)
+        valid = image.reshape(-1, image.shape[2]) if hidden is None else image[~hidden]
+        measured, channels = len(valid), valid.T
         counts = np.stack([np.bincount(c, minlength=len(values)) for c in channels])
     moments = np.stack([counts @ values, counts @ values**2])
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pixels, moments, image.shape[:2], digest.hexdigest(), np.asarray(small)
+    return pixels, moments, measured, image.shape[:2], digest.hexdigest(), np.asarray(small)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:

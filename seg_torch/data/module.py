@@ -12,15 +12,15 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data import notes, sampling
+from seg_torch.data import doubts, notes, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
 from seg_torch.data.transforms import RandomScaleCrop
-from seg_torch.data.workers import number_of_workers, start_worker
+from seg_torch.data.workers import largest_sample, number_of_workers, prepared_ahead, start_worker
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
-from seg_torch.images.format import RGB, ImageFormat
-from seg_torch.labels import Labels
+from seg_torch.images.format import RGB, ImageFormat, any_image
+from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: Of each of their values.
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
+        white: Value of white in images of more than 8 bits, see there; of RGB, too.
 
     Attributes:
         test_split: The split that `test_dataloader` loads, `test` until it is set.
@@ -80,6 +81,7 @@ class SegmentationDataModule(LightningDataModule):
         bits: int = 8,
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
+        white: float | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
@@ -99,9 +101,9 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
-        self.format = RGB
+        self.format = any_image(white)
         if channels is not None:
-            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()))
+            self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
         self.start = 0, 0
@@ -117,14 +119,16 @@ class SegmentationDataModule(LightningDataModule):
             kwargs: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
             if self.download:
                 kwargs["download"] = True
-            if self.format != RGB:
-                if "format" not in inspect.signature(self.make_dataset).parameters:
-                    raise InputError("data.channels: this dataset is RGB; use data=folder")
+            takes_format = "format" in inspect.signature(self.make_dataset).parameters
+            if self.format != RGB and takes_format:
                 kwargs["format"] = self.format
+            elif not self.format.is_rgb:
+                raise InputError("data.channels: this dataset is RGB; use data=folder")
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
             self._datasets[split] = base.as_dataset(samples)
+            self._datasets[split].base_dataset.read_as(self.format)
         return self._datasets[split]
 
     @cached_property
@@ -151,8 +155,8 @@ class SegmentationDataModule(LightningDataModule):
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        Masks of usable files are a problem, too, where none of their pixels is labelled or, for
-        train, where there is nothing but 0 and 255 and white may be a class.
+        Masks in which no pixel is labelled are a problem, too; for train, also those of nothing but
+        0 and 255, if white may be a class.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
@@ -165,11 +169,18 @@ class SegmentationDataModule(LightningDataModule):
                 f"no class but the first would be learnt. If white stands for "
                 f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
-        elif values == [255] and not statistics.problems:
-            text = f"{file} and the other masks of {split}: no pixel is labelled, all are 255"
         if text:
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
+        if split == "train":
+            statistics.problems += doubts.too_dark(statistics, dataset)
+        if values == [IGNORE_INDEX] and not statistics.problems:
+            use = "learnt" if split == "train" else "scored"
+            text = (
+                f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
+                f"{dataset.name(0)}, hold nothing but 255, so nothing can be {use}"
+            )
+            statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
     def overlaps(self, splits: Sequence[str] = base.SPLITS) -> list[Problem]:
@@ -216,6 +227,8 @@ class SegmentationDataModule(LightningDataModule):
             if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
                 statistics[split] = self.checked(split)
                 problems += [problem.message for problem in statistics[split].problems]
+                for note in doubts.describe(split, statistics[split], dataset):
+                    log.warning("%s", note)
         overlaps = [problem.message for problem in self.overlaps()]
         if overlaps and not self.check:
             log.warning("%d images are in two splits; the first: %s", len(overlaps), overlaps[0])
@@ -287,7 +300,7 @@ class SegmentationDataModule(LightningDataModule):
             len(samples), self.batch_size, self.seed, *self._rank_and_world(), *self.start
         )
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        return self._loader(augmented, sampler, sampling.stack)
+        return self._loader(augmented, sampler, sampling.stack, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -325,7 +338,8 @@ class SegmentationDataModule(LightningDataModule):
         samples = self._samples(split, resize_labels=False)
         rank, world = self._rank_and_world()
         batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
-        return self._loader(sampling.NumberedSamples(samples), batches, sampling.group_by_size)
+        numbered = sampling.NumberedSamples(samples)
+        return self._loader(numbered, batches, sampling.group_by_size, self.eval_batch_size)
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
@@ -338,17 +352,21 @@ class SegmentationDataModule(LightningDataModule):
             keep = alone and fits_memory(samples)
         return in_memory(samples, self.trainer) if keep else samples
 
-    def _loader(self, dataset: Any, batches: Any, collate: Callable) -> DataLoader:
-        workers = self.num_workers
+    def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
+        workers, ahead = self.num_workers, None
+        processes = 1 if self.trainer is None else self.trainer.num_devices
         if workers is None:
             cached = isinstance(dataset.samples, CachedSamples)
-            processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = number_of_workers(cached, self._device, processes)
+        if workers > 0:
+            size = processes * batch_size * largest_sample(dataset, batch_size)
+            workers, ahead = prepared_ahead(workers, size, fixed=self.num_workers is not None)
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
+            prefetch_factor=ahead,
             persistent_workers=workers > 0,
             pin_memory=self._device == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one

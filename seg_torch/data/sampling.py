@@ -10,6 +10,7 @@ Three rules make runs repeatable and scores exact:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
+from seg_torch.data.transforms import leaves_its_input
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.images.resize import resize_image, resize_mask
@@ -40,6 +42,16 @@ class ResizedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def nbytes(self, index: int) -> int | None:
+        """Return what a sample takes, by the header of its image; `None` where there is none."""
+        stored = self.dataset.image_size(index)
+        if stored is None:
+            return None
+        seen = stored if self.size is None else self.size
+        label = seen if self.resize_labels else stored
+        channels = self.dataset.format.channels * (4 if self.dataset.format.bits > 8 else 1)
+        return channels * math.prod(seen) + math.prod(label)
+
     def __getitem__(self, index: int) -> Sample:
         image, mask = base.checked_sample(self.dataset, index)
         if self.size is not None:
@@ -60,16 +72,23 @@ class NumberedSamples(Dataset):
 
 
 class AugmentedSamples(Dataset):
-    """Augmented samples, by the (epoch, index) that `EpochSampler` yields."""
+    """Augmented samples, by the (epoch, index) that `EpochSampler` yields.
+
+    An augmentation of somebody else's may work in place: it is given a copy, since what it is made
+    from may be kept for the next epochs.
+    """
 
     def __init__(self, samples: Any, augment: Callable[..., Any] | None, seed: int) -> None:
         self.samples, self.augment, self.seed = samples, augment, seed
+        self.copy = augment is not None and not leaves_its_input(augment)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         sample = self.samples[index]
         if self.augment is None:
             return sample
+        if self.copy:
+            sample = sample[0].clone(), sample[1].clone()
         entropy = np.random.SeedSequence([self.seed, epoch, index])
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed takes longer, for the GPUs' sake.

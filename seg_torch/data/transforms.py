@@ -195,6 +195,13 @@ def colour_matrices(
     return {"of_pixel": of_pixel, "of_mean": of_mean}
 
 
+def leaves_its_input(transform: Any) -> bool:
+    """Return whether a transform is of those of `augment`, none of which works in place."""
+    steps = transform.transforms if type(transform) is v2.Compose else [transform]
+    known = (RandomScaleCrop, v2.RandomHorizontalFlip, ColourJitter, v2.Identity)
+    return all(type(step) in known for step in steps)
+
+
 def augment(
     crop: Sequence[int] | None = None,
     scale: Sequence[float] | None = (0.5, 2.0),

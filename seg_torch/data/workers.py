@@ -3,8 +3,12 @@
 import os
 import signal
 from threading import Thread
+from typing import Any
 
-from seg_torch.hardware import available_cpus, reuse_memory
+import torch
+
+from seg_torch.data.sampling import AugmentedSamples
+from seg_torch.hardware import available_cpus, reuse_memory, total_memory
 
 
 def number_of_workers(cached: bool, device: str, processes: int) -> int:
@@ -18,6 +22,34 @@ def number_of_workers(cached: bool, device: str, processes: int) -> int:
     if cached and device == "cpu":
         return 0  # there is nothing to wait for, and the network needs the CPUs
     return min(8, max(1, available_cpus() // processes))
+
+
+def largest_sample(dataset: Any, batch_size: int) -> int:
+    """Return the bytes of the largest sample, as far as that is known without reading all.
+
+    Args:
+        dataset: `AugmentedSamples` or `NumberedSamples`.
+        batch_size: Of several images in a batch of training all are like the first one.
+    """
+    if isinstance(dataset, AugmentedSamples) and batch_size > 1:
+        return sum(part.nbytes for part in dataset[0, 0])
+    samples = dataset.samples
+    return max(samples.nbytes(index) or 0 for index in range(len(samples)))
+
+
+def prepared_ahead(workers: int, batch: int, fixed: bool) -> tuple[int, int]:
+    """Return how many workers there are, and how many batches each of them prepares ahead.
+
+    What they have prepared takes at most an eighth of the memory, unless it is one batch each.
+
+    Args:
+        workers: As many as suit the machine.
+        batch: Bytes of the largest batch.
+        fixed: Whether the number of workers is the user's.
+    """
+    batches = int(total_memory(torch.device("cpu")) / 8 / max(1, batch))
+    workers = workers if fixed else min(workers, max(1, batches))
+    return workers, min(2, max(1, batches // max(1, workers)))
 
 
 def start_worker(worker: int) -> None:

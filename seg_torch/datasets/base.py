@@ -28,9 +28,18 @@ from seg_torch.errors import InputError, check_choice
 from seg_torch.files import is_hidden, readable
 from seg_torch.files import list_files as list_files
 from seg_torch.hardware import available_cpus
+from seg_torch.images.convert import turned, upright
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
-from seg_torch.images.read import opened, plain_png, stored_size
-from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent, parse_classes
+from seg_torch.images.missing import missing
+from seg_torch.images.read import opened, orientation, plain_png
+from seg_torch.labels import (
+    IGNORE_INDEX,
+    Labels,
+    encode_segmap,
+    likeliest_mistake,
+    most_frequent,
+    parse_classes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -322,7 +331,7 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
         if image.mode not in ("L", "LA", "P", "PA", "1", "I", "I;16", "I;16B", "F"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path, content)
-        ids = np.array(image) if decoded is None else decoded
+        ids = np.array(upright(image)) if decoded is None else decoded
     ids = ids if ids.ndim == 2 else ids[..., 0]
     if ids.dtype.kind == "f":
         ids = np.where(np.isnan(ids), IGNORE_INDEX, ids)
@@ -367,7 +376,7 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
     """
     with opened(path, "a mask") as image:
         refuse_lossy(image, path)
-        rgb = np.array(image.convert("RGB"))
+        rgb = np.array(upright(image).convert("RGB"))
     with parsing(path):
         return encode_segmap(rgb, palette)
 
@@ -416,24 +425,6 @@ def _wrong_values(
     return InputError(f"{name}: mask values {listed}; allowed are {allowed}{hint}", pixels=pixels)
 
 
-def _likeliest_mistake(mask: np.ndarray, classes: int) -> str:
-    """Say what most often leads to masks with such values, if anything does."""
-    found = np.setdiff1d(mask, IGNORE_INDEX).tolist()
-    if found[0] > 0 and found[-1] == classes:
-        return ". Ids count from 0: if these count from 1, subtract 1, or name 0 before the others"
-    if found[-1] == classes:
-        return ". There is one id more than names: if 0 is the background, it is named first"
-    if len(found) <= classes:
-        grey = found[-1]
-        return (
-            ". If these are greys that stand for classes, classes.txt gives each class its own, "
-            f"such as {grey} {grey} {grey} behind the name"
-        )
-    if len(found) > max(40, 2 * classes):
-        return ". So many values are left by resizing or smoothing a mask, or it is a photograph"
-    return ""
-
-
 class BaseDataset(Dataset):
     """What the package asks of a dataset; `as_dataset` makes one of anything that has samples.
 
@@ -475,6 +466,15 @@ class BaseDataset(Dataset):
         """Return what changes with the files and with how they are read; `None`: nothing does."""
         return None
 
+    def read_as(self, format: ImageFormat) -> None:
+        """Take over the white of a format, where images of all kinds are read as RGB."""
+        if format.is_rgb and self.format.is_rgb:
+            self.format = format
+
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header; `None` where that takes reading it."""
+        return None
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, uint8 or uint16 [H, W, C]."""
         return as_array(self[index][0])
@@ -502,6 +502,11 @@ class OwnDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
+
+    def read_as(self, format: ImageFormat) -> None:
+        """Refuse a white, since these samples are read by somebody else's code."""
+        if format.white is not None:
+            raise InputError("data.white: this dataset reads its images by itself")
 
     @property
     def base_dataset(self) -> BaseDataset:
@@ -593,6 +598,10 @@ class SegmentationDataset(BaseDataset):
         digest.update(repr((self.labels.to_dict(), self.format, source, options, own)).encode())
         return digest.hexdigest()
 
+    def image_size(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of an image by its header, `None` where it has none."""
+        return self.format.size(self.pairs.strings(index)[1])
+
     def image(self, index: int) -> np.ndarray:
         """Return the image alone, as it is in its file, uint8 or uint16 [H, W, C].
 
@@ -614,8 +623,26 @@ class SegmentationDataset(BaseDataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]
         image, mask = self.image(index), self.mask(index)
+        mask = as_seen(mask, image, pair.image, pair.mask)
         check_sizes(image, mask, pair.image, pair.mask)
         return as_sample(image, mask)
+
+
+def as_seen(mask: np.ndarray, image: np.ndarray, image_file: Path, file: Path) -> np.ndarray:
+    """Return a mask that was drawn on the pixels of a photo as they are stored as it is seen.
+
+    That shows in its size, where the photo lies on its side and the mask says nothing of that.
+    """
+    lies = mask.shape != image.shape[:2] and mask.shape == image.shape[1::-1]
+    if lies and (turn := orientation(image_file)) in (5, 6, 7, 8) and orientation(file) == 1:
+        return turned(mask, turn)
+    return mask
+
+
+def without_missing(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return a mask in which pixels are not labelled where their image, masked, has no data."""
+    hidden = missing(image)
+    return mask if hidden is None else np.where(hidden, np.uint8(IGNORE_INDEX), mask)
 
 
 @cache
@@ -623,13 +650,14 @@ def readers_source() -> str:
     """Return a digest of the code of this package that reads images, masks and annotations."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for folder in ("datasets", "images"):
-        for path in sorted((package / folder).rglob("*.py")):
+        for path in [package / "labels.py", *sorted((package / folder).rglob("*.py"))]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Return an image uint8 or uint16 [H, W, C] and its mask uint8 [H, W] as a sample."""
+    mask = without_missing(mask, image)
     return tv_tensors.Image(as_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
 
 
@@ -639,21 +667,16 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
         wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
         classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
         allowed = f"{classes} and {IGNORE_INDEX} (not labelled)"
-        raise _wrong_values(name, mask, wrong, allowed, _likeliest_mistake(mask, len(labels)))
+        raise _wrong_values(name, mask, wrong, allowed, likeliest_mistake(mask, len(labels)))
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
     """Raise InputError unless the mask [H, W] has the height and width of its image [H, W, C]."""
     if image.shape[:2] != mask.shape:
-        turned = ""
-        if image.shape[1::-1] == mask.shape and stored_size(str(image_name)) == mask.shape:
-            turned = (
-                ", since its EXIF data turn it by 90 degrees and the mask was drawn on the image "
-                "as it is stored: turn the mask, or take the EXIF orientation out of the image"
-            )
+        exif = " as its EXIF data turn it" if orientation(str(image_name)) > 4 else ""
         raise InputError(
             f"{name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image_name} has {image.shape[1]} x {image.shape[0]}{turned}"
+            f"{image_name} has {image.shape[1]} x {image.shape[0]}{exif}"
         )
 
 

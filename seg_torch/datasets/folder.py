@@ -186,12 +186,26 @@ def write_folder(
         samples: Images uint8 [3, H, W] with masks uint8 [H, W], such as a dataset of this package.
         labels: Their classes.
         root: Where `images/`, `masks/` and `classes.txt` go; files of the same names are replaced.
+
+    Raises:
+        InputError: A file to be replaced is one of the samples' own.
     """
+    files = [file for pair in getattr(samples, "pairs", ()) for file in pair[1:]]
+    read = {_identity(file) for file in files if os.path.exists(file)}
     for number, (image, mask) in enumerate(samples):
         rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, content in (("images", rgb), ("masks", palette_image(mask.numpy(), labels))):
-            write_atomically(Path(root, kind, f"{number:04d}.png"), content.save)
+            path = Path(root, kind, f"{number:04d}.png")
+            if path.exists() and _identity(path) in read:
+                raise InputError(f"{path} is a file of the samples: write them to another folder")
+            write_atomically(path, content.save)
     write_classes(labels, Path(root))
+
+
+def _identity(file: str | Path) -> tuple[int, int]:
+    """Return what tells a file from all others, whatever it is called."""
+    stat = os.stat(file)
+    return stat.st_dev, stat.st_ino
 
 
 def write_classes(labels: Labels, root: Path) -> None:

@@ -187,7 +187,7 @@ class HubDataset(base.BaseDataset):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         name, content = self._file(index, 0)
-        image, mask = read_image(name, content), self.mask(index)
+        image, mask = read_image(name, content, self.format.white), self.mask(index)
         base.check_sizes(image, mask, name, f"{self.title}[{index}]")
         return base.as_sample(image, mask)
 

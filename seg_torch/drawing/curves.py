@@ -7,23 +7,26 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from seg_torch.drawing.fonts import drawn_name
 from seg_torch.files import write_atomically
 from seg_torch.labels import Labels
 
 
-def curves(history: Sequence[dict[str, Any]]) -> Figure:
+def curves(history: Sequence[dict[str, Any]], narrow: bool = False) -> Figure:
     """Draw losses and scores by epoch. An epoch without a value has no point.
 
     Args:
         history: One row per epoch, with `epoch` and any of `train_loss`, `val_loss`,
             `val_mean_iou`, `val_pixel_accuracy`; None where there is no value.
+        narrow: The one above the other, not side by side.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(5, 7) if narrow else (10, 4), layout="constrained")
     panels = {
         "loss": {"train_loss": "training", "val_loss": "validation"},
         "validation score": {"val_mean_iou": "mean IoU", "val_pixel_accuracy": "pixel accuracy"},
     }
-    for axes, (title, lines) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    panels_axes = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
+    for axes, (title, lines) in zip(panels_axes, panels.items(), strict=True):
         for key, name in lines.items():
             points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
             if points:
@@ -72,17 +75,23 @@ def confusion_matrix(matrix: np.ndarray, labels: Labels) -> Figure:
         labels: The classes.
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(3 + 0.3 * len(labels), 20)  # 2,000 pixels: more takes seconds to draw
+    names, fonts = zip(*(drawn_name(labels, i) for i in range(len(labels))), strict=True)
+    short = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
+    # Cells of 0.4 inches, which hold their digits. 2,000 pixels: more takes seconds to draw.
+    side = min(0.9 + 0.09 * max(map(len, short)) + 0.4 * len(labels), 20)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels.names, rotation=90)
-    axes.set_yticks(range(len(labels)), labels.names)
+    axes.set_xticks(range(len(labels)), short, rotation=90)
+    axes.set_yticks(range(len(labels)), short)
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for tick, font in zip(ticks, fonts, strict=True):
+            tick.set(parse_math=False, **({} if font is None else {"font": Path(font)}))
     axes.set(xlabel="prediction", ylabel="label")
     if len(labels) <= 25:
         for row, column in np.argwhere(shares >= 0.005):
             share = shares[row, column]
             colour = "white" if share > 0.5 else "black"
             axes.text(column, row, f"{share:.2f}"[1:] if share < 0.995 else "1",
-                      ha="center", va="center", color=colour, fontsize=6)  # fmt: skip
+                      ha="center", va="center", color=colour, fontsize=10)  # fmt: skip
     return figure

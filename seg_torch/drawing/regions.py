@@ -9,7 +9,7 @@ one inside and one outside, so that a polygon holds the centres of its own pixel
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -71,7 +71,9 @@ def write_coco(
         file.write(f'],\n"images": {json.dumps(entries)}}}\n')
 
 
-def polygon_features(mask: np.ndarray, labels: Labels) -> Iterator[dict[str, Any]]:
+def polygon_features(
+    mask: np.ndarray, labels: Labels, matrix: Sequence[float] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield a GeoJSON Feature, a polygon with holes, for each connected region of a class.
 
     Pixels that only touch at a corner are not connected. Coordinates are in pixels, x to the right
@@ -81,6 +83,8 @@ def polygon_features(mask: np.ndarray, labels: Labels) -> Iterator[dict[str, Any
     Args:
         mask: Class ids, uint8 [H, W]; pixels of 255 belong to no class.
         labels: The classes.
+        matrix: a, b, c, d, e, f: coordinates are a x + b y + c and d x + e y + f instead of x and
+            y, and the points of a ring come in the order that RFC 7946 says.
 
     Yields:
         In the order of the classes, with the properties `class_id`, `name`, `colour` (#rrggbb) and
@@ -91,19 +95,45 @@ def polygon_features(mask: np.ndarray, labels: Labels) -> Iterator[dict[str, Any
             continue
         name, colour = labels.names[class_id], labels.colour(class_id)
         for rings, area in _polygons(mask == class_id):
+            if matrix is not None:
+                rings = [_moved(ring, matrix) for ring in rings]
             properties = {"class_id": class_id, "name": name, "colour": colour, "area": area}
             geometry = {"type": "Polygon", "coordinates": rings}
             yield {"type": "Feature", "properties": properties, "geometry": geometry}
 
 
-def write_polygons(path: str, mask: np.ndarray, labels: Labels) -> None:
+def collection(crs: str = "") -> dict[str, Any]:
+    """Return a FeatureCollection without features.
+
+    RFC 7946 has no other coordinates than longitude and latitude on WGS 84, "where all involved
+    parties have a prior arrangement" excepted. Its arrangement is the member `crs` of GeoJSON 2008,
+    which GDAL and QGIS write and read.
+    """
+    named = {"crs": {"type": "name", "properties": {"name": crs}}} if crs else {}
+    return {"type": "FeatureCollection", **named, "features": []}
+
+
+def write_polygons(
+    path: str,
+    mask: np.ndarray,
+    labels: Labels,
+    matrix: Sequence[float] | None = None,
+    crs: str = "",
+) -> None:
     """Write the FeatureCollection of a mask, one polygon after the other."""
     with open(path, "w", encoding="utf-8") as file:
-        file.write('{"type":"FeatureCollection","features":[')
-        for number, feature in enumerate(polygon_features(mask, labels)):
+        file.write(json.dumps(collection(crs), separators=(",", ":"))[: -len("]}")])
+        for number, feature in enumerate(polygon_features(mask, labels, matrix)):
             file.write(",\n" if number else "\n")
             file.write(json.dumps(feature, separators=(",", ":")))
         file.write("]}\n")
+
+
+def _moved(ring: Ring, matrix: Sequence[float]) -> Ring:
+    """Return a ring in other coordinates, in which its area has the sign that it had."""
+    a, b, c, d, e, f = matrix
+    moved = [[a * x + b * y + c, d * x + e * y + f] for x, y in ring]
+    return moved if a * e > b * d else moved[::-1]
 
 
 def _polygons(region: np.ndarray) -> Iterator[tuple[list[Ring], int]]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -16,12 +16,13 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
     """
     rows = list(rows)
     filled = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    # A Text is shown as it is: neither [brackets] nor :colons: mean anything.
+    table = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i in filled:
         header_lines = header[i].replace(" ", "\n", 1)
-        table.add_column(escape(header_lines), justify="right" if i else "left")
+        table.add_column(Text(header_lines), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(escape(row[i]) for i in filled))
+        table.add_row(*(Text(row[i]) for i in filled))
     terminal, file = Console(), Console(width=10_000)
     if not terminal.is_terminal:
         file.print(table)
@@ -29,6 +30,6 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         terminal.print(table)
     else:
         for row in rows:
-            terminal.print(row[0], markup=False, style="bold", soft_wrap=True)
+            terminal.print(Text(row[0], style="bold"), soft_wrap=True)
             for i in filled[1:]:
-                terminal.print(f"  {header[i]}: {row[i] or '-'}", markup=False, highlight=False)
+                terminal.print(Text(f"  {header[i]}: {row[i] or '-'}"))

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from seg_torch.drawing.fonts import drawn_name
 from seg_torch.errors import InputError
 from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
 
@@ -86,7 +88,7 @@ def _overlay_strips(
     for top in range(0, len(mask), STRIP):
         rows = slice(top, top + STRIP)
         original = Image.fromarray(image[rows])
-        colours = palette_image(mask[rows], labels).convert("RGB")
+        colours = palette_image(mask[rows], labels.drawn).convert("RGB")
         blended = Image.blend(original, colours, alpha)
         ignored = mask[rows] == IGNORE_INDEX
         if ignored.any():
@@ -134,9 +136,9 @@ def legend(
         RGB image.
     """
     ids = range(len(labels)) if ids is None else ids
-    font = ImageFont.load_default(14)
+    texts = [_name_and_font(labels, i) for i in ids]
     swatch, gap, line = 16, 6, 24
-    widest = max((font.getlength(labels.names[i]) for i in ids), default=0)
+    widest = max((font.getlength(name) for name, font in texts), default=0)
     column = int(gap + swatch + gap + widest + 2 * gap)
     if columns is None:
         columns = max(1, min(len(ids) or 1, width // column))
@@ -145,12 +147,17 @@ def legend(
     rows = -(-len(ids) // columns)
     page = Image.new("RGB", (max(width, column), rows * line + gap), PAPER)
     draw = ImageDraw.Draw(page)
-    for position, i in enumerate(ids):
+    for position, (i, (name, font)) in enumerate(zip(ids, texts, strict=True)):
         x, y = gap + position % columns * column, gap + position // columns * line
-        colour = tuple(labels.palette[i].tolist())
+        colour = tuple(labels.drawn.palette[i].tolist())
         draw.rectangle((x, y, x + swatch, y + swatch), colour, outline=(128, 128, 128))
-        draw.text((x + swatch + gap, y + swatch / 2), labels.names[i], INK, font, anchor="lm")
+        draw.text((x + swatch + gap, y + swatch / 2), name, INK, font, anchor="lm")
     return page
+
+
+def _name_and_font(labels: Labels, class_id: int) -> tuple[str, Any]:
+    name, file = drawn_name(labels, class_id)
+    return name, ImageFont.load_default(14) if file is None else ImageFont.truetype(file, 14)
 
 
 def sample_sheet(
@@ -178,7 +185,7 @@ def sample_sheet(
         # Shrinking averages colours, enlarging must not: pixels of small masks stay visible.
         shrinks = size[0] < image.shape[1]
         colour_filter = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
-        colours = [palette_image(m, labels).convert("RGB") for m in maps]
+        colours = [palette_image(m, labels.drawn).convert("RGB") for m in maps]
         coloured = [item.resize(size, colour_filter) for item in colours]
         rows.append([Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), *coloured])
     shown = np.unique(np.concatenate([m.ravel() for m in (*masks, *predictions)])).tolist()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
+from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError
 from seg_torch.evaluation import bootstrap
@@ -103,11 +104,23 @@ def _read_run(folder: Path, split: str) -> ScoredRun | None:
         folder,
         _settings(with_current_names(config)),
         scores,
-        max((row["val_mean_iou"] for row in history if "val_mean_iou" in row), default=np.nan),
+        _best_validation(folder, history),
         statistics.fmean(row["seconds"] for row in times) if times else np.nan,
         max((row["memory_gb"] for row in times if "memory_gb" in row), default=np.nan),
         counts,
     )
+
+
+def _best_validation(folder: Path, history: Sequence[dict[str, Any]]) -> float:
+    """Return the mean IoU of the validation that chose `best.ckpt`, or nan.
+
+    Where an epoch has several validations, `metrics.csv` holds the last one. It has to do where the
+    checkpoint was deleted.
+    """
+    best = folder / "checkpoints" / "best.ckpt"
+    score = checkpoint.best_score(checkpoint.read(best)) if best.is_file() else None
+    scores = [row["val_mean_iou"] for row in history if "val_mean_iou" in row]
+    return max(scores, default=np.nan) if score is None else score
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:

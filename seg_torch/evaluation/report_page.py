@@ -51,8 +51,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
     return render(
         "report.html",
         title=f"Report on {cfg.checkpoint}",
-        split=cfg.split,
-        num_images=len(results.names),
+        scored_on=results.scored_on(cfg.split),
         labels=results.labels,
         scores=scores,
         limits={name: interval(values) for name, values in mean_scores(sums).items()},
@@ -60,7 +59,7 @@ def report_page(cfg: DictConfig, setup: Setup, results: Results) -> str:
         method=METHOD,
         confusion_matrix=plot(confusion_matrix(matrix, results.labels)),
         reliability=plot(reliability(bins)) if bins else None,
-        curves=plot(curves(history)) if history else None,
+        curves=plot(curves(history, narrow=True)) if history else None,
         worst=_figures(setup, results, iou, order[:WORST]),
         best=_figures(setup, results, iou, order[WORST:][-BEST:][::-1]),
         doubtful=_figures(setup, results, iou, doubtful),
@@ -85,9 +84,11 @@ def _figures(
     dataset = setup.data.dataset(setup.data.test_split)
     figures = []
     for i in indices:
-        image, mask = checked_sample(dataset, i)
+        image, mask = checked_sample(dataset, results.indices[i])
         (result,) = segment(inference, labels, [format.checked(image)], format)
-        maps = [palette_image(ids, labels).convert("RGB") for ids in (mask.numpy(), result.mask)]
+        maps = [
+            palette_image(ids, labels.drawn).convert("RGB") for ids in (mask.numpy(), result.mask)
+        ]
         errors = error_overlay(result.image, mask.numpy(), result.mask)
         caption = (
             f"{results.names[i]}: mean IoU {iou[i]:.3f}, confidence {confidence[i]:.3f}, "

@@ -9,6 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from seg_torch.drawing.curves import confusion_matrix
 from seg_torch.files import write_atomically, write_json
@@ -27,17 +28,28 @@ class Results:
     """The results of a split.
 
     Attributes:
-        scores: Plain data, what `<split>_metrics.json` holds; see `seg_torch.metrics.report`.
-        images: Of all images, see `seg_torch.metrics.ImageScores`; `label_quality` [N], where it
-            was asked for.
-        names: Of the images.
+        scores: Plain data, what `<split>_metrics.json` holds; see `seg_torch.metrics.report`. Of
+            which images they are is in `split` (`val` where it stands in for test), `images` and
+            `images_of_split`.
+        images: Of the images that were scored, see `seg_torch.metrics.ImageScores`;
+            `label_quality` [N], where it was asked for.
+        names: Of these images.
+        indices: Of these images in their dataset.
         labels: The classes.
     """
 
     scores: dict[str, Any]
     images: dict[str, np.ndarray]
     names: list[str]
+    indices: list[int]
     labels: Labels
+
+    def scored_on(self, split: str) -> str:
+        """Say what was scored, such as "12 images of test", where `split` was asked for."""
+        scored, of_split = self.scores["images"], self.scores["images_of_split"]
+        count = f"{of_split:,}" if scored == of_split else f"{scored:,} of {of_split:,}"
+        text = f"{count} image{'s' * (of_split != 1)} of {self.scores['split']}"
+        return text if self.scores["split"] == split else f"{text}: there are none of {split}"
 
     def write(self, folder: Path, split: str) -> None:
         """Write `<split>_metrics.json`, `_images.npz` and `.csv`, and `_confusion_matrix.png`.
@@ -49,7 +61,7 @@ class Results:
         """
         arrays: dict[str, Any] = {"names": np.array(self.names), **self.images}
         figure = confusion_matrix(np.array(self.scores["confusion_matrix"]), self.labels)
-        write_json(folder / f"{split}_metrics.json", self.scores)
+        write_json(folder / f"{split}_metrics.json", self.scores, durable=True)
         images = folder / f"{split}_images.npz"
         write_atomically(images, lambda name: np.savez_compressed(name, **arrays))
         write_atomically(images.with_suffix(".csv"), self._write_images)
@@ -76,7 +88,7 @@ class Results:
             if not columns:
                 continue
             table = Table(
-                title=f"{split}: {len(self.names)} images",
+                title=self.scored_on(split),
                 box=SIMPLE_HEAD,
                 padding=(0, 1, 0, 0),
                 show_edge=False,
@@ -85,7 +97,7 @@ class Results:
             for name in (*columns, "pixels"):
                 table.add_column(name, justify="right")
             for name, row in per_class.items():
-                table.add_row(name, *(_cell(row[c]) for c in columns), f"{row['pixels']:,}")
+                table.add_row(Text(name), *(_cell(row[c]) for c in columns), f"{row['pixels']:,}")
             table.add_section()
             means = (_cell(self.scores[f"mean_{column}"]) for column in columns)
             table.add_row("mean", *means, f"{pixels:,}", style="bold")

@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 
 from seg_torch import hardware, metrics
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.sampling import EvaluationGroup
+from seg_torch.errors import InputError
 from seg_torch.evaluation.results import Results
 from seg_torch.labels import Labels
 from seg_torch.prediction.inference import Inference, decide
@@ -94,9 +96,21 @@ class Scorer(LightningModule):
         images = values["images"]
         if "label_quality" in values:
             images["label_quality"] = values["label_quality"]
+        # With limit_test_batches not all are scored.
+        indices = np.flatnonzero(images.pop("scored")).tolist()
+        images = {name: array[indices] for name, array in images.items()}
         dataset = self._dataset()
-        names = [dataset.name(index, "name") for index in range(len(dataset))]
-        self.results = Results(scores, images, names, self.labels)
+        scores |= {"split": self._split(), "images": len(indices), "images_of_split": len(dataset)}
+        names = [dataset.name(index, "name") for index in indices]
+        self.results = Results(scores, images, names, indices, self.labels)
+
+    def _split(self) -> str:
+        """Return what is scored: val, where it stands in for a test split that the data lack."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        with suppress(InputError):  # other data may have no val
+            if data.test_split == "test" and data.test_is_val:
+                return "val"
+        return data.test_split
 
     def _dataset(self) -> Any:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -117,6 +131,9 @@ def score(
 
     Returns:
         The results, in all processes the same.
+
+    Raises:
+        InputError: `trainer.limit_test_batches` is 0.
     """
     data.test_split = split
     # In float32 without TensorFloat-32, which is 10 bits.
@@ -124,7 +141,8 @@ def score(
     with hardware.full_float32() if exact else nullcontext():
         trainer.test(scorer, datamodule=data, verbose=False)
     results = scorer.results
-    assert results is not None
+    if results is None:
+        raise InputError("trainer.limit_test_batches=0: nothing was scored; use 1 or more, or null")
     if trainer.is_global_zero:
         results.print(split)
         results.write(folder, split)

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
+from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS
 from seg_torch.distributed import Processes
@@ -46,13 +47,14 @@ class Model(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """All that `seg_torch.evaluation.scorer.score` needs but the split, and the model's origin."""
+    """All that `seg_torch.evaluation.scorer.score` needs but the split, and where it comes from."""
 
     trainer: Trainer
     scorer: Scorer
     data: SegmentationDataModule
     folder: Path
     model: Model
+    processes: Processes
 
 
 def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
@@ -75,10 +77,11 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
     model = with_labels(model, data.dataset(cfg.split).labels)
     trainer = build_trainer(cfg, processes, folder)
+    hardware.forget_shapes()
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
     inference = Inference(model.network, len(model.labels), data.resize, settings)
     scorer = Scorer(inference, model.labels, cfg.average_precision, cfg.boundary, label_quality)
-    return Setup(trainer, scorer, data, folder, model)
+    return Setup(trainer, scorer, data, folder, model, processes)
 
 
 def open_model(cfg: DictConfig) -> Model:
@@ -122,8 +125,7 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
     Raises:
         InputError: They cannot be used.
     """
-    plain: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    given = {key: value for key, value in plain.items() if value is not None}
+    given = {key: value for key, value in plain(cfg.data).items() if value is not None}
     if given.get("resize") not in (None, model.resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from seg_torch.errors import InputError
 from seg_torch.images import geotiff
-from seg_torch.images.read import image_size, opened, read_image, upright_rgb
+from seg_torch.images.convert import likely_white, upright, upright_rgb
+from seg_torch.images.missing import GDAL_NODATA, masked, missing
+from seg_torch.images.read import doubts, image_size, opened, read_image, reading
 
 MOST_CHANNELS = 1024
+# Of 16 bits: an image that reaches a quarter of white at most is of 8, 10, 12 or 14, most likely.
+DARK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class ImageFormat:
             such as `_B04.tif` and `_B08.tif`; none where an image is one file.
         rgb: The channels that are shown as red, green and blue, counted from 0; by default the
             first three, or of fewer the first one as grey.
+        white: Of values of 16 bits the largest that occurs, such as 4095 where they are of 12 bits;
+            by default 65535. They are scaled by it, and what is above is white, too. In RGB it is
+            that of grey of more than 8 bits, by default 65535, and 1 of floats.
 
     Raises:
         InputError: A number is out of its range.
@@ -38,6 +46,7 @@ class ImageFormat:
     bits: int = 8
     files: tuple[str, ...] = ()
     rgb: tuple[int, ...] = ()
+    white: float | None = None
 
     def __post_init__(self) -> None:
         shown = self.rgb or ((0, 1, 2) if self.channels >= 3 else (0, 0, 0))
@@ -50,22 +59,40 @@ class ImageFormat:
         if len(self.rgb) != 3 or not all(i in range(self.channels) for i in self.rgb):
             last = self.channels - 1
             raise InputError(f"data.rgb={list(self.rgb)}: expected three channels of 0 to {last}")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise InputError(f"data.white={self.white}: expected a number above 0, such as 4095")
+        if self.white is not None and self.bits == 8 and not self.is_rgb:
+            raise InputError(f"data.white={self.white}: it is of data.bits=16, and they are 8")
         if not all(isinstance(ending, str) and ending for ending in self.files):
             raise InputError(f"data.band_files={list(self.files)}: expected endings of file names")
 
+    @property
+    def is_rgb(self) -> bool:
+        """Whether files of all kinds are converted to RGB of 8 bits."""
+        return False
+
     def to_dict(self) -> dict[str, Any] | None:
         """Return the arguments as plain data, or `None` for `RGB`, for `from_dict`."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        stored = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        if self.white is None:
+            del stored["white"]
+        return stored
 
     @staticmethod
     def from_dict(stored: dict[str, Any] | None) -> ImageFormat:
         """Return what `to_dict` was called on."""
-        return RGB if stored is None else ImageFormat(**stored)
+        if stored is None:
+            return RGB
+        if stored["channels"] is None:
+            return any_image(stored["white"])
+        return ImageFormat(**stored)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of a data module whose images are of this format."""
-        stored = self.to_dict() or {"channels": None, "bits": 8, "files": [], "rgb": None}
-        return {"band_files": stored.pop("files"), **stored}
+        stored = asdict(self)
+        files, rgb = list(stored.pop("files")), list(stored.pop("rgb"))
+        of_rgb = {"channels": None, "rgb": None} if self.is_rgb else {}
+        return {**stored, "band_files": files, "rgb": rgb, **of_rgb}
 
     def paths(self, path: str | Path) -> list[Path]:
         """Return the files of the image whose first file is `path`."""
@@ -81,13 +108,15 @@ class ImageFormat:
             path: Of its first file. TIFF files may have any layout that tifffile reads.
 
         Returns:
-            uint8 or uint16, as `bits` says, [H, W, C].
+            uint8 or uint16, as `bits` says, [H, W, C]; masked where there are no data: those of a
+            file that is one of several, where none of them has any.
 
         Raises:
             InputError: A file cannot be read, or the image has another size, number of channels or
                 type than it should.
         """
         parts: list[np.ndarray] = []
+        hidden: list[np.ndarray | None] = []
         for file in self.paths(path):
             part = geotiff.read_tiff(file) if _is_tiff(file) else _read_other(file)
             if part.dtype != f"uint{self.bits}":
@@ -98,13 +127,27 @@ class ImageFormat:
             if parts and part.shape[:2] != parts[0].shape[:2]:
                 sizes = [f"{p.shape[1]} x {p.shape[0]}" for p in (part, parts[0])]
                 raise InputError(f"{file}: {sizes[0]} pixels, {Path(path).name} has {sizes[1]}")
-            parts.append(part)
+            parts.append(np.ma.getdata(part))
+            hidden.append(missing(part))
         image = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
         if image.shape[2] != self.channels:
             raise InputError(
                 f"{path}: {image.shape[2]} channels, not {self.channels} as data.channels says"
             )
-        return np.ascontiguousarray(image)
+        known = [part for part in hidden if part is not None]
+        everywhere = np.logical_and.reduce(known) if len(known) == len(hidden) else None
+        return masked(self._scaled(np.ascontiguousarray(image)), everywhere)
+
+    def _scaled(self, image: np.ndarray) -> np.ndarray:
+        """Return an image of which `white` is the largest value as one of 16 bits."""
+        if self.white is None:
+            return image
+        scaled = image * np.float32(65535 / self.white)
+        return np.rint(scaled, out=scaled).clip(0, 65535).astype(np.uint16)
+
+    def remarks(self, path: str | Path) -> dict[str, str]:
+        """Return what is doubtful about a file that is read all the same, by its kind."""
+        return {}
 
     def size(self, path: str | Path) -> tuple[int, int] | None:
         """Return (height, width) from the header of a file, `None` where it has none."""
@@ -114,22 +157,24 @@ class ImageFormat:
         """Return an image that is not in a file as `read` would.
 
         Args:
-            image: An array [H, W, C], a tensor [C, H, W] as of `as_tensor`, or a Pillow image.
+            image: An array [H, W, C] as it would be in a file, masked where there are no data; a
+                tensor [C, H, W] as of `as_tensor`; or a Pillow image.
 
         Raises:
             InputError: It is of another type or shape than images of this format.
         """
+        is_scaled = isinstance(image, Tensor)
         if isinstance(image, Tensor):
             image = as_array(image) if self.bits == 16 else image.permute(1, 2, 0).cpu().numpy()
         # PyTorch warns of arrays that are read-only.
-        array = np.require(image, requirements=["C", "W"])
+        array = np.require(np.ma.getdata(image), requirements=["C", "W"])
         dtype, channels = f"uint{self.bits}", self.channels
         if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
             raise InputError(
                 f"the image is {array.dtype} {array.shape}: expected {dtype} [H, W, {channels}] as "
                 f"an array, [{channels}, H, W] as a tensor"
             )
-        return array
+        return masked(array if is_scaled else self._scaled(array), missing(image))
 
     def shown(self, image: np.ndarray) -> np.ndarray:
         """Return what is shown of an image; 16 bits are stretched, from percentile 2 to 98.
@@ -140,6 +185,7 @@ class ImageFormat:
         Returns:
             uint8 [H, W, 3].
         """
+        image = np.ma.getdata(image)
         # A dataset of the user's own may have grey images that do not say so.
         rgb = self.rgb if image.shape[2] >= self.channels else (0, 0, 0)
         if image.shape[2] != 3 or rgb != (0, 1, 2):
@@ -154,21 +200,66 @@ class ImageFormat:
 class _AnyImage(ImageFormat):
     """Images of all kinds, read upright and converted to RGB of 8 bits."""
 
-    def to_dict(self) -> None:
-        return None
+    @property
+    def is_rgb(self) -> bool:
+        return True
+
+    def to_dict(self) -> dict[str, Any] | None:
+        return None if self.white is None else {"channels": None, "white": self.white}
 
     def read(self, path: str | Path) -> np.ndarray:
-        return read_image(path)
+        colours = _colours_of_16_bits(path, self.white) if _is_tiff(path) else None
+        return read_image(path, white=self.white) if colours is None else colours
+
+    def remarks(self, path: str | Path) -> dict[str, str]:
+        found, remarks = doubts(path), {}
+        if self.white is None and 0 < found.largest < DARK:
+            remarks["white"] = (
+                f"its values reach {found.largest:,} of 65,535, so it is nearly black, unless the "
+                f"network is trained with data.white={likely_white(found.largest):g}"
+            )
+        if found.band:
+            remarks["band"] = (
+                f"its last band is no transparency ({found.band}), and is left out, unless the "
+                "network is trained with data.channels=4"
+            )
+        return remarks
 
     def size(self, path: str | Path) -> tuple[int, int] | None:
         return image_size(path)
 
     def checked(self, image: Any) -> np.ndarray:
-        return super().checked(upright_rgb(image) if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image):
+            with reading("the image", "an image"):
+                rgb, hidden = upright_rgb(image, self.white)
+            return masked(np.array(rgb), hidden)
+        return super().checked(image)
+
+    def _scaled(self, image: np.ndarray) -> np.ndarray:
+        return image  # it is of 8 bits
 
 
-# Not the same as ImageFormat(3), whose files must hold three channels, and are not turned.
-RGB: ImageFormat = _AnyImage(channels=3)
+def any_image(white: float | None = None) -> ImageFormat:
+    """Return the format of images of all kinds; see `ImageFormat` for `white`."""
+    return _AnyImage(channels=3, white=white)
+
+
+# Not the same as ImageFormat(3), whose files must hold three channels.
+RGB = any_image()
+
+
+def _colours_of_16_bits(path: str | Path, white: float | None) -> np.ndarray | None:
+    """Return RGB of a TIFF file of which the upper 8 bits, as Pillow reads them, are not enough.
+
+    That is where white is another value, and where one value stands for no data.
+    """
+    with opened(path) as image:
+        deep = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile[0][3])  # type: ignore
+        if not deep or (white is None and GDAL_NODATA not in image.tag_v2):  # type: ignore
+            return None
+    pixels = geotiff.read_tiff(Path(path))[..., :3]
+    values = np.ma.getdata(pixels) * np.float32(255 / (white or 65535))
+    return masked(np.rint(values).clip(0, 255).astype(np.uint8), missing(pixels))
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -176,6 +267,7 @@ def as_tensor(image: np.ndarray) -> Tensor:
 
     So all images have one scale, and 16 bits keep their steps, of 1/257.
     """
+    image = np.ma.getdata(image)
     if image.dtype == np.uint16:
         image = image / np.float32(257)
     # A view: cutting and resizing are faster with the channels of a pixel side by side.
@@ -197,7 +289,7 @@ def _read_other(path: Path) -> np.ndarray:
     with opened(path) as image:
         if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I"):
             raise InputError(f"{path}: the channels of a {image.mode} image are not read")
-        array = np.array(image)
+        array = np.array(upright(image))
     if array.dtype not in (np.uint8, np.uint16):  # how some versions of Pillow read 16 bits
         array = array.astype(np.uint16)
     return array.reshape(*array.shape[:2], -1)

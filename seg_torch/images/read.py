@@ -7,11 +7,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from seg_torch.errors import InputError, reason
+from seg_torch.images.convert import colours, grey_values, orientation_in, upright_rgb
+from seg_torch.images.missing import GDAL_NODATA, joined, masked, masked_by_file, unlikely_alpha
 
 # What counts as an image in a folder. Pillow registers many more suffixes: of videos (.mpg), of
 # arrays (.h5, .grib) and of documents (.eps, .pdf), none of which it can read by itself.
@@ -30,33 +34,7 @@ LARGE, MOST_PIXELS_PER_BYTE = 1 << 24, 10_000
 PNG_SIGNATURE, BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # at the start, and where one byte is
 # The names of what can turn a PNG: EXIF data, the same as ImageMagick writes it, and XMP.
 MAY_TURN_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return a Pillow image of any mode as upright 8-bit RGB.
-
-    EXIF orientation is applied; 16-bit and floating-point grey is scaled to 8 bits, not clipped
-    (Pillow's own conversion clips); transparency is laid on white; of an animation the current
-    frame counts.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.array(image, np.float32)
-        values[~np.isfinite(values)] = 0  # as GeoTIFF marks pixels without a value
-        # 16-bit files open as I;16 or, from PNG in some versions, as I: 65535 is white for both.
-        # Floats are 0 to 1 by convention; larger values set the range themselves.
-        white = 1.0 if image.mode == "F" else 65535.0
-        white = max(white, float(values.max(initial=0)))
-        np.clip(values, 0, None, out=values)
-        values /= white
-        values *= 255
-        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+NOTES = (b"eXIf", b"iTXt", b"tEXt", b"zTXt", b"tIME", b"iCCP", b"pHYs")  # for other programs
 
 
 @contextmanager
@@ -105,7 +83,7 @@ def opened(
         if size == 0:
             raise ValueError("the file is empty")
         try:
-            with Image.open(path if content is None else BytesIO(content)) as image:
+            with _open(path, content) as image:
                 if image.format not in FORMATS:
                     raise UnidentifiedImageError
                 check_claim(path, size, image.width * image.height, "pixels")
@@ -113,6 +91,32 @@ def opened(
         except UnidentifiedImageError:
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
             raise ValueError(known) from None
+
+
+def _open(path: str | Path, content: bytes | None) -> Image.Image:
+    """Open a file, or its content; a PNG whose notes are damaged without them."""
+    try:
+        return Image.open(path if content is None else BytesIO(content))
+    except UnidentifiedImageError:
+        content = Path(path).read_bytes() if content is None else content
+        sound = b"".join(chunk for chunk in _chunks(content) if not _is_damaged_note(chunk))
+        if not content.startswith(PNG_SIGNATURE) or len(sound) + len(PNG_SIGNATURE) == len(content):
+            raise
+        return Image.open(BytesIO(PNG_SIGNATURE + sound))
+
+
+def _is_damaged_note(chunk: bytes) -> bool:
+    """Whether a chunk of a PNG file is one that changes no pixel, and its checksum is wrong."""
+    return chunk[4:8] in NOTES and crc32(chunk[4:-4]).to_bytes(4, "big") != chunk[-4:]
+
+
+def orientation(path: str | Path) -> int:
+    """Return the EXIF orientation of a file by its header, 1 where it says nothing."""
+    with suppress(Exception), Image.open(path) as image:
+        # The method of the base class: that of PNG decodes the whole image to look for EXIF data
+        # behind the pixels.
+        return orientation_in(lambda: Image.Image.getexif(image))
+    return 1
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:
@@ -124,38 +128,38 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as image:
-            # The method of the base class: that of PNG decodes the whole image to look for EXIF
-            # data behind the pixels. TIFF files are turned by Pillow itself.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
-            return (image.width, image.height) if turned else (image.height, image.width)
+            # As in `orientation`. TIFF files are turned by Pillow itself.
+            orientation = orientation_in(lambda: Image.Image.getexif(image))
+            lies = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            return (image.width, image.height) if lies else (image.height, image.width)
     except Exception:  # as above; read_image will name the reason
         return None
 
 
-def stored_size(path: str | Path) -> tuple[int, int] | None:
-    """Return (height, width) of an image as it is stored, before EXIF data turn it."""
-    with suppress(Exception), Image.open(path) as image:
-        return image.height, image.width
-    return None
-
-
-def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
+def read_image(
+    path: str | Path, content: bytes | None = None, white: float | None = None
+) -> np.ndarray:
     """Read an image file of any format that Pillow reads.
 
     Args:
         path: Of the file.
         content: Of the file, where it lies in another one; `path` is then for the message.
+        white: The value of white in grey of more than 8 bits, see `upright_rgb`.
 
     Returns:
-        The upright image, RGB, uint8 [H, W, 3].
+        The upright image, RGB, uint8 [H, W, 3]; masked where the file says that there are no data.
 
     Raises:
-        InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows.
+        InputError: The file is missing, empty, cut off, not an image, or larger than Pillow allows;
+            or its values are beyond white.
     """
     with opened(path, content=content) as image:
         pixels = plain_png(image, path, content) if image.mode == "RGB" else None
-        return _as_array(upright_rgb(image)) if pixels is None else pixels
+        if pixels is not None:
+            return pixels
+        by_file = masked_by_file(image, path if content is None else None)
+        image, hidden = upright_rgb(image, white)
+        return masked(_as_array(image), joined(hidden, by_file))
 
 
 def _as_array(image: Image.Image) -> np.ndarray:
@@ -201,13 +205,15 @@ def plain_png(
 
 def _beside_pixels(png: bytes) -> bytes:
     """Return the chunks of a PNG that hold no pixels: to search those takes as long as a mask."""
-    chunks, start = [], len(PNG_SIGNATURE)
+    return b"".join(chunk for chunk in _chunks(png) if chunk[4:8] != b"IDAT")
+
+
+def _chunks(png: bytes) -> Iterator[bytes]:
+    start = len(PNG_SIGNATURE)
     while start < len(png):
         end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if png[start + 4 : start + 8] != b"IDAT":
-            chunks.append(png[start:end])
+        yield png[start:end]
         start = end
-    return b"".join(chunks)
 
 
 @cache
@@ -238,3 +244,34 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+class Doubts(NamedTuple):
+    """What may be other than a file says, and is no reason to refuse it.
+
+    Attributes:
+        orientation: That of its EXIF data, by which it is turned.
+        largest: Value of an image of more than 8 bits whose white is assumed to be 65535, else 0.
+        band: Why a band that is left out is no transparency, "" where there is none.
+    """
+
+    orientation: int = 1
+    largest: int = 0
+    band: str = ""
+
+
+def doubts(path: str | Path) -> Doubts:
+    """Return the doubts about a file that `read_image` reads; most need its header alone."""
+    with suppress(Exception), Image.open(path) as image:
+        orientation = orientation_in(lambda: Image.Image.getexif(image))
+        nodata = getattr(image, "tag_v2", {}).get(GDAL_NODATA)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            return Doubts(orientation, int(grey_values(image, nodata)[0].max(initial=0)))
+        stored = str(image.tile[0][3]) if image.tile else ""
+        # Pillow keeps the upper half of colours of 16 bits.
+        largest = 257 * int(colours(image).max(initial=0)) if ";16" in stored else 0
+        band = unlikely_alpha(image)
+        if "RGBX" in stored:
+            band = "the file does not say what it is"
+        return Doubts(orientation, largest, band)
+    return Doubts()

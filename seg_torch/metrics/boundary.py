@@ -31,8 +31,8 @@ class BoundaryScores(PixelCounts):
     Ignored pixels are no class: they are neither counted nor *another class* to the pixels around
     them, whatever is predicted there. So a pixel next to an ignored region is at a boundary only if
     a labelled pixel of another class is near, which may lie beyond the region. Labels that leave
-    all boundaries unlabelled, such as VOC's, have no boundary pixels, thus no boundary F worth the
-    name, but still a boundary IoU.
+    all boundaries unlabelled, such as VOC's, have no boundary pixels, thus no boundary F, whatever
+    is predicted, but still a boundary IoU.
 
     Args:
         num_classes: Number of classes C.
@@ -82,16 +82,16 @@ class BoundaryScores(PixelCounts):
     def compute(self) -> dict[str, Tensor]:
         """Return `boundary_iou` and `boundary_f`, each float64 [C] on the CPU.
 
-        In [0, 1], or nan for a class without boundary pixels in both labels and predictions.
+        In [0, 1], or nan: the IoU for a class in neither labels nor predictions, F for one without
+        boundary pixels in the labels.
         """
         label_region, predicted_region, both, *of_lines = self.counts.cpu().double()
         label_line, predicted_line, label_matched, predicted_matched = of_lines
         precision, recall = predicted_matched / predicted_line, label_matched / label_line
         f = (2 * precision * recall / (precision + recall)).nan_to_num()  # nothing matches: 0
-        exists = label_line + predicted_line > 0
         return {
             "boundary_iou": both / (label_region + predicted_region - both),
-            "boundary_f": torch.where(exists, f, math.nan),
+            "boundary_f": torch.where(label_line > 0, f, math.nan),
         }
 
 

@@ -21,11 +21,13 @@ class ImageScores(PixelCounts):
     """
 
     confidence: Tensor
+    blocks: Tensor
 
     def __init__(self, num_classes: int, num_images: int) -> None:
         super().__init__(num_images, 3, num_classes)
-        empty = torch.zeros(num_images, dtype=torch.int64)
-        self.add_state("confidence", default=empty, dist_reduce_fx="sum")
+        for name in ("confidence", "blocks"):
+            empty = torch.zeros(num_images, dtype=torch.int64)
+            self.add_state(name, default=empty, dist_reduce_fx="sum")
 
     def update(self, block: ScoredBlock) -> None:
         """Count a part of an image; on CUDA without waiting for the device."""
@@ -37,6 +39,7 @@ class ImageScores(PixelCounts):
         counts = [count(each, num_classes + 1)[:-1] for each in bins]
         self.counts[block.image] += torch.stack(counts)
         self.confidence[block.image] += block.confidence.masked_fill(ignored, 0).sum()
+        self.blocks[block.image] += 1
 
     def compute(self) -> dict[str, np.ndarray]:
         """Return the counts so far, over the labelled pixels of each image.
@@ -44,12 +47,13 @@ class ImageScores(PixelCounts):
         Returns:
             int64 [N, C] `intersection` (pixels of the class in both), `label_pixels`
             and `predicted_pixels`; float32 [N] `confidence`, the mean over the pixels, or nan for
-            an image without labelled pixels.
+            an image without labelled pixels; bool [N] `scored`, whether any part of it was counted.
         """
         arrays = dict(zip(COUNTS, self.counts.cpu().clone().numpy().swapaxes(0, 1), strict=True))
         with np.errstate(invalid="ignore"):
             confidence = self.confidence.cpu().numpy() / arrays["label_pixels"].sum(1)
-        return {**arrays, "confidence": (confidence / CONFIDENCE_STEPS).astype(np.float32)}
+        arrays["confidence"] = (confidence / CONFIDENCE_STEPS).astype(np.float32)
+        return {**arrays, "scored": self.blocks.cpu().numpy() > 0}
 
 
 class LabelQuality(torchmetrics.Metric):

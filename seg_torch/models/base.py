@@ -1,10 +1,14 @@
 """What models have in common: an encoder of timm, and sizes that a model takes."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from seg_torch.upsample import upsample
 
 
 class EncoderModel(nn.Module):
@@ -56,8 +60,8 @@ def ceil_div(length: int, divisor: int) -> int:
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column until height and width are multiples of a number.
 
-    What the model makes of the padding is cut off by `logits[..., :height, :width]`. Repeated
-    pixels continue the image; zeros would draw an edge along it.
+    What the model makes of the padding is cut off by `without_padding`. Repeated pixels continue
+    the image; zeros would draw an edge along it.
 
     Args:
         x: Float [N, C, H, W].
@@ -72,3 +76,37 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     bottom = ceil_div(height, multiple) * multiple - height
     right = ceil_div(width, multiple) * multiple - width
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if wanted else x
+
+
+def fit(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Cut one row or column, or repeat the last one: odd sizes are not twice the next smaller."""
+    height, width = size
+    if not torch.compiler.is_exporting() and x.shape[-2:] == (height, width):
+        return x  # an exported graph is for images of other sizes, too
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+
+
+def without_padding(logits: Tensor, size: Sequence[int], stride: int, cells: int = 1) -> Tensor:
+    """Return the logits of an image from those of the image that `pad_to_multiple` has made.
+
+    Where the last row or column of logits lies on both sides of the image's edge, they are brought
+    to the resolution of the pixels, and cut off there. Logits that were cut off before would be
+    squeezed into the image.
+
+    Args:
+        logits: Float [N, K, h, w] of the padded image.
+        size: (height, width) of the image.
+        stride: Pixels, along each side, that `cells` rows or columns of logits cover.
+        cells: Their number.
+
+    Returns:
+        Float [N, K, ...], at the resolution of `logits` or float32 of height x width.
+    """
+    common = math.gcd(stride, cells) if cells > 1 else 1
+    stride, cells = stride // common, cells // common
+    height, width = size
+    rows, columns = ceil_div(height, stride), ceil_div(width, stride)
+    logits = logits[..., : rows * cells, : columns * cells]
+    if not torch.compiler.is_exporting() and height % stride == width % stride == 0:
+        return logits
+    return upsample(logits, (rows * stride, columns * stride))[..., :height, :width]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import check_choice
-from seg_torch.models.base import EncoderModel, ceil_div, pad_to_multiple
+from seg_torch.models.base import EncoderModel, pad_to_multiple, without_padding
 from seg_torch.models.weights import timm_model
 
 
@@ -43,10 +43,10 @@ class HRNetV2(EncoderModel):
             x: Float [N, 3, H, W].
 
         Returns:
-            `out`: float [N, K, ceil(H/4), ceil(W/4)]; in training with an extra background K + 1
-            channels.
+            `out`: float [N, K, H/4, W/4], or [N, K, H, W] where 4 does not divide both; in training
+            with an extra background K + 1 channels.
         """
-        height, width = x.shape[-2:]
+        size = x.shape[-2:]
         # The branches exchange features by factors of exactly 2, 4 and 8.
         branches = self.encoder(pad_to_multiple(x, 32))
         finest = branches[0].shape[-2:]
@@ -57,7 +57,7 @@ class HRNetV2(EncoderModel):
         logits = self.head(torch.cat(branches, dim=1))
         if self.extra_background and not self.training:
             logits = logits[:, :-1]
-        return {"out": logits[..., : ceil_div(height, 4), : ceil_div(width, 4)]}
+        return {"out": without_padding(logits, size, 4)}
 
 
 def hrnet(
@@ -82,7 +82,7 @@ def hrnet(
             A loss with one weight per class does not fit the K + 1 outputs, and says so.
 
     Returns:
-        Module: float [N, 3, H, W] -> {"out": logits [N, K, ceil(H/4), ceil(W/4)]}.
+        Module: float [N, 3, H, W] -> {"out": logits [N, K, H/4, W/4]}, see `HRNetV2`.
 
     Raises:
         InputError: Unknown encoder, or weights that cannot be loaded or do not fit.

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice, require
 from seg_torch.labels import IGNORE_INDEX
-from seg_torch.models.base import ceil_div, pad_to_multiple
+from seg_torch.models.base import pad_to_multiple, without_padding
 from seg_torch.models.masks import MaskLoss, semantic_logits
 from seg_torch.models.network import IMAGENET_MEAN, IMAGENET_STD
 from seg_torch.models.weights import download_from_hugging_face, log_loading
 
 MASK_MODELS = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
+# Those that resize maps of the strides 4 to 32 to one size, which others than multiples of 32 would
+# squeeze into each other.
+PADDED = ("segformer", "upernet")
 # "the task is semantic" for OneFormer, in the tokens of CLIP, between those of start and end.
 SEMANTIC_TASK = (49406, 518, 10549, 533, 29119, 1550, 49407)
 
@@ -57,7 +60,11 @@ class TransformersModel(nn.Module):
         Returns:
             `out`: float [N, K, h, w].
         """
-        return {"out": self.model(pixel_values=x).logits}
+        if self.model.config.model_type not in PADDED:
+            return {"out": self.model(pixel_values=x).logits}
+        size, x = x.shape[-2:], pad_to_multiple(x, 32)
+        logits = self.model(pixel_values=x).logits
+        return {"out": without_padding(logits, size, x.shape[-1] // logits.shape[-1])}
 
 
 class MaskClassificationModel(TransformersModel):
@@ -111,8 +118,11 @@ class MaskClassificationModel(TransformersModel):
             return {"loss": self.model(pixel_values=x, **options).loss}
         result = self.model(pixel_values=x, **options)
         logits = semantic_logits(result.class_queries_logits, result.masks_queries_logits)
+        if self.is_eomt:  # whose stride need not be a whole number
+            cells = 2**self.model.config.num_upscale_blocks
+            return {"out": without_padding(logits, (height, width), self.multiple, cells)}
         stride = x.shape[-1] // logits.shape[-1]
-        return {"out": logits[..., : ceil_div(height, stride), : ceil_div(width, stride)]}
+        return {"out": without_padding(logits, (height, width), stride)}
 
     def _fit_positions(self, module: nn.Module, inputs: Any, positions: Tensor) -> Tensor:
         """Resize the position embeddings [1, S * S, D] of EoMT to the grid of the image."""

@@ -11,7 +11,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from seg_torch.errors import InputError
 from seg_torch.models import cpu
-from seg_torch.models.base import EncoderModel, ceil_div
+from seg_torch.models.base import EncoderModel, ceil_div, fit
 from seg_torch.models.weights import timm_model
 
 
@@ -60,7 +60,7 @@ class DecoderStage(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
         if cpu.can_convolve_doubled(self, x, size):
             return cpu.convolve_doubled(self.convolutions, x, skip)
-        x = F.interpolate(x, size=size, mode="nearest")
+        x = fit(F.interpolate(x, scale_factor=2, mode="nearest"), size)
         return self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
 
 

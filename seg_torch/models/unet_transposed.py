@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.models import FeatureGraphNet
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError
+from seg_torch.models.base import fit
 from seg_torch.models.unet import EncoderDecoder
 from seg_torch.models.weights import timm_model
 
@@ -72,8 +72,8 @@ class TransposedUNet(EncoderDecoder):
         size = x.shape[-2:]
         *skips, x = self.encoder(x)
         for stage, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = torch.cat([_fit(stage(x), skip.shape[-2:]), skip], dim=1)
-        return {"out": _fit(self.classifier(x), size)}
+            x = torch.cat([fit(stage(x), skip.shape[-2:]), skip], dim=1)
+        return {"out": fit(self.classifier(x), size)}
 
 
 def unet_transposed(
@@ -133,11 +133,3 @@ def _doubling(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv
     return nn.ConvTranspose2d(
         in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=bias
     )
-
-
-def _fit(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Cut one row or column, or repeat the last one: odd sizes are not twice the next smaller."""
-    height, width = size
-    if not torch.compiler.is_exporting() and x.shape[-2:] == (height, width):
-        return x  # an exported graph is for images of other sizes, too
-    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")

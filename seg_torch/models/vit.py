@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.models.base import EncoderModel, ceil_div, pad_to_multiple
+from seg_torch.models.base import EncoderModel, pad_to_multiple, without_padding
 from seg_torch.models.weights import timm_model
 
 
@@ -148,8 +148,8 @@ class ViT(EncoderModel):
             x: Float [N, 3, H, W], H and W >= 32.
 
         Returns:
-            `out`: float [N, K, ceil(H/s), ceil(W/s)], where the stride s is a patch for the linear
-            head and an eighth of it for DPT: 1.75 for DINOv2.
+            `out`: float [N, K, H/s, W/s], where the stride s is a patch for the linear head and an
+            eighth of it for DPT (1.75 for DINOv2), or [N, K, H, W] where that is no whole number.
         """
         size = x.shape[-2:]
         x = pad_to_multiple(x, self.patch_size)
@@ -157,8 +157,7 @@ class ViT(EncoderModel):
             x, indices=self.layers, norm=True, intermediates_only=True
         )
         logits = self.head(features)
-        rows, columns = (ceil_div(side * self.head.scale, self.patch_size) for side in size)
-        return {"out": logits[..., :rows, :columns]}
+        return {"out": without_padding(logits, size, self.patch_size, self.head.scale)}
 
 
 def vit(

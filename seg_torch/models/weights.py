@@ -15,12 +15,12 @@ import huggingface_hub
 import safetensors.torch
 import timm
 import torch
-from filelock import FileLock
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from seg_torch.errors import InputError, reason
+from seg_torch.folders import locked
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,20 @@ def load(path: str | Path) -> Any:
     Raises:
         Exception: Of any type; there is no end to what broken files raise.
     """
+    is_zip = check_names(path)
+    # Mapped, no storage can reach beyond the file. Read, PyTorch before 2.10 lets it.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def check_names(path: str | Path) -> bool:
+    """Refuse a file of `torch.save` that names what weights do not need, without reading tensors.
+
+    Returns:
+        Whether it is in the format of today.
+
+    Raises:
+        ValueError: It names such a thing. Of broken files, errors of any type.
+    """
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # as PyTorch tells the formats apart
         file.seek(0)
@@ -60,8 +74,7 @@ def load(path: str | Path) -> Any:
                     if member.filename.lower().endswith(".pkl"):
                         with archive.open(member) as pickled:
                             _check_pickle(pickled)
-    # Mapped, no storage can reach beyond the file. Read, PyTorch before 2.10 lets it.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    return is_zip
 
 
 def _check_pickle(file: IO[bytes]) -> None:
@@ -204,7 +217,9 @@ def _downloaded(url: str) -> dict[str, Tensor]:
     """Return torchvision's weights, from the local cache or by downloading them to it."""
     folder = Path(torch.hub.get_dir(), "checkpoints")
     try:
-        with _alone_in(folder) if not (folder / Path(url).name).exists() else nullcontext():
+        # One of the processes of a run downloads, which the others then need not.
+        missing = not (folder / Path(url).name).exists()
+        with locked(folder, wait=True) if missing else nullcontext():
             state_dict = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", check_hash=True, weights_only=True
             )
@@ -215,12 +230,6 @@ def _downloaded(url: str) -> dict[str, Tensor]:
         ) from error
     # A backbone is the features of torchvision's classifier of that name.
     return {name.removeprefix("features."): value for name, value in state_dict.items()}
-
-
-def _alone_in(folder: Path) -> FileLock:
-    """Let one of the processes of a run download, which the others then need not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "seg_torch.lock")
 
 
 def download_from_hugging_face(

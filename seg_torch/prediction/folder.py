@@ -15,13 +15,12 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints import checkpoint
@@ -31,23 +30,30 @@ from seg_torch.distributed import Processes
 from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, write_text
+from seg_torch.files import PARTIAL, by_suffix, is_hidden, write_text
+from seg_torch.folders import claimed
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
-from seg_torch.prediction.segmentation import output_path
+from seg_torch.prediction.segmentation import OUTPUTS, output_path
 
 log = logging.getLogger(__name__)
 
-# The folder below the output folder with the records of what is complete, and the lock.
+# The folder below the output folder with the records of what is complete.
 JOURNAL = ".journal"
+# Files of a run as a whole: the table, and by the name of the output that they belong to.
+TABLE = "predictions.csv"
+OF_ALL = {"legend": "legend.png", "coco": "coco.json", "dataset": "dataset/classes.txt"}
 
 Files = dict[str, Path]  # by name
 Batch = list[str]  # the names of its files
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 def find_images(path: Path, output: Path | None = None, endings: Sequence[str] = ()) -> Files:
     """Return the image files at or below a path, by the name of their outputs.
+
+    What an earlier run has written below `output` is left out: its images are no inputs.
 
     The name is the path below the folder without its suffix, or with it where another file would
     get the same name. Names differ in more than upper and lower case, since many file systems do
@@ -55,7 +61,7 @@ def find_images(path: Path, output: Path | None = None, endings: Sequence[str] =
 
     Args:
         path: Of an image or a folder.
-        output: Folder whose images are left out, since it may lie below `path`.
+        output: Folder of the outputs, which may lie below `path`, or the other way round.
         endings: Of the files that are one image, if there are several; the first of them counts,
             and the name is what comes before.
 
@@ -67,13 +73,14 @@ def find_images(path: Path, output: Path | None = None, endings: Sequence[str] =
     if not path.is_dir():
         raise InputError(f"input={path}: no such file or folder")
     suffixes = (endings[0].lower(),) if endings else IMAGE_SUFFIXES
-    files = list_files(path, suffixes)
-    if output is not None:
-        outputs, folders = output.resolve(), {(path / file).parent for file in files}
-        written = {folder for folder in folders if folder.resolve().is_relative_to(outputs)}
-        files = [file for file in files if (path / file).parent not in written]
+    found = list_files(path, suffixes)
+    files = _without_outputs(path, found, output)
+    if found and not files:
+        raise InputError(f"input={path}: all {len(found)} images there are outputs of predict")
     if not files:
-        raise InputError(f"input={path}: no images below this folder")
+        others = by_suffix(list_files(path, ("",)))
+        there = f", but {others}" if others else ""
+        raise InputError(f"input={path}: no images below this folder{there}")
     if endings:
         return {file[: -len(endings[0])]: path / file for file in files}
     stems = [Path(file).with_suffix("").as_posix() for file in files]
@@ -86,6 +93,37 @@ def find_images(path: Path, output: Path | None = None, endings: Sequence[str] =
             name += "~"
         names[name.casefold()] = (name, path / file)
     return dict(names.values())
+
+
+def _without_outputs(path: Path, files: list[str], output: Path | None) -> list[str]:
+    """Return the files below a path that no run has written below its output folder."""
+    if output is None or not (output / JOURNAL).is_dir():
+        return files
+    written = {TABLE, *OF_ALL.values(), *(o.place.split("/")[0] for o in OUTPUTS.values())}
+    home, folders, kept = output.resolve(), dict[Path, Path](), []
+    for file in files:
+        folder = (path / file).parent
+        place = folders.setdefault(folder, folder.resolve()) / Path(file).name
+        if not place.is_relative_to(home) or place.relative_to(home).parts[0] not in written:
+            kept.append(file)
+    return kept
+
+
+def tell_left_out(path: Path, files: Files, output: Path, endings: Sequence[str] = ()) -> None:
+    """Log what lies below a folder beside its images, by suffix.
+
+    Args:
+        path: The folder.
+        files: What `find_images` has found there.
+        output: See there.
+        endings: See there.
+    """
+    taken = {*files.values()}
+    others = [f for f in list_files(path, ("",)) if not any(map(is_hidden, f.split("/")))]
+    others = _without_outputs(path, others, output)
+    left = [f for f in others if path / f not in taken and not f.endswith(tuple(endings[1:]))]
+    if left:
+        log.warning("left out, since these are no images that can be read: %s", by_suffix(left))
 
 
 def run_id(cfg: DictConfig) -> str:
@@ -111,12 +149,14 @@ class OutputFolder:
         folder: Its path.
         source: The image, or the folder of the images.
         files: The images.
-        outputs: What is saved of them, see `seg_torch.prediction.segmentation`; and `legend`.
+        outputs: What is saved of each, see `seg_torch.prediction.segmentation`.
+        of_all: Names of the files that cover all of them.
         run: From `run_id`: what another run has left counts if it had the same.
         processes: Those of this run.
 
     Raises:
-        InputError: On entering: it cannot be written, or another run does.
+        InputError: On entering: it cannot be written, another run does, or what is no output of
+            predict would be replaced.
     """
 
     def __init__(
@@ -125,15 +165,14 @@ class OutputFolder:
         source: Path,
         files: Files,
         outputs: Sequence[str],
+        of_all: Sequence[str],
         run: str,
         processes: Processes,
     ) -> None:
         self.folder, self.files = folder, files
         self.source = source if source.is_dir() else source.parent
-        self.outputs = [output for output in outputs if output != "legend"]
-        self.has_legend = "legend" in outputs
+        self.outputs, self.of_all = outputs, of_all
         self.run, self.processes = run, processes
-        self.lock = FileLock(folder / JOURNAL / "lock")
         # Names that were never used: a process that does not find its own writes to another disk,
         # and what is left of a run whose first process died does not write into one of ours.
         start = processes.same(uuid.uuid4().hex)
@@ -142,28 +181,46 @@ class OutputFolder:
         ]
 
     def __enter__(self) -> OutputFolder:
-        self.processes.first(self._claim)
+        with ExitStack() as claim:  # given up again where this fails
+            self.processes.first(lambda: self._claim(claim))
+            self.claim = claim.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:
+        if kind is KeyboardInterrupt and self.outputs:
             log.info("interrupted: the same command goes on with what is left")
-        self.lock.release()
+        self.claim.close()
 
-    def _claim(self) -> None:
-        """Lock the folder and delete what a killed run left half-written."""
+    def _claim(self, claim: ExitStack) -> None:
+        """Claim the folder and delete what a killed run left half-written."""
+        claim.enter_context(claimed(self.folder, "output"))
+        self._check_places()
         try:
-            (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
+            (self.folder / JOURNAL).mkdir(exist_ok=True)
             for folder in (JOURNAL, *self.outputs):
                 for leftover in (self.folder / folder).rglob(f"{PARTIAL}{'[0-9a-f]' * 32}*"):
                     leftover.unlink(missing_ok=True)
-        except Timeout:
-            raise InputError(
-                f"output={self.folder}: another run is writing into this folder"
-            ) from None
         except OSError as error:
             raise InputError(f"output={self.folder}: cannot be written: {error.strerror}") from None
+
+    def _check_places(self) -> None:
+        """Refuse to write over an input, and over what no run of predict has written.
+
+        Raises:
+            InputError: Names the first such file.
+        """
+        inputs = {_identity(path) for path in self.files.values()}
+        is_ours = (self.folder / JOURNAL).is_dir()
+        places = [output_path(self.folder, o, name) for name in self.files for o in self.outputs]
+        for place in (*places, *(self.folder / name for name in self.of_all)):
+            identity = _identity(place)
+            if identity is None or (is_ours and identity not in inputs):
+                continue
+            what = "an input" if identity in inputs else "there already, and not from predict"
+            raise InputError(
+                f"output={self.folder}: {place} is {what}; it would be replaced: choose another "
+                "folder"
+            )
 
     def left(self, batches: list[Batch], resume: bool) -> list[Batch]:
         """Return the batches that are still to be done, and begin new journals.
@@ -222,14 +279,14 @@ class OutputFolder:
             if "error" not in records[name]
         }
         failures = [records[name]["error"] for name in self.files if "error" in records[name]]
-        self._write("predictions.csv", partial(_write_table, done, labels))
-        if self.has_legend:
-            self._write("legend.png", legend(labels).save)
-        if "dataset" in self.outputs:
+        self.write(TABLE, partial(_write_table, done, labels))
+        if OF_ALL["legend"] in self.of_all:
+            self.write(OF_ALL["legend"], legend(labels).save)
+        if OF_ALL["dataset"] in self.of_all:
             write_classes(labels, self.folder / "dataset")
-        if "coco" in self.outputs:
+        if OF_ALL["coco"] in self.of_all:
             images = self._annotations(done)
-            self._write("coco.json", partial(write_coco, images=images, labels=labels))
+            self.write(OF_ALL["coco"], partial(write_coco, images=images, labels=labels))
         log.info("%d of %d images segmented: %s", len(done), len(self.files), self.folder)
         for failure in failures:
             log.error("failed: %s", failure)
@@ -247,25 +304,34 @@ class OutputFolder:
             and "error" not in record
             and record["name"] in self.files
             and record["file"] == stamp(self.files[record["name"]])
-            and all(output_path(self.folder, o, record["name"]).exists() for o in self.outputs)
+            and all(
+                os.path.exists(output_path(self.folder, o, record["name"])) for o in self.outputs
+            )
         }
 
     def _annotations(self, records: Mapping[str, Record]) -> Iterator[tuple[str, int, int, Any]]:
         """Yield what `write_coco` takes, one image after the other, from the files of each."""
         for name, record in records.items():
             path = output_path(self.folder, "coco", record["name"])
-            annotations = json.loads(path.read_bytes())["annotations"]
+            try:
+                annotations = json.loads(path.read_bytes())["annotations"]
+            except (ValueError, KeyError, TypeError, OSError):
+                raise InputError(
+                    f"{path} is damaged or was deleted meanwhile: delete it and give the same "
+                    "command again, which makes it anew"
+                ) from None
             yield name, record["width"], record["height"], annotations
 
-    def _write(self, name: str, write: Callable[[str], object]) -> None:
-        """Write a file of the folder.
+    def write(self, name: str, write: Callable[[str], T]) -> T:
+        """Write a file of the folder by `write(path)`, and return what that returns.
 
         It is first written among the journals: what a killed run leaves of it does not lie in a
         folder that may hold files of others.
         """
         draft = self.folder / JOURNAL / name
-        write(str(draft))
+        result = write(str(draft))
         os.replace(draft, self.folder / name)
+        return result
 
 
 def read_journals(folder: Path) -> Iterator[Record]:
@@ -274,6 +340,14 @@ def read_journals(folder: Path) -> Iterator[Record]:
         for line in journal.read_text(encoding="utf-8").splitlines():
             with suppress(json.JSONDecodeError):  # empty, or a half-written one
                 yield json.loads(line)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from all others whatever its name, `None` where there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def stamp(path: Path) -> list[int]:

@@ -249,6 +249,7 @@ def decide(
     probabilities: Tensor | None = None,
     confidence_map: Tensor | None = None,
     min_confidence: float = 0.0,
+    missing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the most probable class of every pixel.
 
@@ -261,6 +262,8 @@ def decide(
         confidence_map: uint8 [h, w]; the probability of the chosen class is written to it, in
             steps of 1/255.
         min_confidence: Pixels whose class has a lower probability become `IGNORE_INDEX`.
+        missing: bool [h, w]; where the image has no data. There the class is `IGNORE_INDEX`, and
+            all probabilities are 0.
 
     Returns:
         Class ids, uint8 [h, w], and the float32 sum over the pixels of the probability of the
@@ -278,6 +281,8 @@ def decide(
         if confidence or min_confidence or probabilities is not None or confidence_map is not None:
             log_probabilities = values.log_softmax(1)
             highest = log_probabilities.amax(1).exp_()
+            if missing is not None:
+                highest.masked_fill_(missing[rows], 0)
             total += highest.sum()
             if min_confidence:
                 ids[rows].masked_fill_(highest < min_confidence, IGNORE_INDEX)
@@ -285,6 +290,10 @@ def decide(
                 confidence_map[rows] = highest.mul_(255).round_()
             if probabilities is not None:
                 probabilities[:, rows] = log_probabilities.exp_().movedim(1, 0)
+        if missing is not None:
+            ids[rows].masked_fill_(missing[rows], IGNORE_INDEX)
+            if probabilities is not None:
+                probabilities[:, rows].masked_fill_(missing[rows], 0)
     return ids, total
 
 

@@ -7,7 +7,7 @@ makes the same batches.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, islice
@@ -23,6 +23,9 @@ from seg_torch.prediction.segmentation import Segmentation
 from seg_torch.prediction.segmenter import Segmenter
 
 THREADS = min(8, hardware.available_cpus())  # that read; as many write
+# The images that wait for the network, and the results that wait to be written, take at most so
+# much each, unless it is a single one.
+QUEUE_BYTES = 1 << 29
 
 
 def plan_batches(
@@ -58,6 +61,9 @@ def plan_batches(
     return batches
 
 
+_Queue = deque[tuple[Future, int]]  # what is being read or written, and its bytes
+
+
 class _Image(NamedTuple):
     name: str
     pixels: np.ndarray  # [H, W, C], as the model's format says
@@ -67,8 +73,8 @@ class _Image(NamedTuple):
 class Pipeline:
     """Segments images while the next ones are read and the last ones are written.
 
-    Few images are in memory at a time, however many there are: each of the two queues holds a batch
-    and two images for each of its threads.
+    Few images are in memory at a time, however many and however large they are: each of the two
+    queues holds a batch and two images for each of its threads, and `QUEUE_BYTES` at most.
 
     Args:
         segmenters: The model by its name, and the second one, which `side_by_side` shows, too.
@@ -88,41 +94,40 @@ class Pipeline:
         """
         names = list(chain.from_iterable(batches))
         length = 2 * THREADS + max(map(len, batches), default=0)
-        writing: deque[Future[Record]] = deque()
         with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-            images = self._read_ahead(readers, names, length)
+            images, writing = self._read_ahead(readers, names, length), _Queue()
             # Drawn ten times a second, as rich does by default, the bar takes 1 % of the time.
             shown = track(
                 images, "predicting", len(names), disable=not progress, refresh_per_second=2
             )
             for batch in batches:
-                same_size: dict[tuple[int, ...], list[_Image]] = {}  # one, if headers are right
-                for image in islice(shown, len(batch)):
-                    if isinstance(image, _Image):
-                        same_size.setdefault(image.pixels.shape, []).append(image)
-                    else:
-                        self.out.note(image)
-                for group in same_size.values():
-                    start = time.perf_counter()
-                    results = self._segment(group)
-                    seconds = (time.perf_counter() - start) / len(group)
-                    for image, result in zip(group, results, strict=True):
-                        writing.append(writers.submit(self._write, image, result, seconds))
-                while len(writing) > length or (writing and writing[0].done()):
-                    self.out.note(writing.popleft().result())
+                for image, result, seconds in self._segmented(islice(shown, len(batch))):
+                    size = _bytes(result) + image.pixels.nbytes
+                    while not _fits(writing, size, length):
+                        self.out.note(writing.popleft()[0].result())
+                    writing.append((writers.submit(self._write, image, result, seconds), size))
+                    del image, result  # not to be kept beside the next batch
+                while writing and writing[0][0].done():
+                    self.out.note(writing.popleft()[0].result())
             list(shown)  # nothing is left, but the bar ends with its iterator
             while writing:
-                self.out.note(writing.popleft().result())
+                self.out.note(writing.popleft()[0].result())
 
     def _read_ahead(
         self, readers: ThreadPoolExecutor, names: list[str], count: int
     ) -> Iterator[_Image | Record]:
-        """Read in threads, in order, at most `count` images ahead of whoever takes them."""
-        rest = iter(names)
-        pending = deque(readers.submit(self._read, name) for name in islice(rest, count))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(readers.submit(self._read, name) for name in islice(rest, 1))
+        """Read in threads, in order, ahead of whoever takes them, as far as the queue allows."""
+        rest, pending = deque(names), _Queue()
+        while rest or pending:
+            while rest and _fits(pending, size := self._size(rest[0]), count):
+                pending.append((readers.submit(self._read, rest.popleft()), size))
+            yield pending.popleft()[0].result()
+
+    def _size(self, name: str) -> int:
+        """Return the bytes of an image by its header, with what Pillow takes to decode it."""
+        format = self.reader.format
+        height, width = format.size(self.out.files[name]) or (0, 0)  # it will fail
+        return height * width * (4 + format.channels * format.bits // 8)
 
     def _read(self, name: str) -> _Image | Record:
         start = time.perf_counter()
@@ -132,12 +137,29 @@ class Pipeline:
         except InputError as error:
             return {"name": name, "error": str(error)}
 
+    def _segmented(
+        self, images: Iterable[_Image | Record]
+    ) -> Iterator[tuple[_Image, Segmentation, float]]:
+        """Yield the images of a batch with their results, and the seconds that each took."""
+        same_size: dict[tuple[int, ...], list[_Image]] = {}  # one, if headers are right
+        for image in images:
+            if isinstance(image, _Image):
+                same_size.setdefault(image.pixels.shape, []).append(image)
+            else:
+                self.out.note(image)
+        for group in same_size.values():
+            start = time.perf_counter()
+            results = self._segment(group)
+            seconds = (time.perf_counter() - start) / len(group)
+            while group:
+                yield group.pop(0), results.pop(0), seconds
+
     def _segment(self, images: list[_Image]) -> list[Segmentation]:
         """Segment images of one size; only the first model is asked for probabilities."""
         first, *others = self.segmenters.values()
         pixels = [image.pixels for image in images]
         wanted = ("probabilities" in self.out.outputs, "confidence" in self.out.outputs)
-        results = [first.predict_batch(pixels, *wanted), *(o.predict_batch(pixels) for o in others)]
+        results = [first.segment(pixels, *wanted), *(o.segment(pixels) for o in others)]
         segmentations = []
         for image, *found in zip(images, *results, strict=True):
             compared = dict(zip(self.segmenters, found, strict=True)) if others else {}
@@ -161,3 +183,16 @@ class Pipeline:
             "areas": list(result.areas().values()),
             "seconds": image.seconds + seconds + time.perf_counter() - start,
         }
+
+
+def _fits(queue: _Queue, size: int, count: int) -> bool:
+    """Whether a queue of `count` images at most may take another one of so many bytes."""
+    total = size + sum(bytes for _, bytes in queue)
+    return not queue or (len(queue) < count and total <= QUEUE_BYTES)
+
+
+def _bytes(result: Segmentation) -> int:
+    """Return what a result takes, without its image."""
+    of_others = sum(_bytes(other) for other in result.compared.values())
+    arrays = (result.mask, result.scores, result.confidence_map)
+    return of_others + sum(array.nbytes for array in arrays if array is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -16,12 +17,19 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from seg_torch.drawing.regions import coco_annotations, polygon_features, write_coco, write_polygons
+from seg_torch.drawing.regions import (
+    coco_annotations,
+    collection,
+    polygon_features,
+    write_coco,
+    write_polygons,
+)
 from seg_torch.drawing.visualize import legend, overlay, save_overlay, side_by_side
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images.format import RGB, ImageFormat, as_tensor
-from seg_torch.images.geotiff import write_geotiff
+from seg_torch.images.geotiff import SUFFIXES, place, write_geotiff
+from seg_torch.images.missing import missing
 from seg_torch.images.resize import resize_image
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.prediction.inference import Inference, decide
@@ -35,15 +43,19 @@ class Segmentation:
 
     Attributes:
         mask: Class ids, uint8 [H, W], at the size of the image; 255 for pixels that are too
-            uncertain (`min_confidence` of the `Segmenter`).
+            uncertain (`min_confidence` of the `Segmenter`), and for those without data.
         labels: The classes.
         image: RGB, uint8 [H, W, 3], upright; of other images what is shown of them.
-        confidence: The probability of the class that was chosen, averaged over the pixels.
-        scores: Probabilities of all classes, float16 [C, H, W], where they were asked for.
+        confidence: The probability of the class that was chosen, averaged over the pixels that
+            have data.
+        scores: Probabilities of all classes, float16 [C, H, W], where they were asked for; 0 for
+            pixels without data.
         confidence_map: The probability of the chosen class, uint8 [H, W] in steps of 1/255, where
             it was asked for.
         source: The file that the image was read from, the first one if it is several.
         format: How it was read.
+        missing: Where the file says that there are no data (its no-data value, its mask, or wholly
+            transparent), bool [H, W]; `None` where it says so of no pixel.
         compared: What `side_by_side` shows, by titles, where it is more than this segmentation.
     """
 
@@ -55,6 +67,7 @@ class Segmentation:
     confidence_map: np.ndarray | None = None
     source: Path | None = None
     format: ImageFormat = RGB
+    missing: np.ndarray | None = None
     compared: Mapping[str, Segmentation] = field(default_factory=dict)
 
     def probabilities(self) -> np.ndarray:
@@ -69,7 +82,7 @@ class Segmentation:
 
     def colour(self) -> Image.Image:
         """Draw the mask in the colours of its classes."""
-        return Image.fromarray(decode_segmap(self.mask, self.labels))
+        return Image.fromarray(decode_segmap(self.mask, self.labels.drawn))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """Draw the colours over the image, with weight `alpha`."""
@@ -86,8 +99,9 @@ class Segmentation:
         return side_by_side(self.image, masks)
 
     def areas(self) -> dict[str, float]:
-        """Return the share of the pixels by class name, for all classes."""
-        total = max(1, self.mask.size)
+        """Return the share of the pixels that have data by class name, for all classes."""
+        missing = 0 if self.missing is None else np.count_nonzero(self.missing)
+        total = max(1, self.mask.size - missing)
         return {name: n / total for name, n in zip(self.labels.names, self._pixels(), strict=True)}
 
     def coco(self) -> list[dict[str, Any]]:
@@ -95,9 +109,21 @@ class Segmentation:
         return coco_annotations(self.mask)
 
     def polygons(self) -> dict[str, Any]:
-        """Return outlines as a GeoJSON FeatureCollection: see `seg_torch.drawing.regions`."""
-        features = list(polygon_features(self.mask, self.labels))
-        return {"type": "FeatureCollection", "features": features}
+        """Return outlines as a GeoJSON FeatureCollection: see `seg_torch.drawing.regions`.
+
+        Of a GeoTIFF that is a file they are in its coordinates on earth, else in pixels.
+
+        Raises:
+            InputError: The file cannot be read any more.
+        """
+        matrix, crs = self._place()
+        features = list(polygon_features(self.mask, self.labels, matrix))
+        return {**collection(crs), "features": features}
+
+    def _place(self) -> tuple[Sequence[float] | None, str]:
+        is_tiff = self.source is not None and self.source.suffix.lower() in SUFFIXES
+        found = place(self.source) if self.source is not None and is_tiff else None
+        return (None, "") if found is None else found
 
     def save(
         self,
@@ -117,16 +143,32 @@ class Segmentation:
                 ids in its place on earth) and `dataset` (its mask, and a copy of it).
 
         Raises:
-            InputError: There is no such output, or it was not asked for in predicting.
+            InputError: There is no such output, it was not asked for in predicting, its file would
+                replace that of the image, or no file can have so long a name.
             OSError: A file cannot be written.
         """
         for output in outputs:
             if output not in OUTPUTS:
                 raise InputError(f"there is no output {output!r}: use {', '.join(OUTPUTS)}")
+            self._check_place(output_path(folder, output, str(name)))
+        for output in outputs:
             if output == "dataset":
                 self._copy_image(Path(folder, output, "images"), str(name))
             write = partial(OUTPUTS[output].write, self, str(name))
             write_atomically(output_path(folder, output, str(name)), write)
+
+    def _check_place(self, path: Path) -> None:
+        """Refuse a path of an output that is the image's own, or that no file can have."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # without it no name is looked at
+            same = self.source is not None and path.samefile(self.source)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                message = f"the name of its output is too long: {path.name}; rename the image"
+                raise InputError(f"{self.source or path}: {message}") from None
+            return
+        if same:
+            raise InputError(f"{path} is the image itself: save its outputs in another folder")
 
     def _copy_image(self, folder: Path, name: str) -> None:
         endings = self.format.files or [self.file().suffix]
@@ -196,6 +238,10 @@ def _write_coco(result: Segmentation, name: str, path: str) -> None:
     write_coco(path, [(name, width, height, result.coco())], result.labels)
 
 
+def _write_polygons(result: Segmentation, name: str, path: str) -> None:
+    write_polygons(path, result.mask, result.labels, *result._place())
+
+
 def _write_side_by_side(result: Segmentation, name: str, path: str) -> None:
     result.side_by_side().save(path, quality=JPEG_QUALITY)
 
@@ -211,9 +257,7 @@ OUTPUTS = {
     "probabilities": Output("probabilities/{}.npz", _write_probabilities),
     "confidence": Output("confidence/{}.png", _write_confidence),
     "coco": Output("coco/{}.json", _write_coco),
-    "polygons": Output(
-        "polygons/{}.geojson", lambda r, name, path: write_polygons(path, r.mask, r.labels)
-    ),
+    "polygons": Output("polygons/{}.geojson", _write_polygons),
     "side_by_side": Output("side_by_side/{}.jpg", _write_side_by_side),
     "geotiff": Output("geotiff/{}.tif", _write_geotiff),
     # Copies of the images lie in the folder "dataset/images".
@@ -236,7 +280,7 @@ def segment(
     Args:
         inference: Of a network in evaluation mode.
         labels: Its classes.
-        images: uint8 or uint16 [H, W, C], as of `format.read`.
+        images: uint8 or uint16 [H, W, C], as of `format.read`; masked where there are no data.
         format: Of the images.
         min_confidence: Pixels whose class has a lower probability become 255.
         probabilities: Keep those of all classes, two bytes for each class and pixel.
@@ -258,23 +302,27 @@ def segment(
     shape = count, len(labels), *size
     scores = torch.empty(shape, dtype=torch.float16) if probabilities else None
     totals = torch.zeros(count, device=inference.device)
+    hidden = [missing(image) for image in images]
+    holes: list[Any] = [None if hole is None else torch.from_numpy(hole) for hole in hidden]
     for index, rows, columns, logits in inference.blocks(batch, size):
         score_part = None if scores is None else scores[index, :, rows, columns]
         map_part = None if maps is None else maps[index, rows, columns]
-        ids, total = decide(logits, True, score_part, map_part, min_confidence)
+        hole = None if holes[index] is None else holes[index][rows, columns].to(logits.device)
+        ids, total = decide(logits, True, score_part, map_part, min_confidence, hole)
         masks[index, rows, columns] = ids
         totals[index] += total
         del logits  # not to be kept beside what the network makes of the next tile
-    confidences = (totals / max(1, size[0] * size[1])).tolist()
+    valid = [masks[0].numel() - (0 if hole is None else int(hole.sum())) for hole in holes]
     return [
         Segmentation(
             masks[i].numpy(),
             labels,
             format.shown(image),
-            confidences[i],
+            (totals[i] / max(1, valid[i])).item(),
             None if scores is None else scores[i].numpy(),
             None if maps is None else maps[i].numpy(),
             format=format,
+            missing=hidden[i],
         )
         for i, image in enumerate(images)
     ]

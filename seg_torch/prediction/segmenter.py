@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -20,6 +20,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import ExportedNetwork, load_network
 from seg_torch.checkpoints.hub import HUB, hub
 from seg_torch.checkpoints.publish import SCORES, upload, write_model
+from seg_torch.configuration import escaped, instantiate
 from seg_torch.datasets.published.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB, ImageFormat
@@ -28,6 +29,8 @@ from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.prediction.segmentation import Segmentation, segment
+
+log = logging.getLogger(__name__)
 
 PRETRAINED = {"deeplabv3": deeplabv3, "fcn": fcn}
 
@@ -74,6 +77,7 @@ class Segmenter:
         network.to(hardware.TRUE_PRECISIONS.get(self.inference.precision))
         self.description: dict[str, Any] | None = None  # where the network is known by one
         self.scores: Path | None = None  # of the run that the network is from
+        self.remarked: set[str] = set()
 
     @classmethod
     def load(
@@ -230,8 +234,17 @@ class Segmenter:
         return self.inference.batch_size(*(self.inference.resize or (height, width)))
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Read an image as the network takes it, uint8 or uint16 [H, W, C]."""
-        return self.format.read(path)
+        """Read an image as the network takes it, uint8 or uint16 [H, W, C].
+
+        It is a masked array where the file says that there are no data. What is doubtful about a
+        file is logged, of each kind once.
+        """
+        image = self.format.read(path)
+        for kind, text in self.format.remarks(path).items():
+            if kind not in self.remarked:
+                self.remarked.add(kind)
+                log.warning("%s: %s (said of the first such file alone)", path, text)
+        return image
 
     def predict(
         self, image: AnyImage, probabilities: bool = False, confidence_map: bool = False
@@ -241,7 +254,7 @@ class Segmenter:
         Args:
             image: A path, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
                 Of another format than RGB a path, an array uint8 or uint16 [H, W, C], or the tensor
-                [C, H, W] of a dataset.
+                [C, H, W] of a dataset. An array may be masked (`numpy.ma`) where it has no data.
             probabilities: Keep those of all classes, two bytes for each class and pixel.
             confidence_map: Keep that of the chosen class, a byte for each pixel.
 
@@ -276,9 +289,18 @@ class Segmenter:
             self.format.checked(image) if path is None else self.read(path)
             for image, path in zip(images, paths, strict=True)
         ]
-        options = self.format, self.min_confidence, probabilities, confidence_map
-        results = segment(self.inference, self.labels, arrays, *options)
+        results = self.segment(arrays, probabilities, confidence_map)
         return [replace(result, source=path) for result, path in zip(results, paths, strict=True)]
+
+    def segment(
+        self,
+        images: Sequence[np.ndarray],
+        probabilities: bool = False,
+        confidence_map: bool = False,
+    ) -> list[Segmentation]:
+        """Do what `predict_batch` does with images that `read` has read."""
+        options = self.format, self.min_confidence, probabilities, confidence_map
+        return segment(self.inference, self.labels, images, *options)
 
 
 def load_segmenter(cfg: DictConfig, device: torch.device) -> Segmenter:
@@ -313,7 +335,7 @@ def load_segmenters(cfg: DictConfig, device: torch.device) -> dict[str, Segmente
     if cfg.compare_with in PRETRAINED:
         second = Segmenter.pretrained(cfg.compare_with, **_options(cfg, device))
     else:
-        config: Any = OmegaConf.merge(cfg, {"checkpoint": cfg.compare_with})
+        config: Any = OmegaConf.merge(cfg, {"checkpoint": escaped(cfg.compare_with)})
         second = load_segmenter(config, device)
     if second.format != first.format:
         raise InputError(f"compare_with={cfg.compare_with}: it takes images of other channels")

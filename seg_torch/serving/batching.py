@@ -17,6 +17,8 @@ from seg_torch.serving.model import Upload, refusal
 
 log = logging.getLogger(__name__)
 
+CHECKED = 1.0  # seconds after which an idle process is looked at, whether it still lives
+
 
 class Waiting(NamedTuple):
     """A request in the queue."""
@@ -38,6 +40,19 @@ class Worker:
         # Not forked: CUDA and threads do not survive that.
         self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self.loaded: Future[dict[str, Any]] = self.process.submit(model.load, self.cfg, self.device)
+
+    def is_ready(self) -> bool:
+        """Whether the model is loaded."""
+        return self.loaded.done() and not self.loaded.exception()
+
+    def check(self) -> None:
+        """Start a new process if this one has ended since it had loaded the model."""
+        if self.is_ready():
+            try:
+                self.process.submit(int)
+            except BrokenProcessPool:
+                log.error("a process with the model has ended; another one is started")
+                self.start()
 
     def submit(self, uploads: list[Upload]) -> Future[list[Response]]:
         """Have requests answered, by a new process if the old one has ended meanwhile."""
@@ -74,7 +89,7 @@ class Batcher:
 
     def is_ready(self) -> bool:
         """Whether all models are loaded."""
-        return all(w.loaded.done() and not w.loaded.exception() for w in self.workers)
+        return all(worker.is_ready() for worker in self.workers)
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -107,7 +122,7 @@ class Batcher:
     async def _work(self, worker: Worker) -> None:
         """Have one batch after the other answered by a process."""
         while True:
-            batch = await self._batch()
+            batch = await self._batch(worker)
             try:
                 uploads = [waiting.upload for waiting in batch]
                 answers = await asyncio.wrap_future(worker.submit(uploads))
@@ -116,21 +131,30 @@ class Batcher:
                 worker.start()
                 answers = [refusal(503, "the process with the model has ended")] * len(batch)
             except Exception:
-                log.exception("%d requests cannot be answered", len(batch))
-                answers = [refusal(500, "Internal Server Error")] * len(batch)
+                if worker.is_ready():
+                    log.exception("%d requests cannot be answered", len(batch))
+                    answers = [refusal(500, "Internal Server Error")] * len(batch)
+                else:  # of a process that took the place of another one
+                    log.error("the model cannot be loaded again: %s", worker.loaded.exception())
+                    worker.process.shutdown(wait=False)
+                    worker.start()
+                    answers = [refusal(503, "the model cannot be loaded")] * len(batch)
             for waiting, answer in zip(batch, answers, strict=True):
                 _finish(waiting.answer, answer)
 
-    async def _batch(self) -> list[Waiting]:
+    async def _batch(self, worker: Worker) -> list[Waiting]:
         """Wait for a request, and then a little for others that go with it."""
         batch: list[Waiting] = []
         end = None
         while len(batch) < self.batch_size:
-            rest = None if end is None else max(0, end - asyncio.get_running_loop().time())
+            rest = CHECKED if end is None else max(0, end - asyncio.get_running_loop().time())
             try:
                 waiting = await asyncio.wait_for(self.queue.get(), rest)
             except asyncio.TimeoutError:
-                break
+                if batch:
+                    break
+                worker.check()
+                continue
             if waiting.answer.done():  # the client has hung up, or it has waited too long
                 continue
             waiting.timer.cancel()

@@ -24,7 +24,6 @@ from PIL import Image
 from seg_torch import hardware
 from seg_torch.drawing.visualize import JPEG_LIMIT
 from seg_torch.errors import InputError
-from seg_torch.images.format import RGB
 from seg_torch.images.read import FORMATS, IMAGE_SUFFIXES
 from seg_torch.prediction.pipeline import THREADS
 from seg_torch.prediction.segmentation import JPEG_QUALITY, Segmentation, output_path
@@ -80,7 +79,7 @@ class Model:
             step = self.max_batch_size or self.segmenter.batch_size(*shape[:2])
             for batch in (indices[i : i + step] for i in range(0, len(indices), step)):
                 confidences = any(uploads[i].wanted == "view" for i in batch)
-                results = self.segmenter.predict_batch(
+                results = self.segmenter.segment(
                     [images[i] for i in batch], confidence_map=confidences
                 )
                 for i, result in zip(batch, results, strict=True):
@@ -110,6 +109,7 @@ def load(cfg: DictConfig, device: str) -> dict[str, Any]:
     global _model
     if device == "cpu":
         hardware.reuse_memory()
+        hardware.forget_shapes()
     Image.MAX_IMAGE_PIXELS = None  # the model has a limit of its own
     # Ctrl-C and `systemctl stop` reach all processes; the first one ends this one when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,9 +119,9 @@ def load(cfg: DictConfig, device: str) -> dict[str, Any]:
     # Around all images, so that the weights are cast to another precision only once.
     ExitStack().enter_context(_model.segmenter.inference.autocast())
     return {
-        **_model.segmenter.labels.to_dict(),
+        **_model.segmenter.labels.drawn.to_dict(),
         "versions": {"seg_torch": __version__, "torch": torch.__version__},
-        "formats": list(FORMATS) if _model.segmenter.format == RGB else ["TIFF"],
+        "formats": list(FORMATS) if _model.segmenter.format.is_rgb else ["TIFF"],
     }
 
 

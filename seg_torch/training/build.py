@@ -1,29 +1,81 @@
 """From a configuration to the parts of a training: network, task, callbacks."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from seg_torch.checkpoints import checkpoint
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
+from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB
 from seg_torch.models.network import Network, check_channels, freeze_unused_parameters
 from seg_torch.models.weights import adapt_first_conv, load_matching_weights
+from seg_torch.training import run
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
 from seg_torch.training.divergence import StopOnDivergence
 from seg_torch.training.task import SegmentationTask
 
 log = logging.getLogger(__name__)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse settings of a run that would be found wrong only after its data are read.
+
+    Raises:
+        InputError: One of them.
+    """
+    for key in ("seed", "data.seed"):
+        seed = OmegaConf.select(cfg, key)
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise InputError(f"{key}={seed}: expected a whole number from 0 to {(1 << 32) - 1}")
+    if cfg.optimizer.get("differentiable"):
+        raise InputError(
+            "optimizer.differentiable=true is for gradients of the optimizer's own steps, which "
+            "are not taken here; leave it out"
+        )
+
+
+def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Processes) -> None:
+    """Refuse `trainer.val_check_interval` of more batches than an epoch has.
+
+    Raises:
+        InputError: It has fewer.
+    """
+    trainer, interval = cfg.trainer, cfg.trainer.get("val_check_interval")
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    images = len(data.dataset("train"))
+    batches = len(EpochSampler(images, data.batch_size, data.seed, world=processes.count))
+    limit = trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if interval > batches and trainer.get("limit_val_batches") != 0:
+        raise InputError(
+            f"trainer.val_check_interval={interval}: an epoch has only {batches} batches; "
+            "trainer.check_val_every_n_epoch=N validates after every N epochs instead"
+        )
+
+
+def log_time_limit(trainer: Trainer, folder: Path) -> None:
+    """Say that `trainer.max_time` has ended the training, which nobody else does."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    if any((timer.time_remaining() or 1) < 0 for timer in timers):
+        log.info(
+            "trainer.max_time has ended the training in epoch %d; with a longer one it goes on, by "
+            "resume=%s trainer.max_time=DD:HH:MM:SS",
+            *(trainer.current_epoch, folder),
+        )
 
 
 def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list[Callback]:
@@ -42,7 +94,7 @@ def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list
         *([] if cfg.get("ema") is None else [_weight_average(cfg, processes)]),
         *(instantiate(node) for node in cfg.callbacks.values()),
         # Lightning calls these after all others. The last one has to contain what the best one is.
-        Checkpoints(folder, "best", monitor="val/mean_iou"),
+        Checkpoints(folder, "best", monitor=checkpoint.SCORE),
         Checkpoints(folder, "last"),
     ]
 
@@ -77,7 +129,7 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
-    model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
+    model = instantiate(model_config, num_classes=len(data.labels))
     if data.format != RGB:
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
@@ -104,9 +156,9 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
     return SegmentationTask(
         network,
         data.labels,
-        loss=instantiate(cfg.loss, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        scheduler=instantiate(cfg.get("scheduler"), _convert_="all") or None,
+        loss=instantiate(cfg.loss),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.get("scheduler") or {}) or None,
         aux_weight=cfg.aux_weight,
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
@@ -118,31 +170,42 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
     )
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what a run that goes on has to know of its last checkpoint before it is loaded.
+
+    The file is closed again: Windows could not replace it by the next one.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    content = checkpoint.read(run.last_checkpoint(folder))
+    return copy.deepcopy(
+        {key: content[key] for key in (checkpoint.KEY, "loops", "global_step", "callbacks")}
+    )
+
+
 def load_best(
-    network: Network, trainer: Trainer, folder: Path, processes: Processes
+    network: Network, folder: Path, processes: Processes
 ) -> tuple[float | None, int | None]:
-    """Load the weights of the run's best epoch in all processes, if there is one.
+    """Load the weights of the run's best epoch in all processes; without validation, of its last.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
     tensor, of which FSDP takes each process's share.
 
     Returns:
-        The score of that epoch's validation, `None` if there was no validation; and for the first
-        process the number of the epoch, counted from 1.
+        The score of the best epoch's validation, and the number of the epoch, counted from 1;
+        `None` if there was no validation.
     """
-    epoch = None
-    if processes.same((folder / "checkpoints" / "best.ckpt").exists()):
-        reads = processes.is_first or not processes.connected
-        content = checkpoint.read(folder) if reads else {}
-        epoch = content["epoch"] + 1 if reads else None
-        state: Any = checkpoint.network_state(content) if reads else {}
-        network.to(processes.device)  # where the processes can exchange tensors
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
-        set_model_state_dict(network, state, options=options)
-    best: Any = next(c for c in trainer.checkpoint_callbacks if c.monitor is not None)  # type: ignore[attr-defined]
-    return None if best.best_model_score is None else best.best_model_score.item(), epoch
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain data."""
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+    files = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    file = processes.same(next((file for file in files if file.exists()), None))
+    if file is None:
+        return None, None  # nothing was to be trained
+    reads = processes.is_first or not processes.connected
+    content = checkpoint.read(file) if reads else {}
+    score = checkpoint.best_score(content) if file.stem == "best" else None
+    epoch = content["epoch"] + 1 if score is not None else None
+    state: Any = checkpoint.network_state(content) if reads else {}
+    network.to(processes.device)  # where the processes can exchange tensors
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
+    set_model_state_dict(network, state, options=options)
+    return processes.same((score, epoch))

@@ -51,7 +51,7 @@ class StopOnDivergence(Callback):
         self.finite_batches = torch.tensor(0, device=task.device)
 
     def on_validation_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
-        self.finite_batches += task.validation_loss.mean_value.isfinite()
+        self.finite_batches += task.validation_loss.total.isfinite()
 
     def on_validation_end(self, trainer: Trainer, task: Any) -> None:
         loss = trainer.callback_metrics.get("val/loss")

@@ -3,19 +3,22 @@
 import csv
 import errno
 import logging
+import math
 import os
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.configuration import escaped, plain
+from seg_torch.errors import InputError, reason
+from seg_torch.files import PARTIAL, write_atomically, write_text
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +27,26 @@ SCORES = ("loss", "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
 COLUMNS = {"epoch": int, "step": int, "learning_rate": float, "train_loss": float}
 COLUMNS |= {f"val_{name}": float for name in SCORES}
 TIMES = {"epoch": int, "seconds": float, "memory_gb": float}
-# What a resumed run may set anew: where it runs and where the data lie, and how long it goes on.
+# What a resumed run may set anew: where it runs, where the data lie and how they come from there,
+# how long it goes on, and what is told of it.
 RESUMABLE = (
     "resume",
     "data.root",
+    "data.download",
+    "data.check",
+    "data.cache",
     "data.num_workers",
+    "data.eval_batch_size",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.num_sanity_val_steps",
+    "trainer.log_every_n_steps",
+    "trainer.detect_anomaly",
+    "trainer.profiler",
 )
 
 
@@ -101,14 +115,30 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     last_checkpoint(cfg.resume)
     check_resumable(cfg.resume, overrides)
-    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    run = OmegaConf.create(with_current_names(OmegaConf.to_container(stored)))
+    run = OmegaConf.create(with_current_names(_stored_config(Path(cfg.resume))))
     for key in (key for key in map(key_of, overrides) if key in RESUMABLE[1:]):
         section, _, name = key.rpartition(".")
         if name not in (OmegaConf.select(run, section) or {}):
             raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
-        OmegaConf.update(run, key, OmegaConf.select(cfg, key))
-    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+        OmegaConf.update(run, key, escaped(OmegaConf.select(cfg, key)))
+    folder = escaped(cfg.resume)
+    return OmegaConf.merge(run, {"resume": folder, "output_dir": folder})  # type: ignore[return-value]
+
+
+def _stored_config(folder: Path) -> Any:
+    """Return the settings of a run, as plain data.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not {"data", "model", "trainer", "seed"} <= stored.keys():
+            raise ValueError("settings are missing")
+    except Exception as error:  # there is no end to what broken YAML raises
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
+    return stored
 
 
 def requeued_config(cfg: DictConfig) -> DictConfig:
@@ -126,7 +156,7 @@ def requeued_config(cfg: DictConfig) -> DictConfig:
         )
         return cfg
     log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
-    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+    return resumed_config(OmegaConf.merge(cfg, {"resume": escaped(cfg.output_dir)}), [])  # type: ignore[arg-type]
 
 
 def key_of(override: str) -> str:
@@ -134,17 +164,35 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def is_complete(state: dict[str, Any] | None, trainer: DictConfig) -> bool:
-    """Return whether a run has all the epochs or steps of `trainer.max_epochs` and `max_steps`.
+def what_ended(state: dict[str, Any] | None, trainer: DictConfig) -> str:
+    """Return the setting that has ended the training of a run, or nothing.
 
     Args:
-        state: The content of the checkpoint that it goes on from, if any.
+        state: Of the checkpoint that it goes on from, if any.
         trainer: Settings of the trainer.
     """
     if state is None:
-        return False
+        return ""
     epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return epochs >= trainer.max_epochs >= 0 or state["global_step"] >= trainer.max_steps > 0
+    if epochs >= trainer.max_epochs >= 0:
+        return f"trainer.max_epochs={trainer.max_epochs}"
+    if state["global_step"] >= trainer.max_steps > 0:
+        return f"trainer.max_steps={trainer.max_steps}"
+    callbacks = {k: c for k, c in state["callbacks"].items() if isinstance(c, dict)}
+    time = callbacks.get("Timer", {}).get("time_elapsed", {}).get("train", 0)
+    if time >= _seconds(trainer.get("max_time")):
+        return f"trainer.max_time={trainer.max_time}"
+    stopped = any(callback.get("stopping_reason") for callback in callbacks.values())
+    if stopped and epochs >= (trainer.get("min_epochs") or 0):
+        return f"early stopping after epoch {epochs}"
+    return ""
+
+
+def _seconds(max_time: Any) -> float:
+    if isinstance(max_time, str):  # DD:HH:MM:SS
+        units = zip(("days", "hours", "minutes", "seconds"), max_time.split(":"), strict=False)
+        max_time = {unit: int(number) for unit, number in units if number.strip().isdigit()}
+    return timedelta(**max_time).total_seconds() if max_time else math.inf
 
 
 def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> None:
@@ -171,10 +219,12 @@ def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> No
         # Of a run that was killed before it could be resumed.
         (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
         return
-    if is_complete(state, trainer) and (folder / "test_metrics.json").exists():
+    end = what_ended(state, trainer)
+    if end and (folder / "test_metrics.json").exists():
+        further = "" if end.startswith("early") else f"to train further give a larger {end}, "
         raise InputError(
-            f"resume={folder}: this run is complete ({state['global_step']} steps); to train "
-            "further set trainer.max_epochs, to score it use evaluate"
+            f"resume={folder}: this run is complete, by {end} ({state['global_step']} steps); "
+            f"{further}to score it use evaluate"
         )
 
 
@@ -185,8 +235,8 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     """
     if not trainer.is_global_zero:
         return
-    config = OmegaConf.merge(cfg, {"resume": None})
-    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(config, path, True))
+    config = OmegaConf.create({**plain(cfg), "resume": None})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config), durable=True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(
         "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",
@@ -210,15 +260,17 @@ def tell_next_steps(folder: Path, best: float | None, epoch: int | None) -> None
         best: The score of its best epoch, if there was a validation.
         epoch: The number of that epoch, counted from 1.
     """
-    name = "last.ckpt" if epoch is None else "best.ckpt"
+    checkpoint = folder / "checkpoints" / ("last.ckpt" if epoch is None else "best.ckpt")
+    if not checkpoint.exists():  # nothing was to be trained
+        return
     if best is not None:
         log.info("best epoch: %d, with a val mIoU of %.4f", epoch, best)
-    log.info("checkpoint: %s", folder / "checkpoints" / name)
+    log.info("checkpoint: %s", checkpoint)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
-    run = shlex.quote(str(folder))
-    log.info("look at its scores and mistakes:\n  %s report %s", program, run)
-    checkpoint = shlex.quote(f"checkpoint={folder}")
-    log.info("segment your images:\n  %s predict %s input=IMAGES", program, checkpoint)
+    path = checkpoint if epoch is None else folder  # which stands for its best one
+    log.info("look at its scores and mistakes:\n  %s report %s", program, shlex.quote(str(path)))
+    setting = shlex.quote(f"checkpoint={path}")
+    log.info("segment your images:\n  %s predict %s input=IMAGES", program, setting)
 
 
 @contextmanager
@@ -240,12 +292,20 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
-    """Read the rows of `metrics.csv` or `times.csv`; cells without a value are left out."""
+    """Read the rows of `metrics.csv` or `times.csv`; cells without a value are left out.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    if rows and rows[0]["epoch"] == 0:  # of a run that counted epochs from 0
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: columns[k](v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        epochs = [row["epoch"] for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged: {reason(error)}") from None
+    if epochs[:1] == [0]:  # of a run that counted epochs from 0
         rows = [row | {"epoch": row["epoch"] + 1} for row in rows]
     return rows
 
@@ -259,4 +319,4 @@ def write_table(path: Path, columns: dict[str, type], rows: list[dict[str, Any]]
             writer.writeheader()
             writer.writerows(rows)
 
-    write_atomically(path, write)
+    write_atomically(path, write, durable=True)

@@ -1,10 +1,12 @@
 """SegmentationTask: loss, optimizer and validation scores of a network, for Lightning's Trainer."""
 
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,19 +14,21 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from seg_torch.checkpoints import checkpoint
 from seg_torch.data.sampling import EvaluationGroup, Sample
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss, ModelLoss, upsampled_loss
+from seg_torch.losses.images import ImageLoss, MeanImageLoss
 from seg_torch.metrics import ConfusionMatrix, scores
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings, decide
 from seg_torch.training.optimizers import PARTS, parameter_groups
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
+
+log = logging.getLogger(__name__)
 
 
 class SegmentationTask(LightningModule):
@@ -75,7 +79,7 @@ class SegmentationTask(LightningModule):
         self.seed = seed
         self.benchmark = benchmark
         self.confusion = ConfusionMatrix(len(labels))
-        self.validation_loss = MeanMetric(nan_strategy="disable")
+        self.validation_loss = MeanImageLoss()
         self.step_losses = torch.empty(0)
         self.validated = False
 
@@ -147,8 +151,13 @@ class SegmentationTask(LightningModule):
         self.log("train/loss_epoch", self.training_loss())
         plateau = self.lr_schedulers()
         if isinstance(plateau, torch.optim.lr_scheduler.ReduceLROnPlateau) and self.validated:
+            loss = self.trainer.callback_metrics.get("val/loss")
+            if loss is None:
+                raise InputError(
+                    "scheduler=plateau: there is no validation loss; use another scheduler or loss"
+                )
             with self._scheduled_rates():
-                plateau.step(self.trainer.callback_metrics["val/loss"])
+                plateau.step(loss)
 
     def on_validation_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
@@ -160,12 +169,13 @@ class SegmentationTask(LightningModule):
 
     def validation_step(self, groups: Sequence[EvaluationGroup], batch_index: int) -> None:
         for images, masks, _ in groups:
-            for index, rows, columns, logits in self.inference.blocks(images, masks.shape[-2:]):
-                mask = masks[index, rows, columns]
-                self.confusion.update(decide(logits)[0], mask)
-                loss = self.loss(logits[None], mask[None])
-                share = torch.full_like(loss, mask.numel() / masks[index].numel())
-                self.validation_loss.update(loss, share)  # of a float, it waits for the GPU
+            blocks = self.inference.blocks(images, masks.shape[-2:])
+            for index, of_image in groupby(blocks, lambda block: block.image):
+                loss = ImageLoss(self.loss, masks[index])
+                for _, rows, columns, logits in of_image:
+                    self.confusion.update(decide(logits)[0], masks[index, rows, columns])
+                    loss.add(rows, columns, logits)
+                self.validation_loss.update(loss)
 
     def on_validation_epoch_end(self) -> None:
         counts = self.confusion.compute()
@@ -177,7 +187,9 @@ class SegmentationTask(LightningModule):
         for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
             self.log(f"val/{name}", results[name].float(), prog_bar=name == "mean_iou")
         if self.validation_loss.update_called or self.trainer.world_size > 1:
-            self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
+            loss = self.validation_loss.compute()
+            if loss is not None:
+                self.log("val/loss", loss, prog_bar=True)
         self.validation_loss.reset()
         self.validated = True
 
@@ -193,12 +205,19 @@ class SegmentationTask(LightningModule):
         # nor PyTorch's for SGD with shared-out weights (FSDP).
         function = getattr(self.make_optimizer, "func", self.make_optimizer)
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
+        whole = whole and not options.get("foreach")  # another way, which the user asks for
         if whole and "fused" in inspect.signature(function).parameters:
             options.setdefault("fused", True)
         optimizer = function(groups, **options)
+        steps = self.trainer.estimated_stepping_batches
+        if steps < self.max_steps:
+            log.info(
+                "trainer.max_epochs=%d ends the training after %d steps, before trainer.max_steps; "
+                "with trainer.max_epochs=-1 it has all %d",
+                *(self.trainer.max_epochs, steps, self.max_steps),
+            )
         if self.make_scheduler is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
         steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
         if steps == math.inf:
             raise InputError("a schedule has a length: set trainer.max_epochs or trainer.max_steps")

@@ -1,12 +1,10 @@
 """Lightning's Trainer for this hardware."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -16,9 +14,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
+from seg_torch.configuration import instantiate
 from seg_torch.distributed import Processes, refused_by_lightning
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically
+from seg_torch.models import weights
 from seg_torch.models.network import COMPILE_MODES
 from seg_torch.training.progress import ProgressBar
 
@@ -26,6 +26,7 @@ from seg_torch.training.progress import ProgressBar
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Leaves the old checkpoint or the complete new one, whatever happens while it is written.
 
+    That includes a power cut. What could not be read again does not take its place, either.
     Lightning's own writes into the system's folder of temporary files and moves the result, which
     between two disks is a copy, and holds the file in memory twice.
     """
@@ -33,7 +34,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        write_atomically(path, partial(save, checkpoint))
+        def write(name: str) -> None:
+            save(checkpoint, name)
+            try:
+                weights.check_names(name)
+            except ValueError as error:
+                found = next(foreign(checkpoint), str(error))
+                raise InputError(
+                    f"{path} could not be read again: {found}. What a callback's state_dict() "
+                    "returns may hold plain numbers, such as float(value), texts, lists, dicts and "
+                    "tensors"
+                ) from None
+
+        write_atomically(path, write, durable=True)
+
+
+def foreign(content: Any, where: str = "") -> Iterator[str]:
+    """Yield what a checkpoint must not hold, as "PLACE is a TYPE"."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from foreign(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(content, list | tuple | set) and not isinstance(content, torch.Size):
+        for value in content:
+            yield from foreign(value, where)
+    kind = type(content)
+    if kind.__module__.partition(".")[0] not in ("builtins", "collections", "torch"):
+        yield f"{where} is a {kind.__module__}.{kind.__qualname__}"
 
 
 def save(content: dict[str, Any], path: str) -> None:
@@ -116,6 +142,11 @@ def build_trainer(
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
     check_repeatable(options)
+    if any(way in str(options.get("strategy")) for way in ("spawn", "fork", "notebook")):
+        raise InputError(
+            f"trainer.strategy={options['strategy']}: the processes of a run are started by its "
+            "command line; use trainer.strategy=ddp, and in a notebook start the command by !"
+        )
     # The task sets the one, for training alone, and the network does the other.
     options.pop("benchmark", None), options.pop("compile", None)
     options |= processes.settings

@@ -554,6 +554,18 @@ def test_damaged_files_are_refused_with_one_line(tmp_path):
     assert all(str(path) in message and "\n" not in message for message in messages)
 
 
+def test_a_weight_that_is_not_what_was_written_is_refused(tmp_path):
+    """One bit of a copy is enough for other masks; PyTorch reads it without a word."""
+    path = saved(tmp_path / "a.ckpt", OWN, Network(Own(3)))
+    content = bytearray(path.read_bytes())
+    bias = torch.load(path)["state_dict"]["network.model.layer.bias"].numpy().tobytes()
+    content[content.index(bias) + 2] ^= 0x40
+    path.write_bytes(content)
+    assert torch.load(path)["state_dict"]["network.model.layer.bias"].abs().max() > 0
+    with pytest.raises(InputError, match=r"a\.ckpt: .*it is damaged .*: copy it again"):
+        checkpoint.read(path)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     path = saved(tmp_path / "a.ckpt", UNET, Network(Own(3)))
     with pytest.raises(InputError, match="do not fit its own model"):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from seg_torch import Labels, Segmenter
 from seg_torch.checkpoints import checkpoint, exported
+from seg_torch.checkpoints.comparison import compare
 from seg_torch.checkpoints.exported import Graph, load_network, open_exported, write
 from seg_torch.datasets import shapes
 from seg_torch.datasets.shapes import SHAPES_LABELS
@@ -129,9 +132,98 @@ def test_an_onnx_file_gives_the_ids_and_probabilities_of_its_network(folder):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_an_openvino_file_gives_the_ids_of_its_network(folder):
+@pytest.fixture(scope="module")
+def openvino_file(folder: Path) -> Path:
     pytest.importorskip("openvino")
-    check_outputs(folder, exported_to(folder, "openvino"))
+    return exported_to(folder, "openvino")
+
+
+def test_an_openvino_file_gives_the_ids_of_its_network(folder, openvino_file):
+    check_outputs(folder, openvino_file)
+
+
+def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """As a program would run it that has neither torch nor seg_torch."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        return lambda images: session.run(["classes"], {"images": images})[0]
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(openvino.Core().read_model(path), "CPU", settings)
+    return lambda images: compiled(images)["classes"].copy()
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_e62_whatever_the_docs_promise_of_sizes_and_arrays_holds(folder, format, request):
+    path = folder / "b.onnx" if format == "onnx" else request.getfixturevalue("openvino_file")
+    run = runner(path)
+    for shape in ((1, 3, 32, 32), (5, 3, 32, 32), (2, 3, 32, 133), (1, 3, 95, 33)):
+        images = random_images(*shape)
+        classes, _ = reference(folder / "a.ckpt", images, shape[2:])
+        assert len(classes.unique()) > 2
+        assert (run(images.numpy()) == classes.numpy()).mean() > 0.999, shape
+    images = random_images(2, 3, 60, 44)
+    expected = reference(folder / "a.ckpt", images, (60, 44))[0].numpy()
+    plain = images.numpy()
+    padded = np.pad(plain, ((0, 0), (0, 0), (3, 5), (7, 9)))
+    views = {
+        "transposed": np.ascontiguousarray(plain.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+        "a crop": padded[:, :, 3:-5, 7:-9],
+        "mirrored": np.ascontiguousarray(plain[..., ::-1])[..., ::-1],
+        "channels last": images.contiguous(memory_format=torch.channels_last).numpy(),
+    }
+    for name, view in views.items():
+        assert np.array_equal(view, plain)
+        assert not view.flags.c_contiguous
+        assert (run(view) == expected).mean() > 0.999, name
+    if format == "onnx":
+        with pytest.raises(Exception, match="Unexpected input data type"):
+            run(plain.astype(np.float32))
+    else:
+        assert (run(plain.astype(np.float32)) == expected).mean() > 0.999
+
+
+def test_e62_the_documented_sizes_are_those_that_are_compared(capsys):
+    docs = " ".join((ROOT / "docs/export.md").read_text(encoding="utf-8").split())
+    (sentence,) = re.findall(r"compared with the network on (.*?)\.", docs)
+    graph = Graph(Network(Tiny(3), MEAN, STD).eval(), None)
+    shapes = []
+
+    def run(images: Tensor, outputs: list[str]) -> tuple[Tensor, ...]:
+        shapes.append(tuple(images.shape))
+        return graph(images)
+
+    assert compare(graph, run) == 1
+    sizes = list(dict.fromkeys(shapes))
+    assert sizes[0] == (2, 3, 32, 32), "the smallest size, and several images"
+    assert [f"{height} x {width}" for _, _, height, width in sizes] == re.findall(
+        r"\d+ x \d+", sentence
+    )
+    assert "2 x 32 x 32" in capsys.readouterr().out
+
+
+def test_e58_an_export_does_not_replace_its_checkpoint(folder, capsys):
+    """OpenVINO's second file has the suffix of many a checkpoint."""
+    pytest.importorskip("openvino")
+    shutil.copy(folder / "a.ckpt", folder / "model.bin")
+    before = (folder / "model.bin").read_bytes()
+    (folder / "same.bin").symlink_to("model.bin")
+    for name in ("model", "same"):
+        line = f"export checkpoint=model.bin format=openvino output={name}.xml trust=[{__name__}]"
+        assert run_command(line, folder) == 2
+        assert (
+            f"output={name}.xml: would replace the checkpoint model.bin" in capsys.readouterr().err
+        )
+    assert (folder / "model.bin").read_bytes() == before
+    assert not (folder / "model.xml").exists()
+
+
+def test_e44_packages_are_looked_for_before_the_checkpoint_is_opened(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    line = "export checkpoint=b.onnx format=openvino int8=true"
+    assert run_command(line, folder) == 2
+    assert "format=openvino needs nncf: pip install" in capsys.readouterr().err
 
 
 def test_a_file_says_what_it_is(folder):

@@ -510,3 +510,24 @@ def test_broken_and_evil_files_are_one_message(tmp_path):
     save_file({key: value for key, value in state.items() if "bias" not in key}, weights)
     with pytest.raises(InputError, match="weights do not fit its own model"):
         load(home)
+
+
+def test_e49_the_card_says_of_which_images_the_scores_are(run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    scores = json.loads((copy / "test_metrics.json").read_text())
+    for changes, title, split in (
+        ({}, "## Scores on the test images of `shapes`", "test"),
+        (
+            {"split": "val"},
+            "## Scores on the validation images, which chose the best epoch, of `shapes`",
+            "val",
+        ),
+        ({"images": 1}, "## Scores on the 1 of the 3 test images of `shapes`", "test"),
+    ):
+        (copy / "test_metrics.json").write_text(json.dumps(scores | changes))
+        folder = tmp_path / f"tiny {len(list(tmp_path.iterdir()))}"
+        load(copy).save_pretrained(folder)
+        head, body = card((folder / "README.md").read_text())
+        assert title in body.splitlines()
+        (result,) = head["model-index"][0]["results"]
+        assert result["dataset"]["split"] == split

@@ -38,7 +38,7 @@ LIGHT = [
     ("train resume=nothing", "resume=nothing: no run there"),
     ("train resume=nothing optimizer.lr=1", "optimizer.lr would change its result"),
     ("train resume=nothing model=unet", "model would change its result"),
-    ("train --epochs 3", "--epochs; settings are given as key=value"),
+    ("train --epochs 3", "--epochs; settings are given as trainer.max_epochs=value"),
     ("evaluate", "checkpoint must be given: a checkpoint, a run's folder"),
     ("evaluate checkpoint=nothing.ckpt", "checkpoint=nothing.ckpt: no such file"),
     ("predict input=nothing output=out model.weights=null", "input=nothing: no such file"),
@@ -128,6 +128,27 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
         code, message = command(f"train logger=[csv,{package}]")
         assert code == 2
         assert f"pip install 'segwright[{package}]'" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        ("train model=smp", "segmentation_models_pytorch", "smp"),
+        ("train model=segformer", "transformers", "transformers"),
+        ("predict input=. output=out model=mask2former", "transformers", "transformers"),
+        ("serve", "python_multipart", "serve"),
+        ("app", "uvicorn", "app"),
+    ],
+)
+def test_e44_packages_are_looked_for_before_anything_else(
+    command, monkeypatch, line, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"seg_torch.commands.{line.split()[0]}", None)
+    code, message = command(line)
+    assert code == 2
+    assert f"needs {package}: pip install" in message
+    assert f"[{extra}]" in message
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "csv", "wandb", "mlflow"])

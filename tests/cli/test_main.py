@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_command
@@ -16,6 +18,7 @@ from seg_torch.cli.main import attempt
 from seg_torch.commands import COMMANDS
 from seg_torch.errors import StoppedError
 from seg_torch.files import CONFIG_FOLDER
+from seg_torch.folders import locked
 
 TINY = (
     "data.dataset.size=32 data.dataset.train=8 data.dataset.val=5 data.dataset.test=5 "
@@ -122,6 +125,64 @@ def test_one_failed_job_does_not_end_the_sweep(command, stub):
     assert message.splitlines()[-1] == "error: 2 of 4 jobs failed: 0, 2"
 
 
+def write_scored_run(cfg) -> float:
+    """What compare reads of a run, in which the seed decides."""
+    folder = Path(cfg.output_dir)
+    folder.mkdir(exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    scores = {"mean_iou": cfg.optimizer.lr, "pixel_accuracy": 0.5, "per_class": {"a": {}}}
+    (folder / "test_metrics.json").write_text(json.dumps(scores))
+    return cfg.optimizer.lr
+
+
+def test_e57_a_sweep_ends_with_its_table_and_the_command_that_makes_it(
+    stub, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    stub(write_scored_run)
+    assert run_command("train -m optimizer.lr=0.125,0.375 output_dir=a/sweep", tmp_path) == 0
+    output = capsys.readouterr().out
+    for score in ("0.125", "0.375"):
+        assert re.search(rf"optimizer\.lr={score} .* {score}0 ", output)
+    program, _, arguments = output.splitlines()[-1].strip().partition(" compare ")
+    assert (program in ("seg-torch", "python -m seg_torch"), arguments) == (True, "a/sweep")
+    assert run_command(f"compare {arguments} output_dir=again", tmp_path) == 0
+    again, first = (tmp_path / name / "compare.csv" for name in ("again", "a/sweep"))
+    assert again.read_bytes() == first.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a/sweep").iterdir() if p.is_dir()) == ["0", "1"]
+
+
+def test_e01_a_second_sweep_in_the_folder_of_one_that_runs_is_refused_as_a_whole(
+    command, stub, tmp_path
+):
+    stub(write_scored_run)
+    with locked(tmp_path / "sweep"):
+        code, message = command("train -m optimizer.lr=0.125,0.375 output_dir=sweep")
+        assert code == 2
+        assert "error: output_dir=sweep: another run is writing" in message
+        assert not list(tmp_path.rglob("config.yaml")), "a job has run"
+
+
+def test_e01_a_folder_of_the_time_is_a_new_one_and_stays_only_with_something_in_it(
+    command, stub, tmp_path
+):
+    seen = []
+
+    def train(cfg):
+        seen.append(cfg.output_dir)
+        if len(seen) < 3:
+            Path(cfg.output_dir, "file").touch()
+
+    stub(train)
+    for _ in range(3):  # as if in one second
+        assert command("train output_dir=runs/${now:%Y}-run")[0] == 0
+    year = seen[0]
+    assert seen == [year, f"{year}-2", f"{year}-3"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        Path(name).name for name in seen[:2]
+    ]
+
+
 def test_optuna_searches_for_the_highest_mean_iou(command, tmp_path):
     """Of the runs that it starts, the learning rate of the best one by its own table."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
@@ -175,7 +236,7 @@ def test_d20_other_processes_get_the_command_line_of_their_job(command, stub, tm
     stub(lambda cfg: seen.append(sys.argv[1:]))
     code, _ = command("train -m --config-dir mine model=own seed=1,2 output_dir=sweep")
     assert code == 0
-    folder = [f"output_dir='{tmp_path}/sweep/{job}'" for job in (0, 1)]
+    folder = [f"output_dir={tmp_path}/sweep/{job}" for job in (0, 1)]
     given = ["--config-dir", "mine", "experiment=shapes", "model=own"]
     assert seen == [[*given, "seed=1", folder[0]], [*given, "seed=2", folder[1]]]
 
@@ -192,7 +253,7 @@ def test_d20_other_processes_are_started_with_the_command_and_the_flags(
     with pytest.raises(SystemExit):
         cli.main()
     given = ["--config-dir", str(CONFIG_FOLDER), "experiment=shapes"]
-    assert seen == [["/bin/seg-torch", "train", *given, "output_dir='run'"]]
+    assert seen == [["/bin/seg-torch", "train", *given, "output_dir=run"]]
     assert sys.argv == line
 
 

@@ -16,8 +16,11 @@ from batches import epoch, equal, small_shapes, trainer_stub
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from seg_torch.data import transforms
 from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.sampling import AugmentedSamples
 from seg_torch.datasets import folder, shapes, write_folder
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
@@ -57,12 +60,100 @@ def test_validation_images_are_decoded_once_where_the_network_needs_the_cpu(monk
         batches = [group for groups in kept for group in groups]
         assert [numbers for *_, numbers in batches] == [[0, 1, 2, 3], [4]]
         assert [image.amax().item() for images, *_ in batches for image in images] == [*range(5)]
-        assert sorted(read) == [0, *range(5)]  # the first one also for its size
+        assert sorted(read) == sorted([*range(5), *range(5)])  # once for its size: it has no header
     taken = 5 * 4 * 32 * 32
     for others in ({"memory": 16 * taken}, {"num_devices": 2}, {"device": "cuda"}):
         assert loader(**others).num_workers > 0
     for none in ("none", False):  # really none
         assert loader(cache=none).num_workers > 0
+
+
+def test_e27_none_keeps_nothing(tmp_path, monkeypatch):
+    """As it is written on the command line and in YAML."""
+    samples = shapes("train", size=32, train=6)
+    write_folder(samples, samples.labels, tmp_path)
+    read, decode = [], format.read_image
+    monkeypatch.setattr(format, "read_image", lambda path: (read.append(path), decode(path))[1])
+    for none in ("none", False):
+        module = SegmentationDataModule(folder, str(tmp_path), cache=none, num_workers=0)
+        module.trainer = trainer_stub()
+        loader = module.val_dataloader()
+        read.clear()
+        for number in (1, 2, 3):
+            assert len([*loader]) == 1
+            assert len(read) == number * len(module.dataset("val")) > 0
+
+
+@pytest.mark.parametrize("large_first", [True, False])
+def test_e31_images_are_kept_by_what_all_of_them_take(tmp_path, monkeypatch, large_first):
+    """Whatever the first one is: a thumbnail, or the only large one."""
+    sides = [200, 8, 8, 8] if large_first else [8, 8, 8, 200]
+    for i, side in enumerate(sides):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.new(mode, (side, side)).save(tmp_path / kind / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("0\n1\n2\n3\n")
+    total = 4 * (200 * 200 + 3 * 8 * 8)
+    read = []
+    for memory, kept in ((16 * total + 16, True), (16 * total, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr("seg_torch.data.cache.total_memory", lambda device, m=memory: m)
+            module = SegmentationDataModule(folder, str(tmp_path), check=False)
+            module.trainer = trainer_stub()
+            if not kept:
+                patch.setattr(format, "read_image", lambda path: read.append(path))
+            assert (module.val_dataloader().num_workers == 0) == kept
+    assert not read  # the headers have the sizes
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_e10_what_works_in_place_does_not_change_what_is_kept(own_folder, cache, kind):
+    def darken(image, mask):
+        (image if kind == "image" else mask).div_(2, rounding_mode="floor")
+        return image, mask
+
+    kept, plain = (
+        SegmentationDataModule(
+            folder, str(own_folder), batch_size=2, cache=c, num_workers=0, augment=darken
+        )
+        for c in (cache, "none")
+    )
+    kept, plain = kept.train_dataloader(), plain.train_dataloader()
+    for _ in range(3):
+        batches, expected = ([part for batch in b for part in batch] for b in (kept, plain))
+        assert equal(batches, expected)
+
+
+def test_e10_our_own_augmentation_is_given_no_copies(own_folder):
+    """It changes nothing in place, and the copy of a large image takes longer than its crop."""
+    for augment, copied in (
+        (transforms.augment([16, 16]), False),
+        (transforms.augment(None, None), False),
+        (v2.Compose([transforms.augment(), v2.RandomErasing(inplace=True)]), True),
+    ):
+        given = []
+        samples = AugmentedSamples(
+            SegmentationDataModule(folder, str(own_folder), cache="ram")._samples("train", True),
+            augment,
+            0,
+        )
+        before = samples.samples.content.clone()
+        samples.augment = lambda *parts, given=given: given.append(parts[0].data_ptr())
+        samples[0, 0]
+        inside = (
+            samples.samples.content.data_ptr()
+            <= given[0]
+            < (samples.samples.content.data_ptr() + samples.samples.content.nbytes)
+        )
+        assert inside != copied
+        samples.augment = augment
+        if not copied:
+            for epoch in range(20):
+                samples[epoch, 0]
+            assert torch.equal(samples.samples.content, before)
 
 
 def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():

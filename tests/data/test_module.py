@@ -1,5 +1,6 @@
 """What the data module gives to training and evaluation, and where it goes on."""
 
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -8,10 +9,12 @@ import pytest
 import torch
 from batches import epoch, equal, loader_at, small_shapes, trainer_stub
 from hydra.utils import instantiate
+from PIL import Image
 from torchvision import tv_tensors
 
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.transforms import augment
+from seg_torch.datasets import folder, write_folder
 from seg_torch.errors import InputError
 
 
@@ -232,3 +235,20 @@ def test_d02_a_resumed_run_sees_what_an_undisturbed_one_would_have_seen(undistur
     for steps in (seen[:7], seen[7:14], seen[14:]):
         assert sorted(index for _, batch in steps for index in batch) == [*range(14)]
     assert fit(resume=folder / f"{name}.ckpt") == seen[CHECKPOINTS[name] :]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_e38_a_split_without_labels_is_told_before_training(tmp_path, split, new_cache_folder):
+    samples = [[*small_shapes("train")[i]] for i in range(4)]
+    write_folder(samples, small_shapes("train").labels, tmp_path)
+    names = {"train": ("0000", "0001"), "val": ("0002", "0003")}
+    for part, listed in names.items():
+        (tmp_path / f"{part}.txt").write_text("\n".join(listed))
+    for name in names[split]:
+        Image.new("L", (32, 32), 255).save(tmp_path / f"masks/{name}.png")
+    module = SegmentationDataModule(partial(folder, root=tmp_path), num_workers=0)
+    message = (
+        f"no pixel of the 2 images of {split} is labelled: all masks, such as .*{names[split][0]}"
+    )
+    with pytest.raises(InputError, match=message):
+        module.check_files()

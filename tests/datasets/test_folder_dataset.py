@@ -446,6 +446,18 @@ def test_a_written_folder_reads_back_as_the_same_samples(tmp_path):
         assert torch.equal(read[name][1], mask)
 
 
+def test_e58_samples_are_not_written_over_their_own_files(tmp_path):
+    samples = datasets.shapes("test", size=32)
+    datasets.write_folder([samples[i] for i in range(4)], samples.labels, tmp_path / "a")
+    (tmp_path / "link").symlink_to("a", target_is_directory=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
+    for root in ("a", "link"):
+        train = datasets.folder(tmp_path / "a", "train")
+        with pytest.raises(InputError, match=r"0000\.png is a file of the samples"):
+            datasets.write_folder(train, train.labels, tmp_path / root)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.*")} == before
+
+
 def test_a_folder_is_listed_in_half_of_the_memory_that_the_paths_would_take(tmp_path):
     """The paths as strings in a dictionary took 600 bytes for each pair."""
     number = 4_000

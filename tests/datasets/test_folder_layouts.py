@@ -310,9 +310,10 @@ def test_e82_auto_says_which_format_is_likely_and_what_it_lacks(tmp_path):
             datasets.auto(tmp_path / name, "train")
 
 
-def test_e82_the_sizes_of_a_turned_photo_say_that_it_is_turned(own):
+def test_e82_the_size_of_a_turned_photo_says_that_it_is_turned(own):
     exif = Image.Exif()
     exif[0x0112] = 6
-    make_data.picture(0).save(own / "images/photo_0.jpg", exif=exif)
-    with pytest.raises(InputError, match=r"64 x 48.*48 x 64, since its EXIF data turn it"):
+    make_data.picture(0, 64, 80).save(own / "images/photo_0.jpg", exif=exif)
+    message = r"64 x 48 pixels, its image .*photo_0\.jpg has 64 x 80 as its EXIF data turn it"
+    with pytest.raises(InputError, match=message):
         SegmentationDataModule(datasets.folder, str(own)).check_files()

@@ -431,7 +431,7 @@ def test_e19_images_of_10_bits_are_not_nearly_black(copy, name):
     said = refusal(name, root)
     if not said:
         assert all(image.max() > 150 for image, _ in samples(name, root).values())
-    assert not said or ("data.white" in said and pairs[0].image.name in said)
+    assert not said or ("data.white" in said and any(pair.image.name in said for pair in pairs))
 
 
 @pytest.mark.parametrize("name", [*TOOLS, "camvid", "voc"])

@@ -35,3 +35,15 @@ def test_curves_are_a_file_of_the_format_that_the_suffix_names(tmp_path, suffix)
     save_curves([{"epoch": 0, "train_loss": 1.0}], tmp_path / f"curves{suffix}")
     [path] = tmp_path.iterdir()
     assert path.read_bytes()[:4] == (b"\x89PNG" if suffix == ".png" else b"%PDF")
+
+
+@pytest.mark.parametrize(("classes", "length"), [(2, 1), (25, 12), (8, 60)])
+def test_e65_the_digits_of_the_confusion_matrix_are_legible_and_fit_their_cells(classes, length):
+    labels = Labels(tuple(f"{i:x<{length}}" for i in range(classes)))
+    figure = confusion_matrix(np.full((classes, classes), 22), labels)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    cell = axes.get_window_extent().width / classes
+    widths = [text.get_window_extent().width for text in axes.texts]
+    assert max(widths, default=0) < cell
+    assert all(text.get_fontsize() * figure.dpi / 72 >= 11 for text in axes.texts)

@@ -14,6 +14,7 @@ from seg_torch.drawing.visualize import (
 )
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
+from seg_torch.prediction.segmentation import Segmentation
 
 LABELS = Labels(("a", "b"), np.array([(100, 200, 0), (255, 255, 255)]))
 
@@ -87,3 +88,23 @@ def test_a_sample_sheet_has_a_row_per_sample_and_names_the_classes_in_it():
     key = sheet[24 + 32 + 4 + 128 + 4 :]
     assert (key == (100, 200, 0)).all(-1).any()
     assert len(key) == 24 + 6  # one line: class b does not occur
+
+
+@pytest.mark.parametrize("brightness", [40, 128, 220])
+def test_e50_the_object_of_a_grey_palette_is_seen_in_all_that_is_drawn(brightness):
+    """Classes of 0 and 255 in the files: grey on a grey photo."""
+    labels = Labels(("background", "crack"), np.array([[0] * 3, [255] * 3]))
+    image = np.full((32, 32, 3), brightness, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 1
+    result = Segmentation(mask, labels, image)
+    for drawn in (result.overlay(), result.colour()):
+        crack = np.array(drawn)[10, 10].astype(int)
+        assert crack.max() - crack.min() > 40  # a colour
+    assert {(128, 0, 0)} <= {tuple(row) for row in np.array(result.legend()).reshape(-1, 3)}
+    assert labels.colour(1) == "#800000"
+    sheet = np.array(sample_sheet([image], [mask], [mask], labels)).reshape(-1, 3)
+    assert (sheet == (128, 0, 0)).all(1).sum() > 1000
+    # What is read again keeps the colours of the files.
+    assert labels.palette.tolist() == [[0] * 3, [255] * 3]
+    assert Labels(("a", "b"), np.array([[0] * 3, [0, 0, 9]])).colour(1) == "#000009"

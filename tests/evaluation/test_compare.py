@@ -2,14 +2,19 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_command
 from omegaconf import OmegaConf
+from predictions import random_checkpoint
+
+from seg_torch.folders import LOCK, locked
 
 CLASSES = ("road", "car", "sky")
 IMAGES = 30
@@ -101,6 +106,35 @@ def test_runs_that_differ_only_in_their_seed_are_one_row(tmp_path, command):
     assert (second["mean_iou_sd"], first["difference"], first["p"]) == ("", "", "")
     assert (float(first["val_mean_iou"]), float(first["val_mean_iou_sd"])) == (0.5, 0)
     assert (first["seconds_per_epoch"], first["gpu_memory_gb"]) == ("10.0", "2.5")
+
+
+def test_e57_the_best_validation_is_that_of_the_checkpoint_where_an_epoch_has_several(
+    tmp_path, command
+):
+    """`metrics.csv` has the last one of each epoch, here 0.5; it has to do without a checkpoint."""
+    for name, score in (("a", 0.75), ("b", None)):
+        make_run(tmp_path / name, seed=len(name))
+        path = tmp_path / name / "checkpoints/best.ckpt"
+        path.parent.mkdir()
+        random_checkpoint(path)
+        content = torch.load(path, weights_only=True)
+        states = {"monitor": None, "best_model_score": None}, {"monitor": "val/mean_iou"}
+        states[1]["best_model_score"] = None if score is None else torch.tensor(score)
+        content["callbacks"] = {f"Checkpoints{i}": state for i, state in enumerate(states)}
+        torch.save(content, path)
+        assert command(name)[0] == 0
+        assert float(table(tmp_path)[0]["val_mean_iou"]) == (score or 0.5)
+
+
+def test_e01_the_tables_are_not_written_into_a_folder_in_which_another_run_writes(
+    tmp_path, command
+):
+    make_run(tmp_path / "a")
+    with locked(tmp_path / "tables"):
+        code, output = command("a")
+        assert os.listdir(tmp_path / "tables") == [LOCK]
+    assert code == 2
+    assert "error: output_dir=tables: another run is writing into this folder" in output
 
 
 def test_a_difference_has_the_interval_and_p_value_of_a_plain_paired_bootstrap(tmp_path, command):

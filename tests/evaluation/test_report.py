@@ -22,6 +22,7 @@ from seg_torch.labels import Labels
 from seg_torch.prediction.segmenter import Segmenter
 
 IMAGES = 12  # of the test split
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -208,3 +209,51 @@ def test_a_click_sorts_a_table_in_a_browser(folder, tmp_path):
     pixels = [int(re.findall(r"<td>([\d,]+)</td>", row)[-1].replace(",", "")) for row in rows[1:7]]
     assert pixels == sorted(pixels, reverse=True)
     assert pixels != sorted(pixels)
+
+
+def test_e22_what_was_not_scored_is_not_counted(folder, capsys):
+    line = "report run output_dir=part trainer.accelerator=cpu data.eval_batch_size=1"
+    assert run_command(f"{line} trainer.limit_test_batches=3", folder) == 0
+    assert "3 of 12 images of test" in capsys.readouterr().out
+    arrays = np.load(folder / "part/test_images.npz")
+    assert arrays["names"].tolist() == ["0000", "0001", "0002"]
+    assert (arrays["label_pixels"].sum(1) > 0).all()
+    assert len((folder / "part/test_images.csv").read_text().splitlines()) == 1 + 3
+    part = Page((folder / "part/report.html").read_text(encoding="utf-8"))
+    assert any("on 3 of 12 images of test." in text for text in part.texts)
+    assert sorted(part.captions("Labels most likely to be wrong")) == ["0000", "0001", "0002"]
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_e49_scores_of_val_that_stands_in_for_test_say_so(folder, split, capsys):
+    data = folder / f"without_test_{split}"
+    shutil.copytree(folder / "data", data)
+    (data / "test.txt").unlink()
+    line = f"report run split={split} output_dir=of_{split} trainer.accelerator=cpu"
+    assert run_command(f"{line} data.root={data}", folder) == 0
+    scores = json.loads((folder / f"of_{split}/{split}_metrics.json").read_text())
+    assert (scores["split"], scores["images"], scores["images_of_split"]) == ("val", 4, 4)
+    remark = ": there are none of test" if split == "test" else ""
+    assert f"4 images of val{remark}\n" in re.sub(" *\n", "\n", capsys.readouterr().out)
+    of_val = Page((folder / f"of_{split}/report.html").read_text(encoding="utf-8"))
+    assert any(text.endswith(f" on 4 images of val{remark}.") for text in of_val.texts)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_e65_the_report_fits_a_phone_and_its_charts_are_dark_in_dark_mode(folder):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            view = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+            view.goto((folder / "report/report.html").as_uri())
+            assert view.evaluate("document.documentElement.scrollWidth") == 390
+            plots = view.locator("img.plot")
+            assert plots.count() == 3
+            for i in range(3):
+                box = plots.nth(i).bounding_box()
+                assert box["x"] + box["width"] <= 390
+                shown = Image.open(io.BytesIO(plots.nth(i).screenshot())).convert("L")
+                background = int(np.median(np.asarray(shown)[:3]))
+                assert background > 250 if scheme == "light" else background < 50
+        browser.close()

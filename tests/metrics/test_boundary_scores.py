@@ -120,6 +120,19 @@ def test_a_missed_class_scores_zero_and_an_absent_one_nothing():
     assert found["boundary_f"][2].isnan()
 
 
+def test_e65_labels_without_boundary_pixels_have_no_boundary_f_whatever_is_predicted():
+    """As VOC's, which leave a band between the classes unlabelled."""
+    target = torch.zeros(20, 20, dtype=torch.uint8)
+    target[:, 8:12], target[:, 12:] = 255, 1
+    prediction = torch.zeros_like(target)
+    prediction[:, 15:] = 1  # a boundary where the labels have none
+    metric = BoundaryScores(3, 2)
+    updated(metric, blocks_of(target, prediction))
+    found = metric.compute()
+    assert found["boundary_f"].isnan().all()
+    assert found["boundary_iou"].isnan().tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("width", [0, -1, 2.5, False])
 def test_an_impossible_width_is_refused(width):
     with pytest.raises(InputError, match=f"boundary={width}: expected true for 2 %"):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ from models_for_tests import (
     MASK_MODELS,
     MODELS,
     NUM_CLASSES,
+    PADDED,
     REFUSED_ON_CUDA,
-    STRIDES,
     Calls,
     caches,  # noqa: F401
     enlarge,
     images,
-    strided,
+    size_of_logits,
 )
 from omegaconf import OmegaConf
 from timm.layers import convert_sync_batchnorm
@@ -67,11 +68,11 @@ def model(name: str) -> nn.Module:
 
 
 @pytest.mark.promise(12)
-@pytest.mark.parametrize("size", [(65, 71), (32, 32)])
+@pytest.mark.parametrize("size", [(65, 71), (64, 80), (32, 32)])
 def test_d09_logits_have_the_stride_of_the_head(model, name, size):
     with torch.no_grad():
         outputs = model.eval()(images(1, 3, *size))
-    assert outputs["out"].shape == (1, NUM_CLASSES, *strided(size, STRIDES.get(name, 1)))
+    assert outputs["out"].shape == (1, NUM_CLASSES, *size_of_logits(name, size))
     assert outputs["out"].isfinite().all()
 
 
@@ -85,6 +86,28 @@ def test_every_model_gives_masks_of_the_size_of_the_image(model):
         logits = network(image.permute(2, 0, 1)[None])["out"]
     assert mask.shape == (65, 71)
     assert (mask == enlarge(logits, (65, 71))[0].argmax(0).numpy()).mean() > 0.999
+
+
+@pytest.mark.promise(12)
+@pytest.mark.parametrize("name", PADDED, indirect=True)
+@pytest.mark.parametrize("size", [(65, 65), (70, 131)])
+def test_e17_what_a_model_makes_of_padding_is_not_squeezed_into_the_image(model, name, size):
+    """The image is padded by hand, and its logits are enlarged to that size and cut."""
+    image = F.interpolate(images(1, 3, 12, 12).mul(40).add(128), size, mode="bicubic")
+    image = image.clamp(0, 255).byte()
+    height, width = (-(-side // PADDED[name]) * PADDED[name] for side in size)
+    margins = [(0, 0), (0, 0), (0, height - size[0]), (0, width - size[1])]
+    padded = torch.from_numpy(np.pad(image.numpy(), margins, mode="edge"))
+    network = Network(copy.deepcopy(model).eval())
+    segmenter = Segmenter(network, Labels(("a", "b", "c")), device="cpu", precision="32-true")
+    mask = segmenter.predict(image[0].permute(1, 2, 0).numpy()).mask
+    with torch.no_grad():
+        found = enlarge(network(image)["out"], size)
+        whole = enlarge(network(padded)["out"], (height, width))
+    # Of what is more than half a stride outside of the image nothing is seen.
+    found, whole = (each[0, :, : size[0] - 2, : size[1] - 2] for each in (found, whole))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    assert (mask[:-2, :-2] == whole.argmax(0).numpy()).mean() > 0.999
 
 
 def test_d23_aux_head_runs_in_training_only(model, name):
@@ -207,7 +230,7 @@ def test_channels_last_and_bf16_autocast_work(model, name):
     x = images(2, 3, 65, 71).to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model.train()(x)["out"]
-    assert logits.shape == (2, NUM_CLASSES, *strided((65, 71), STRIDES.get(name, 1)))
+    assert logits.shape == (2, NUM_CLASSES, *size_of_logits(name, (65, 71)))
     assert logits.isfinite().all()
 
 

@@ -170,3 +170,12 @@ def test_unet_is_built_from_any_timm_feature_extractor():
     model = UNet(encoder, NUM_CLASSES, decoder_channels=(64, 32, 16, 8)).eval()  # stride 16
     with torch.no_grad():
         assert model(images(1, 3, 65, 71))["out"].shape == (1, NUM_CLASSES, 65, 71)
+
+
+def test_e17_a_stage_doubles_its_map_whatever_the_size_it_is_to_have():
+    """A ConvNeXt gives 16 rows for 65 pixels at stride 4: at stride 2 they cover 32 of 33 rows."""
+    stage = DecoderStage(1, 0, 1)
+    stage.convolutions = nn.Identity()
+    x = torch.arange(16.0).view(1, 1, 16, 1).expand(1, 1, 16, 16)
+    rows = stage(x, None, (33, 32))[0, 0, :, 0]
+    assert rows.tolist() == [min(i // 2, 15) for i in range(33)]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import output_in_new_process, run_command
-from filelock import FileLock
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
 from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
@@ -24,6 +23,7 @@ from seg_torch.commands.predict import predict
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.files import PARTIAL
+from seg_torch.folders import locked
 from seg_torch.images import format as image_format
 from seg_torch.images.read import read_image
 from seg_torch.labels import Labels
@@ -366,13 +366,13 @@ def test_an_error_while_writing_ends_the_run(run, tmp_path):
 def batches(monkeypatch) -> list[list[tuple[int, ...]]]:
     """The shapes of the images that went through the network together, batch for batch."""
     seen = []
-    original = Segmenter.predict_batch
+    original = Segmenter.segment
 
-    def predict_batch(self, images, *options):
+    def segment(self, images, *options):
         seen.append([image.shape[:2] for image in images])
         return original(self, images, *options)
 
-    monkeypatch.setattr(Segmenter, "predict_batch", predict_batch)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     return seen
 
 
@@ -436,7 +436,7 @@ def test_d30_devices_auto_starts_no_more_processes_than_files(compose, monkeypat
 
 def test_d27_two_runs_do_not_write_into_one_folder(run, tmp_path):
     with (
-        FileLock(tmp_path / "out" / JOURNAL / "lock"),
+        locked(tmp_path / "out"),
         pytest.raises(InputError, match="another run is writing into this folder"),
     ):
         run()
@@ -452,6 +452,112 @@ def test_d27_only_leftovers_of_prediction_are_deleted(run, tmp_path):
         (tmp_path / "out" / name).touch()
     run("save=[mask]")
     assert kept == [name for name in kept + deleted if (tmp_path / "out" / name).exists()]
+
+
+def test_e54_what_is_no_image_that_can_be_read_is_counted_by_suffix(
+    compose, threshold, tmp_path, caplog
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.HEIC", "b.heic", "c.DNG", "d.mov", "e.npy", "notes.txt", ".hidden.heic"):
+        (photos / name).touch()
+    RGB.save(photos / "f.jpg")
+    arguments = (f"input={photos}", f"output={photos / 'out'}")
+    told = "left out, since these are no images that can be read: "
+    for _ in range(2):  # what the first run has written is not counted by the second one
+        caplog.clear()
+        assert predict(compose("predict", *arguments, "save=[mask,legend,coco]")) == 0
+        (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith(told)]
+        assert line == f"{told}2 .heic, 1 .dng, 1 .mov, 1 .npy, 1 .txt"
+
+
+def test_e55_images_and_their_outputs_may_lie_in_one_folder(compose, threshold, tmp_path):
+    RGB.save(tmp_path / "a.png")
+    for _ in range(2):
+        assert predict(compose("predict", f"input={tmp_path}", f"output={tmp_path}")) == 0
+        assert [row["file"] for row in table(tmp_path)] == ["a.png"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and JOURNAL not in str(p)
+    }
+
+
+@pytest.mark.parametrize("output", ["d", "link", "d/../link"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_e58_no_output_takes_the_place_of_an_input(compose, threshold, tmp_path, output, ours):
+    """Whatever the folder is called, and whether predict has written there before."""
+    (tmp_path / "d/mask").mkdir(parents=True)
+    RGB.save(tmp_path / "d/mask/a.png")
+    (tmp_path / "link").symlink_to("d", target_is_directory=True)
+    if ours:
+        (tmp_path / "d" / JOURNAL).mkdir()
+    before = contents(tmp_path)
+    for given in ("mask/a.png", "mask"):
+        reason = "a.png is an input; it would be replaced"
+        if ours and given == "mask":
+            reason = "all 1 images there are outputs of predict"
+        cfg = compose("predict", f"input={tmp_path / 'd' / given}", f"output={tmp_path / output}")
+        with pytest.raises(InputError, match=reason):
+            predict(cfg)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["mask/a.png", "legend.png", "predictions.csv"])
+def test_e58_what_no_run_has_written_is_not_replaced(compose, threshold, tmp_path, name):
+    """Such as a user's own masks in a folder `mask` beside the images."""
+    RGB.save(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"of the user")
+    before = contents(tmp_path)
+    cfg = compose("predict", f"input={tmp_path / 'a.png'}", f"output={tmp_path}")
+    with pytest.raises(InputError, match=f"{name} is there already, and not from predict"):
+        predict(cfg)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / JOURNAL).exists()
+
+
+def test_e35_a_name_too_long_for_an_output_fails_that_file_alone(
+    compose, threshold, tmp_path, caplog
+):
+    (tmp_path / "in").mkdir()
+    long = "n" * 251 + ".png"  # which takes mask/NAME.png, but not polygons/NAME.geojson
+    for name in ("a.png", long, "z.png"):
+        RGB.save(tmp_path / "in" / name)
+    cfg = compose("predict", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}")
+    cfg.save = ["mask", "polygons"]
+    assert predict(cfg) == 1
+    assert predict(cfg) == 1  # and the second run, which goes on
+    assert [row["file"] for row in table(tmp_path / "out")] == ["a.png", "z.png"]
+    names = {path.name for path in (tmp_path / "out").rglob("*") if JOURNAL not in path.parts}
+    assert names == {
+        *("mask", "a.png", "z.png", "polygons", "a.geojson", "z.geojson", "predictions.csv")
+    }
+    (failure, _) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("failed")]
+    assert f"{long}: the name of its output is too long: " in failure
+    cfg.save = ["mask"]
+    assert predict(cfg) == 0
+
+
+def test_e44_packages_of_the_outputs_are_looked_for_first(compose, tmp_path, monkeypatch):
+    RGB.save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    cfg = compose("predict", f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}")
+    cfg.save, cfg.checkpoint = ["mask", "geotiff"], "there is no such file"
+    with pytest.raises(InputError, match=r"save=\[geotiff\] needs tifffile: pip install"):
+        predict(cfg)
+
+
+def test_an_output_that_was_damaged_meanwhile_is_named(compose, threshold, tmp_path):
+    RGB.save(tmp_path / "a.png")
+    arguments = (f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}", "save=[coco]")
+    assert predict(compose("predict", *arguments)) == 0
+    (tmp_path / "out/coco/a.json").write_bytes(b"")
+    with pytest.raises(InputError, match=r"coco/a\.json is damaged .* delete it"):
+        predict(compose("predict", *arguments))
+    (tmp_path / "out/coco/a.json").unlink()
+    assert predict(compose("predict", *arguments)) == 0
 
 
 def line(*arguments: str) -> list[str]:

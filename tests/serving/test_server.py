@@ -14,11 +14,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from fastapi import Response
 from omegaconf import OmegaConf
 from PIL import Image
@@ -278,6 +280,12 @@ class Worker:
         self.batches.append(([upload.name for upload in uploads], Future()))
         return self.batches[-1][1]
 
+    def is_ready(self) -> bool:
+        return not self.loaded.exception()
+
+    def check(self) -> None:
+        pass
+
 
 @pytest.fixture
 def batcher(monkeypatch) -> Batcher:
@@ -322,6 +330,68 @@ def test_what_nobody_waits_for_any_more_is_not_worked_on(batcher):
             assert worker.batches[2][0] == ["c"]
 
     asyncio.run(scenario())
+
+
+def test_e64_clients_that_hang_up_are_not_worked_off(batcher):
+    """By real connections: the next client waits for what is at work alone."""
+
+    async def scenario() -> None:
+        (worker,) = batcher.workers
+        batcher.timeout = 60
+        port = free_port()
+        settings = uvicorn.Config(create_app(batcher, {}, 1000), port=port, log_level="error")
+        server = uvicorn.Server(settings)
+        running = asyncio.create_task(server.serve())
+        await until(lambda: server.started)
+
+        async def ask(name: str) -> asyncio.StreamWriter:
+            form = f'--x\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n.'
+            form += "\r\n--x--\r\n"
+            head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            head += f"{len(form)}\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n"
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write((head + form).encode())
+            await writer.drain()
+            return writer
+
+        first = await ask("first")
+        await until(lambda: worker.batches)
+        impatient = [await ask(f"{i}") for i in range(8)]
+        await until(lambda: batcher.queue.qsize() == 8)
+        for writer in impatient:
+            writer.close()
+        patient = await ask("patient")
+        await until(lambda: batcher.queue.qsize() == 9)
+        await asyncio.sleep(0.2)  # in which the server hears of those that are gone
+        worker.batches[0][1].set_result([Response("1")])
+        await until(lambda: len(worker.batches) == 2)
+        assert worker.batches[1][0] == ["patient"]
+        worker.batches[1][1].set_result([Response("2")])
+        for writer in (first, patient):
+            writer.close()
+        server.should_exit = server.force_exit = True
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_e64_a_model_that_cannot_be_loaded_again_is_tried_again(batcher, caplog):
+    """Such as while its file is being replaced."""
+
+    async def scenario() -> None:
+        (worker,) = batcher.workers
+        worker.process, worker.start = Mock(), Mock()
+        async with batcher.running():
+            answer = batcher.submit(by_name("x"))
+            await until(lambda: worker.batches)
+            worker.loaded = Future()
+            worker.loaded.set_exception(InputError("checkpoint=a.ckpt: no such file"))
+            worker.batches[0][1].set_exception(NameError("_model"))
+            assert (await answer).status_code == 503
+            worker.start.assert_called_once()
+
+    asyncio.run(scenario())
+    assert "cannot be loaded again: checkpoint=a.ckpt: no such file" in caplog.text
 
 
 def test_a_fault_of_the_model_is_answered_without_a_word_of_it(batcher, caplog):
@@ -441,9 +511,16 @@ def test_devices_are_all_so_many_or_those_of_the_numbers(monkeypatch, kind, chos
 def model_process(session: int) -> int:
     """The process that has the model."""
     for process in members(session):
-        if b"--multiprocessing-fork" in Path(f"/proc/{process}/cmdline").read_bytes():
+        if is_model(process):
             return process
     return pytest.fail("there is none")
+
+
+def is_model(process: int) -> bool:
+    try:
+        return b"--multiprocessing-fork" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return False
 
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -451,27 +528,36 @@ only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @only_linux
 @pytest.mark.parametrize("when", ["at work", "idle"])
-def test_a_killed_model_process_is_replaced(server, when):
+def test_e64_a_killed_model_process_is_replaced(server, when):
     process, client, segmenter = server
 
     def ask() -> httpx.Response:
         return client.post("/predict", content=encoded(photo(0)), headers=PNG)
 
     child = model_process(process.pid)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(MAX_BATCH + 2) as pool:
         if when == "at work":
             os.kill(child, signal.SIGSTOP)
-            answer = pool.submit(ask)
+            answers = [pool.submit(ask) for _ in range(MAX_BATCH)]
             time.sleep(1)
-            assert not answer.done()
+            waiting = [pool.submit(ask) for _ in range(2)]
+            time.sleep(0.5)
+            assert not any(answer.done() for answer in (*answers, *waiting))
         os.kill(child, signal.SIGKILL)
         if when == "at work":
-            answer = answer.result(timeout=10)
-            assert answer.status_code == 503
-            assert "has ended" in answer.json()["detail"]
+            for answer in (future.result(timeout=10) for future in answers):
+                assert answer.status_code == 503
+                assert "has ended" in answer.json()["detail"]
             assert client.get("/health").status_code == 503, "the model is being loaded"
+            assert [future.result().status_code for future in waiting] == [200, 200]
         else:
-            time.sleep(1)  # it is noticed, but nothing is done
+            for _ in range(1200):  # nobody has to ask before the model is loaded again
+                time.sleep(0.1)
+                found = {p for p in members(process.pid) if p != child and is_model(p)}
+                if found and client.get("/health").text == "ok":
+                    break
+            else:
+                pytest.fail("there is no new process")
     answer = ask()
     assert answer.status_code == 200
     assert np.array(Image.open(BytesIO(answer.content))).tobytes() in possible(segmenter, photo(0))

@@ -147,6 +147,15 @@ STRIDES = {  # of the logits, where not 1
     "eomt": 2,
 }
 
+# Those that pad images to a multiple of this. Where the stride of their logits does not divide the
+# size of an image, they give them at its size.
+PADDED = {
+    "hrnet": 32,
+    **dict.fromkeys(("vit", "vit_linear", "vit_frozen"), 16),
+    **dict.fromkeys(("transformers", *MASK_MODELS), 32),
+    "eomt": 8,
+}
+
 EXTRAS = {"smp": "segmentation_models_pytorch", "transformers": "transformers"}
 
 EXTRAS |= dict.fromkeys(MASK_MODELS, "transformers")
@@ -192,6 +201,12 @@ def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 def strided(size: Sequence[int], stride: int) -> tuple[int, ...]:
     return tuple(math.ceil(side / stride) for side in size)
+
+
+def size_of_logits(name: str, size: tuple[int, int]) -> tuple[int, ...]:
+    stride = STRIDES.get(name, 1)
+    whole = name in PADDED and any(side % stride for side in size)
+    return size if whole else strided(size, stride)
 
 
 # trainer.deterministic on a GPU. Training on `meta` shows what it would call there: `meta` computes

@@ -25,7 +25,7 @@ from seg_torch.datasets import shapes
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
-from seg_torch.models import unet
+from seg_torch.models import unet, weights
 from seg_torch.models.network import Network
 from seg_torch.prediction.segmenter import Segmenter
 from seg_torch.training.trainer import AtomicCheckpointIO, build_trainer
@@ -144,10 +144,23 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     assert writer.load_checkpoint(path, weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize("value", [np.float64(0.5), {"a": [np.int64(1)]}, np.zeros(2)])
+def test_e30_a_checkpoint_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_path, value):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    good = {"callbacks": {"Mine": {"best": 0.5, "size": torch.Size([2])}, "None": None}}
+    writer.save_checkpoint({**good, "weights": torch.ones(2)}, path)
+    bad = {"callbacks": {**good["callbacks"], "Other": {"best": value}}}
+    with pytest.raises(InputError, match=r"again: callbacks\.Other\.best.* is a numpy\..*float\("):
+        writer.save_checkpoint({**bad, "weights": torch.zeros(2)}, path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert weights.load(path)["weights"].tolist() == [1, 1]
+
+
 def test_lightning_saves_checkpoints_that_way(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        "seg_torch.training.trainer.write_atomically", lambda path, write: saved.append(Path(path))
+        "seg_torch.training.trainer.write_atomically",
+        lambda path, write, durable: saved.append(Path(path)),
     )
     trainer = trainer_of()
     trainer.strategy.save_checkpoint({}, tmp_path / "a.ckpt")

@@ -304,6 +304,10 @@ def dataset(
     stamps = tuple((file, s.st_size, s.st_mtime_ns) for file, s in stats)
     images = tuple(base.list_files(home, IMAGE_SUFFIXES))
     samples, names = _read_once(read, home, tuple(files), images, stamps)
+    prefix = os.path.join(home, "")
+    if not all(sample.file.startswith(prefix) for sample in samples):
+        # The stamps are none of files elsewhere, to which YOLO's data.yaml may point.
+        samples, names = _read_once.__wrapped__(read, home, tuple(files), images, stamps)
     rest, values = IGNORE_INDEX, {IGNORED: IGNORE_INDEX}
     names = [name for name in names if name != IGNORED]
     if background is not None:
@@ -342,7 +346,7 @@ def _read_once(
         folder.leave_out("images without annotation", image)
     for reason, left_out in folder.left_out.items():
         several = ", ".join([*sorted(left_out)[:3], *["..."][: len(left_out) > 3]])
-        log.info("%s: not read are %d %s: %s", home, len(left_out), reason, several)
+        log.info("%s: left out: %d %s (%s)", home, len(left_out), reason, several)
     count = Counter((sample.name, sample.split) for sample in samples)
     ambiguous = {name for (name, _), number in count.items() if number > 1}
     return [_with_suffix(s) if s.name in ambiguous else s for s in samples], names

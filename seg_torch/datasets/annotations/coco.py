@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
 from seg_torch.errors import InputError
+from seg_torch.images.convert import upright
 from seg_torch.images.read import opened
 from seg_torch.labels import IGNORE_INDEX
 
@@ -103,7 +104,7 @@ class PanopticDataset(annotated.AnnotatedDataset):
         """
         path = self.pairs[index].mask
         with opened(path, "a mask") as image:
-            red, green, blue = np.moveaxis(np.array(image.convert("RGB"), np.int32), 2, 0)
+            red, green, blue = np.moveaxis(np.array(upright(image).convert("RGB"), np.int32), 2, 0)
         segments, inverse = np.unique(red + 256 * green + 65536 * blue, return_inverse=True)
         ids = {0: IGNORE_INDEX} | {i: self.values[name] for name, i in self.shapes(index)}
         unknown = [i for i in segments.tolist() if i not in ids]

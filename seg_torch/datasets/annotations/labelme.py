@@ -74,7 +74,7 @@ class LabelmeDataset(annotated.AnnotatedDataset):
             return super().image(index)
         with base.parsing(pair.mask, "imageData: "):
             content = base64.b64decode(base.read_json(pair.mask)["imageData"])
-            return read_image(pair.mask, content)
+            return read_image(pair.mask, content, self.format.white)
 
 
 def is_labelme(content: Any) -> bool:

@@ -17,7 +17,7 @@ from seg_torch.datasets.folder import read_palette_mask
 from seg_torch.errors import InputError
 from seg_torch.files import is_hidden
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
-from seg_torch.labels import IGNORE_INDEX, Labels
+from seg_torch.labels import IGNORE_INDEX, VOC_PALETTE, Labels
 
 log = logging.getLogger(__name__)
 
@@ -187,22 +187,28 @@ def read_labelmap(path: Path) -> Labels:
     """Return the classes and colours of CVAT's `labelmap.txt`.
 
     Raises:
-        InputError: A line is not `name:R,G,B:parts:actions`, or two classes have one colour.
+        InputError: A line is not `name:R,G,B:parts:actions`, two classes have one colour, or only
+            some have one.
     """
     names, colours = [], []
     for line in base.read_list(path):
         if line.startswith("#"):
             continue
-        match = re.fullmatch(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3}):[^:]*:[^:]*", line)
+        match = re.fullmatch(r"(.+?):(?:(\d{1,3}),(\d{1,3}),(\d{1,3}))?:[^:]*:[^:]*", line)
         if match is None:
             raise InputError(f"{path}: the line {line!r} is not name:R,G,B:parts:actions")
         names.append(match[1])
-        colours.append([int(value) for value in match.groups()[1:]])
+        if match[2]:
+            colours.append([int(value) for value in match.groups()[1:]])
+    if 0 < len(colours) < len(names):
+        raise InputError(f"{path}: {len(colours)} of {len(names)} classes have a colour")
     twice = sorted({tuple(colour) for colour in colours if colours.count(colour) > 1})
     if twice:
         raise InputError(f"{path}: two classes have the colour {twice[0]}, give each its own")
     with base.parsing(path):
-        return Labels(tuple(names), np.array(colours).reshape(-1, 3))
+        # Datumaro leaves the colours out where they are those of VOC.
+        palette = np.array(colours) if colours else VOC_PALETTE[: len(names)]
+        return Labels(tuple(names), palette)
 
 
 def _by_name(folder: Path, files: Iterable[str]) -> dict[str, str]:
@@ -237,7 +243,7 @@ def _pairs(
     home = images.parent
     image_files = _by_name(images, base.list_files(images, IMAGE_SUFFIXES))
     mask_files = _by_name(masks, base.list_files(masks, (".png",)))
-    splits = _listed_splits(home, mask_files)
+    splits = _listed_splits(home, mask_files, image_files)
     if empty:
         mask_files = {
             name: image_files[name] for name in splits if name in image_files
@@ -256,7 +262,7 @@ def _pairs(
     return [sample[:3] for sample in chosen]
 
 
-def _listed_splits(home: Path, masks: Iterable[str]) -> dict[str, str]:
+def _listed_splits(home: Path, masks: Iterable[str], images: Iterable[str]) -> dict[str, str]:
     """Return the split of each listed name, "" where no list says; without lists, of each mask.
 
     Raises:
@@ -278,8 +284,8 @@ def _listed_splits(home: Path, masks: Iterable[str]) -> dict[str, str]:
             if splits.setdefault(name, lists[path.name]) != lists[path.name]:
                 twice.append(f"{name}: in {path.name}, and in the list of {splits[name] or 'none'}")
     base.raise_problems(twice, f"names are in two lists of {home / LISTS}")
-    unused = sorted((unknown | {*masks}) - {*splits})
+    unused = sorted(unknown.union(masks, images) - splits.keys())
     if unused:
-        some = ", ".join(unused[:3])
-        log.info("%s: %d listed names and masks are in no split: %s", home, len(unused), some)
+        some = ", ".join([*unused[:3], *["..."][: len(unused) > 3]])
+        log.info("%s: left out: %d names that are in no split (%s)", home, len(unused), some)
     return splits

@@ -276,12 +276,6 @@ def test_e06_images_that_differ_in_their_suffix_alone_are_all_read(tmp_path):
     assert [p.image.name for p in datasets.coco(tmp_path, "train").pairs] == ["0.jpg", "1.png"]
 
 
-def test_e07_a_file_of_two_splits_in_its_name_belongs_to_none(tmp_path):
-    images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate("abc")]
-    write_coco_files(tmp_path, instances_train_val=content_of(images, [], {1: "car"}))
-    assert [len(datasets.coco(tmp_path, split)) for split in ("train", "val")] == [2, 1]
-
-
 def test_e07_only_test_images_are_not_trained_on(tmp_path):
     images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate("abc")]
     write_coco_files(tmp_path, test=content_of(images, [], {1: "car"}))
@@ -496,7 +490,7 @@ def test_e70_what_a_coco_folder_holds_and_is_not_read_is_counted(make, caplog):
     make_data.save(make_data.picture(0), root / "test2017" / "more.jpg")
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.coco(root, "train")
-    assert "not read are 1 images without annotation: test2017/more.jpg" in caplog.text
+    assert "left out: 1 images without annotation (test2017/more.jpg)" in caplog.text
     assert "not read are annotations/captions_train2017.json" in caplog.text
 
 

@@ -73,6 +73,7 @@ def test_a_cvat_export_without_images_says_how_to_export_them(make):
     ("lines", "message"),
     [
         (["car:1,2"], r"the line 'car:1,2' is not name:R,G,B:parts:actions"),
+        (["car:1,2,3::", "sky:::"], "1 of 2 classes have a colour"),
         (["car:1,2,3::", "sky:1,2,3::"], r"two classes have the colour \(1, 2, 3\)"),
         (["# nothing"], "0 class names"),
         (["car:1,2,300::"], "the palette has shape"),
@@ -183,7 +184,7 @@ def test_e72_a_list_that_is_no_split_is_named(make, caplog):
     make_data.write_lines(lists / "holdout.txt", ["photo_4"])
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.cvat(root, "train")
-    assert "2 listed names and masks are in no split: more/photo_3, photo_4" in caplog.text
+    assert "left out: 2 names that are in no split (more/photo_3, photo_4)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cvat", "labelme_voc"])
@@ -234,3 +235,22 @@ def test_e83_white_masks_of_roboflow_are_told_about_in_its_own_words(make):
     for path in root.rglob("_classes.csv"):
         make_data.write_lines(path, ["Pixel Value, Class", "0, background", "255, car"])
     assert not inspect_dataset(datasets.roboflow, root)["problems"]
+
+
+def test_a_labelmap_of_datumaro_without_colours_means_those_of_voc(make):
+    root = make("cvat")
+    expected = all_masks(datasets.cvat, root)
+    make_data.write_lines(root / "labelmap.txt", ["background:::", "car:::", "traffic light:::"])
+    for name, mask in expected.items():
+        (path,) = (root / "SegmentationClass").rglob(f"{name}.png")
+        make_data.save(np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)[mask], path)
+    found = all_masks(datasets.cvat, root)
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_e70_labelme2voc_images_without_a_mask_are_counted(make, caplog):
+    root = make("labelme_voc")
+    make_data.save(make_data.picture(9), root / "JPEGImages" / "lost.jpg")
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        datasets.labelme_voc(root, "train")
+    assert "left out: 1 names that are in no split (lost)" in caplog.text

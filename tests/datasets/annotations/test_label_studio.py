@@ -180,9 +180,9 @@ def test_e70_regions_without_an_area_are_counted(make, caplog):
     with caplog.at_level(logging.INFO, "seg_torch"):
         after = all_masks(datasets.label_studio, root)
     assert all((after[name] == before[name]).all() for name in before)
-    assert "not read are 2 results of the type keypointlabels: task 1, task 1" in caplog.text
-    assert "not read are 1 results of the type choices: task 1" in caplog.text
-    assert "not read are 1 tasks without annotation: task 6" in caplog.text
+    assert "left out: 2 results of the type keypointlabels (task 1, task 1)" in caplog.text
+    assert "left out: 1 results of the type choices (task 1)" in caplog.text
+    assert "left out: 1 tasks without annotation (task 6)" in caplog.text
 
 
 def test_e70_a_class_or_an_image_without_an_area_is_refused(make):

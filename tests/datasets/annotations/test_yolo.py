@@ -102,7 +102,7 @@ def test_e72_an_entry_of_images_that_is_no_split_is_named(make, caplog):
         file.write("holdout: images/val\n")
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.yolo(root, "train")
-    assert "1 entries of data.yaml that are neither train, val nor test: holdout" in caplog.text
+    assert "1 entries of data.yaml that are neither train, val nor test (holdout)" in caplog.text
 
 
 def test_e74_poses_are_refused(make):
@@ -167,7 +167,7 @@ def test_e70_text_files_without_an_image_are_counted(make, caplog):
     (root / "images" / "train" / "photo_0.jpg").unlink()
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.yolo(root, "train")
-    assert "not read are 1 text files without an image" in caplog.text
+    assert "left out: 1 text files without an image" in caplog.text
 
 
 def test_a_folder_relative_to_the_current_one_is_read(make, monkeypatch):
@@ -184,3 +184,15 @@ def test_another_yaml_file_beside_that_of_the_dataset_is_no_dataset(make):
     (root / "data.yaml").rename(root / "mine.yaml")
     make_data.write_lines(root / "args.yaml", ["task: segment", "epochs: 100"])
     assert len(datasets.yolo(root, "train")) == 3
+
+
+def test_e16_labels_outside_of_the_folder_are_read_anew(make, tmp_path):
+    root = make("yolo")
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    (root / "data.yaml").rename(home / "data.yaml")
+    text = (home / "data.yaml").read_text().replace("../datasets/mine", str(root))
+    (home / "data.yaml").write_text(text)
+    assert datasets.yolo(home, "val").mask(0).any()
+    (root / "labels" / "val" / "photo_3.txt").write_text("")
+    assert not datasets.yolo(home, "val").mask(0).any()
