@@ -61,13 +61,13 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
         return []
     files: list[str] = []
     above = {*folder.resolve().parents, *folder.absolute().parents}
-    seen = {_identity(path) for path in above}
+    seen = {identity(path) for path in above}
     folders: list[str] = [""]
     links: list[str] = []  # links come last: the name of a folder itself counts
     while folders or links:
         below = folders.pop() if folders else links.pop(0)
         with readable(folder / below):
-            identity = _identity(folder / below)
+            identity = identity(folder / below)
             if identity in seen:
                 continue
             seen.add(identity)
@@ -91,9 +91,9 @@ def _warn_of_dead_link(path: str) -> None:
     log.warning("%s is a link to nothing: what it stood for is left out", path)
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """Return what two paths of one folder have in common."""
-    stat = os.stat(folder)
+def identity(path: str | Path) -> tuple[int, int]:
+    """Return what tells a file or folder from all others, whatever it is called."""
+    stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 
 

@@ -22,7 +22,7 @@ from seg_torch.datasets.layout import (
     without_words,
 )
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically, write_text
+from seg_torch.files import identity, write_atomically, write_text
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.images.read import IMAGE_SUFFIXES, opened
 from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, palette_image
@@ -190,22 +190,16 @@ def write_folder(
     Raises:
         InputError: A file to be replaced is one of the samples' own.
     """
-    files = [file for pair in getattr(samples, "pairs", ()) for file in pair[1:]]
-    read = {_identity(file) for file in files if os.path.exists(file)}
+    files = [file for pair in getattr(samples, "pairs", None) or () for file in pair[1:]]
+    read = {identity(file) for file in files if os.path.exists(file)}
     for number, (image, mask) in enumerate(samples):
         rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, content in (("images", rgb), ("masks", palette_image(mask.numpy(), labels))):
             path = Path(root, kind, f"{number:04d}.png")
-            if path.exists() and _identity(path) in read:
+            if path.exists() and identity(path) in read:
                 raise InputError(f"{path} is a file of the samples: write them to another folder")
             write_atomically(path, content.save)
     write_classes(labels, Path(root))
-
-
-def _identity(file: str | Path) -> tuple[int, int]:
-    """Return what tells a file from all others, whatever it is called."""
-    stat = os.stat(file)
-    return stat.st_dev, stat.st_ino
 
 
 def write_classes(labels: Labels, root: Path) -> None:
