@@ -67,10 +67,10 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     while folders or links:
         below = folders.pop() if folders else links.pop(0)
         with readable(folder / below):
-            identity = identity(folder / below)
-            if identity in seen:
+            folder_id = identity(folder / below)
+            if folder_id in seen:
                 continue
-            seen.add(identity)
+            seen.add(folder_id)
             with os.scandir(folder / below) as entries:
                 for entry in entries:
                     if is_hidden(entry.name):
