@@ -296,7 +296,7 @@ def test_e18_a_test_set_of_yolo_without_text_files_has_no_labels(tmp_path, caplo
     with caplog.at_level(logging.INFO, "seg_torch"):
         test, val = datasets.yolo(tmp_path, "test"), datasets.yolo(tmp_path, "val")
     assert test.pairs == val.pairs
-    assert "test images without text files: " in caplog.text
+    assert "1 images without annotation (images/test/photo_9.jpg)" in caplog.text
 
 
 # What inspect notes, train says

@@ -113,7 +113,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     images = [
         (split, image) for key, split in keys.items() for image in _images(config, content, key)
     ]
-    images = [each for split in base.SPLITS for each in _annotated(folder, config, images, split)]
+    images = [each for split in base.SPLITS for each in _annotated(config, images, split)]
     has_val = {"train", "val"} <= {split for split, _ in images}
     home = f"{posixpath.normpath(folder.home.absolute().as_posix())}/"
     texts: dict[str, str] = {}
@@ -134,9 +134,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     return list(dict.fromkeys(classes.values()))
 
 
-def _annotated(
-    folder: annotated.AnnotatedFolder, config: Path, images: list[tuple[str, str]], split: str
-) -> list[tuple[str, str]]:
+def _annotated(config: Path, images: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
     """Return the images of a split, none for a test set without text files, which has no labels.
 
     Raises:
@@ -146,8 +144,6 @@ def _annotated(
     if not chosen or any(_text_of(image).exists() for _, image in chosen):
         return chosen
     if split == "test":
-        for _, image in chosen:
-            folder.leave_out("test images without text files", image)
         return []
     image = chosen[0][1]
     raise InputError(
