@@ -14,6 +14,7 @@ from PIL import Image
 from seg_torch import datasets, files
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
+from seg_torch.datasets.base import read_index_mask
 from seg_torch.errors import InputError
 from seg_torch.prediction.folder import find_images
 
@@ -317,3 +318,31 @@ def test_e82_the_size_of_a_turned_photo_says_that_it_is_turned(own):
     message = r"64 x 48 pixels, its image .*photo_0\.jpg has 64 x 80 as its EXIF data turn it"
     with pytest.raises(InputError, match=message):
         SegmentationDataModule(datasets.folder, str(own)).check_files()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((32, 32, 5), "uint8", r"5 channels of uint8; data\.channels=5 data\.bits=8 read"),
+        ((32, 32, 6), "uint16", r"6 channels of uint16; data\.channels=6 data\.bits=16 read"),
+        (
+            (32, 32, 3),
+            "float32",
+            r"3 channels of float32; convert it to uint8 or uint16; then data",
+        ),
+    ],
+)
+def test_e82_a_tiff_of_other_channels_names_the_settings(tmp_path, shape, dtype, message):
+    tifffile = pytest.importorskip("tifffile")
+    make_data.make_folder(tmp_path)
+    (tmp_path / "images/photo_0.jpg").unlink()
+    tifffile.imwrite(tmp_path / "images/photo_0.tif", np.ones(shape, dtype), planarconfig="contig")
+    with pytest.raises(InputError, match=rf"photo_0\.tif: .*{message}"):
+        SegmentationDataModule(datasets.folder, str(tmp_path)).check_files()
+
+
+def test_e82_a_mask_of_64_bits_says_what_to_save(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((32, 32), np.int64))
+    with pytest.raises(InputError, match=r"a\.tif: .*1 channels of int64; save masks with one"):
+        read_index_mask(tmp_path / "a.tif")
