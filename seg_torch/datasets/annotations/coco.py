@@ -257,6 +257,8 @@ def _number(value: Any, what: str) -> float:
 
 def _object(annotation: Mapping[str, Any], categories: Mapping[int, str]) -> tuple[float, str, Any]:
     """Return what an annotation's place is sorted by, crowds and then by area, class and shape."""
+    if "segments_info" in annotation:
+        raise InputError("it has segments_info, so this is data=coco_panoptic")
     category, shape = _id(annotation["category_id"]), annotation["segmentation"]
     if category not in categories:
         raise InputError(f"category {category} is not in the categories {[*categories]}")
@@ -333,6 +335,8 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     for file, content in contents.items():
         for number, annotation in enumerate(content.annotations):
             with folder.part(file, f"image {annotation.get('image_id')}: "):
+                if "segments_info" not in annotation:
+                    raise InputError("it has no segments_info, so this may be data=coco")
                 maps[file, number] = _find_map(folder, file, annotation["file_name"])
     # An image may be a PNG file of the same name.
     pngs = {*maps.values()}
