@@ -213,7 +213,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
         for number, image in images.items():
             with folder.part(file, f"image {number}: "):
                 path, size = folder.find_image(image["file_name"], file), _size(image)
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 each = found.setdefault((path, split), _Image(path, file, size, []))
                 if (0, 0) != size != each.size:
                     if each.size != (0, 0):
@@ -351,7 +351,7 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
                 if image not in images:
                     raise InputError(f"image {image} is not in the images")
                 path = folder.find_image(images[image]["file_name"], file)
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 segments = _segments(annotation["segments_info"], categories)
                 folder.add(path, path, maps[file, number], segments, split)
     return names
