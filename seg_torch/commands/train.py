@@ -40,7 +40,8 @@ def train(cfg: DictConfig) -> float | None:
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: SegmentationDataModule = instantiate(cfg.data)
-        processes.first(lambda: build.check_interval(cfg, data, processes))  # and downloads them
+        # The first look at the data downloads them.
+        processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
