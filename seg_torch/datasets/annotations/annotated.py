@@ -12,7 +12,7 @@ import os
 import posixpath
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -396,6 +396,12 @@ def _common_parts(first: str, second: str) -> int:
     """Return in how many of their last parts two paths agree."""
     parts = zip(reversed(first.split("/")), reversed(second.split("/")), strict=False)
     return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
+
+
+def refuse_empty(path: str | Path, split: str, images: Collection[object]) -> None:
+    """Raise InputError if what stands for train or val has no images: chance would fill it."""
+    if split in ("train", "val") and not images:
+        raise InputError(f"{path}: no images for {split} here; fill it, or remove it")
 
 
 def same_name(name: str) -> str:

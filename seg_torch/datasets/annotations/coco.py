@@ -209,6 +209,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     found: dict[tuple[str, str], _Image] = {}
     united: dict[str, str] = {}
     for file, (images, annotations, categories) in contents.items():
+        annotated.refuse_empty(folder.home / file, base.split_of(file), images)
         of_file: dict[str, _Image] = {}
         for number, image in images.items():
             with folder.part(file, f"image {number}: "):
@@ -343,6 +344,7 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     for name, paths in folder.images.items():
         folder.images[name] = [path for path in paths if path not in pngs]
     for file, (images, annotations, categories) in contents.items():
+        annotated.refuse_empty(folder.home / file, base.split_of(file), images)
         for number, annotation in enumerate(annotations):
             with folder.part(file, f"image {annotation.get('image_id')}: "):
                 if (file, number) not in maps:
