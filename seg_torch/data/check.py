@@ -91,8 +91,8 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
     """Read every sample of a dataset once, image and mask, in threads.
 
     The result for a dataset of files without problems is remembered in
-    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the names, sizes and
-    times of all files, the classes and the function that reads masks stay the same.
+    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the
+    `fingerprint` of the dataset stays the same.
 
     Args:
         dataset: Any.

@@ -98,15 +98,24 @@ class Pairs(Sequence[Pair]):
         return os.fsdecode(bytes(pair)).split("\0")
 
 
+# What stands for a split in a name, and what a folder of one may be called.
+_WORD = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
+_FOLDER = rf"{_WORD}(?:[-_ ]?(?:images?|imgs?|set|data|split|labels?|annotations?|json))?$"
+
+
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
     `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood. The
-    last part of the path with such a word decides; one with words of two splits says nothing.
+    last part of the path with such a word decides; one with words of two splits says nothing. A
+    folder's name ends in the word, or in another one such as images: `test_drive/` is no split.
+
+    Args:
+        path: With `/`, which a folder ends in.
     """
-    words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
-    for part in reversed(path.lower().split("/")):
-        splits = {*re.findall(words, part)}
+    name, *folders = reversed(path.lower().split("/"))
+    for part, pattern in [(name, _WORD), *((folder, _FOLDER) for folder in folders)]:
+        splits = {*re.findall(_WORD, part)} if re.search(pattern, part) else ()
         if splits:
             return splits.pop() if len(splits) == 1 else ""
     return ""

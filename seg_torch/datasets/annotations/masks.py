@@ -67,7 +67,10 @@ def roboflow(
     base.raise_problems(missing, f"images have {what}them", f"{what}it")
     samples = [
         annotated.Annotated(
-            mask, images[name], f"{home}/{mask}{MASK}", split=base.split_of(posixpath.dirname(name))
+            mask,
+            images[name],
+            f"{home}/{mask}{MASK}",
+            split=base.split_of(f"{posixpath.dirname(name)}/"),
         )
         for name, mask in with_mask.items()
     ]
@@ -281,8 +284,9 @@ def _listed_splits(home: Path, masks: Iterable[str], images: Iterable[str]) -> d
             unknown.update(names)  # such as those of VOC's trainval.txt
             continue
         for name in names:
-            if splits.setdefault(name, lists[path.name]) != lists[path.name]:
-                twice.append(f"{name}: in {path.name}, and in the list of {splits[name] or 'none'}")
+            splits[name] = splits.get(name) or lists[path.name]
+            if lists[path.name] not in ("", splits[name]):
+                twice.append(f"{name}: in {path.name}, and in the list of {splits[name]}")
     base.raise_problems(twice, f"names are in two lists of {home / LISTS}")
     unused = sorted(unknown.union(masks, images) - splits.keys())
     if unused:
