@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 from seg_torch.data import doubts, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
-from seg_torch.data.workers import largest_sample, number_of_workers, prepared_ahead, start_worker
+from seg_torch.data.workers import (
+    TimedLoader,
+    largest_sample,
+    number_of_workers,
+    prepared_ahead,
+    start_worker,
+)
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
@@ -254,9 +260,8 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return a loader of (images uint8 [N, C, H, W], masks uint8 [N, H, W])."""
         samples = self._samples("train", resize_labels=True)
-        sampler = sampling.EpochSampler(
-            len(samples), self.batch_size, self.seed, *self._rank_and_world(), *self.start
-        )
+        rank, world = self._rank_and_world()
+        sampler = self._epoch_sampler(len(samples), rank, world, *self.start)
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
         return self._loader(augmented, sampler, sampling.stack, self.batch_size)
 
@@ -288,9 +293,19 @@ class SegmentationDataModule(LightningDataModule):
             batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
             return batches[batch], [samples[index] for index in batches[batch]]
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        order = sampling.EpochSampler(len(samples), self.batch_size, self.seed, rank, world, epoch)
-        keys = list(order)[batch]
+        keys = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
         return [index for _, index in keys], [augmented[key] for key in keys]
+
+    def _epoch_sampler(
+        self, length: int, rank: int, world: int, epoch: int, start: int = 0
+    ) -> sampling.EpochSampler:
+        # Lightning repeats the batches of a loader that has a `sampler`, not those of a batch
+        # sampler.
+        trainer: Any = self.trainer
+        repeat = trainer is not None and trainer.overfit_batches > 0
+        return sampling.EpochSampler(
+            length, self.batch_size, self.seed, rank, world, epoch, start, repeat
+        )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         samples = self._samples(split, resize_labels=False)
@@ -319,7 +334,7 @@ class SegmentationDataModule(LightningDataModule):
         if workers > 0:
             size = processes * batch_size * largest_sample(dataset, batch_size)
             workers, ahead = prepared_ahead(workers, size, fixed=self.num_workers is not None)
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
