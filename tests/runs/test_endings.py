@@ -219,7 +219,7 @@ def test_e58_a_run_does_not_delete_the_checkpoint_that_it_begins_with(tmp_path):
     best.write_bytes(b"weights")
     (tmp_path / "link").symlink_to("run", target_is_directory=True)
     for source in ("run", "run/checkpoints/best.ckpt", "link"):
-        with pytest.raises(InputError, match="holds init_from=.*: choose another"):
+        with pytest.raises(InputError, match=r"holds init_from=.*: choose another"):
             claim(tmp_path / "run", OmegaConf.create(), None, str(tmp_path / source))
     (tmp_path / "run/test_metrics.json").write_text("{}")
     with pytest.raises(InputError, match="holds a finished run"):

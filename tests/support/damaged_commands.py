@@ -326,7 +326,8 @@ def try_one(home: Path, rng: random.Random, name: str) -> tuple[str, list[str], 
     if code in (1, 2) and "error:" not in text and "failed:" not in text and "refused" not in text:
         faults.append("no message")
     places = [victim, *victim.relative_to(home / "data").parents[:-1]]
-    named = str(home / "data") + ":" in text or any(place.name in text for place in places)
+    named = any(place.name in text for place in places)
+    named |= any(f"{home / 'data'}{end}" in text for end in (":", "/a.xml:"))
     if code == 2 and not named:
         faults.append("the message names neither the file nor its folder")
     writes = name in ("run", "outputs")
@@ -334,6 +335,7 @@ def try_one(home: Path, rng: random.Random, name: str) -> tuple[str, list[str], 
         faults.append("the data were changed")
     faults += [f"left over: {name}" for name in leftovers(home)]
     used = not any(word in str(victim) for word in UNUSED)
+    used &= victim.name not in text  # else it is told, such as an image without annotation
     if code == 0 and changed and used and kind != "rename" and not is_sound(path):
         faults.append("accepted")
     return what, faults, text
