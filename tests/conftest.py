@@ -80,13 +80,17 @@ def promises() -> dict[int, list[str]]:
     return found
 
 
-def run_command(line: str, folder: Path) -> int | str | None:
+def run_command(line: str | list[str], folder: Path) -> int | str | None:
     """Runs a command such as "train data=voc ..." in this process, in a folder.
+
+    Args:
+        line: The command line, or its words.
+        folder: Where it is run.
 
     Returns:
         Its exit code.
     """
-    name, *arguments = line.split()
+    name, *arguments = line.split() if isinstance(line, str) else line
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -180,7 +184,7 @@ def small(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., D
 def command(tmp_path, capsys):
     """`command("train data=voc ...")` runs it here and returns (exit code, standard error)."""
 
-    def command(line: str) -> tuple[int | str | None, str]:
+    def command(line: str | list[str]) -> tuple[int | str | None, str]:
         return run_command(line, tmp_path), capsys.readouterr().err
 
     return command

@@ -1,5 +1,6 @@
 """What strangers' configurations may make: known models and data, of a size that is bounded."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from seg_torch.configuration import instantiate
 from seg_torch.errors import InputError, reason
 
 # What a checkpoint may call. A package as a whole would be too much: among its functions are some
@@ -50,7 +52,8 @@ def instantiate_trusted(
             interpolation, which could read the environment, or arguments that do not fit.
     """
     everything = list(nodes(config))
-    if any(isinstance(node, str) and "${" in node for node in everything):
+    # With a backslash in front it is part of a path.
+    if any(isinstance(node, str) and re.search(r"(?<!\\)(\\\\)*\$\{", node) for node in everything):
         raise InputError(
             "the checkpoint's configuration holds an interpolation (${...}), which seg_torch never "
             "writes; resolving it could read this machine's environment"
@@ -62,7 +65,7 @@ def instantiate_trusted(
             elif str(key).startswith("_") and key != "_partial_" and not trust:
                 raise InputError(f"the checkpoint's configuration holds {key}, an order to Hydra")
     try:
-        return hydra.utils.instantiate(config, **arguments, _convert_="all")
+        return instantiate(config, **arguments)
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None

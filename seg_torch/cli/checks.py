@@ -7,25 +7,26 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
+from seg_torch.cli import names, paths, values
 from seg_torch.cli.help import compose, settings
-from seg_torch.cli.messages import as_text, did_you_mean
 from seg_torch.cli.overrides import Call, groups
 from seg_torch.commands import COMMANDS
 from seg_torch.errors import InputError, require
-from seg_torch.files import CONFIG_FOLDER
 from seg_torch.training import run
 
 # Settings below the top level that null would break.
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
-# Settings that are false, true or a number; what they are for looks at it.
-SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 # What models need besides what is always installed: the extra, and the package.
 MODEL_PACKAGES = {
     "seg_torch.models.smp": ("smp", "segmentation_models_pytorch"),
     "seg_torch.models.transformers": ("transformers", "transformers"),
 }
+# Functions of ours that take more than their YAML files say; of all others we know everything.
+TAKE_MORE = ("seg_torch.datasets.auto", "seg_torch.losses.CrossEntropyLoss")
+# Sections without a function of their own, and what is given what is in them.
+PASSED_ON = {"trainer": "Lightning's Trainer", "model.config": "the model"}
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -44,6 +45,8 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
         name = str(HydraConfig.get().job.config_name)
         defaults, comments = _defaults(call, overrides, name)
         cfg, defaults = _with_current_names(cfg), _with_current_names(defaults)
+        if _says_how_to_get_it(defaults):
+            files = [key for key in files if key != "data.root"]
     if "callbacks" in defaults and cfg.get("callbacks") is None:
         OmegaConf.update(cfg, "callbacks", {}, force_add=True)
     for key in [*map(str, defaults), *NOT_NULL]:
@@ -52,7 +55,9 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
             raise InputError(f"{key} must not be null")
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{key} must be given: {comments.get(key, 'no default')}")
-    _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(defaults))
+    for each in (cfg, defaults):
+        paths.resolve(call.command, each)
+    values.check(cfg, defaults)
     for key in files:
         _check_file(cfg, key, OmegaConf.select(cfg, key))
     require(call.command, call.command, *COMMANDS[call.command].packages)
@@ -65,14 +70,26 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def unknown_setting(call: Call, key: str) -> str:
-    """Return a message with the nearest settings, given the other choices of the command line."""
+def unknown_setting(call: Call, key: str) -> str | None:
+    """Return what to write instead, given the other choices of the command line.
+
+    `None` where there is such a setting.
+    """
     for_one_job = [override for override in call.overrides if "," not in override]
     cfg, _ = _defaults(call, for_one_job, call.command)
-    keys = [name for name, _ in settings(OmegaConf.to_container(cfg))]
-    message = f"there is no setting {key}{did_you_mean(key, {*groups(call.command), *keys})}"
-    if key.rpartition(".")[0] in keys:
-        message += f"\n+{key}=VALUE adds it, for a function that takes it"
+    keys = [*groups(call.command), *(name for name, _ in settings(OmegaConf.to_container(cfg)))]
+    if key in keys:
+        return None
+    value = next(o.partition("=")[2] for o in call.overrides if run.key_of(o) == key)
+    if instead := names.instead_of(key, value, keys):
+        return f"there is no setting {key}; {instead}"
+    near = names.nearest(key, keys)
+    message = f"there is no setting {key}" + f"; did you mean {' or '.join(near)}?" * bool(near)
+    section = key.rpartition(".")[0]
+    target = OmegaConf.select(cfg, f"{section}._target_") or PASSED_ON.get(section, "")
+    ours = target.startswith("seg_torch.") and target not in TAKE_MORE
+    if section in keys and target and not ours:
+        message += f"\n+{key}=VALUE adds it, if {target} takes it"
     return message
 
 
@@ -88,36 +105,13 @@ def _with_current_names(cfg: DictConfig) -> DictConfig:
     return OmegaConf.merge(cfg, renamed)  # type: ignore[return-value]
 
 
-def _check_type(key: str, value: Any, default: Any) -> None:
-    """Refuse a value of another type than the default, also in lists and in sections."""
-    if value is None or (isinstance(value, str) and "${" in value):
-        return
-    if default is None:  # such as the demo's data.augment.crop, which the file below it gives
-        group, _, name = key.partition(".")
-        path = CONFIG_FOLDER / group / "default.yaml"
-        default = OmegaConf.select(OmegaConf.load(path), name) if path.is_file() else None
-        default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
-    if isinstance(default, dict):
-        if not isinstance(value, dict):
-            raise InputError(f"{key}={as_text(value)}: expected {key}.KEY=VALUE")
-        if value.get("_target_") == default.get("_target_"):
-            for name in value.keys() & default.keys():
-                _check_type(f"{key}.{name}".lstrip("."), value[name], default[name])
-        return
-    items = value if isinstance(value, list) else [value]
-    sample = default[0] if isinstance(default, list) and default else default
-    kind = type(sample)
-    if kind is int and list in (type(value), type(default)):
-        kind = float  # lists may mix them
-    if kind not in EXPECTED or (key, value) == ("trainer.deterministic", "warn"):
-        return
-    if key in SWITCHES_OR_NUMBERS and type(value) is int:
-        return
-    kinds = (int, float) if kind is float else (kind,)
-    if not all(type(item) in kinds for item in items):
-        expected = EXPECTED[kind]
-        expected = expected.removeprefix("a ") + "s" if isinstance(default, list) else expected
-        raise InputError(f"{key}={as_text(value)}: expected {expected}, such as {as_text(default)}")
+def _says_how_to_get_it(defaults: DictConfig) -> bool:
+    """Return whether the dataset, where it does not find its files, says how to get them.
+
+    Those do that have a place of their own, without a setting that downloads them.
+    """
+    root = OmegaConf.select(defaults, "data.root")  # None where the user has to give it
+    return root is not None and "download" not in defaults.data
 
 
 def _check_file(cfg: DictConfig, key: str, value: Any) -> None:

@@ -23,13 +23,17 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from seg_torch.cli import paths
 from seg_torch.cli.checks import checked, unknown_setting
 from seg_torch.cli.help import help_page, named_command
 from seg_torch.cli.messages import explain, is_first, is_first_on_machine, print_error
 from seg_torch.cli.overrides import Call, parse
+from seg_torch.commands import COMMANDS
+from seg_torch.configuration import escaped
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.folders import claimed, new_folder
+from seg_torch.training.run import key_of
 from seg_torch.version import __version__
 
 # Lightning's notes on its own insides. Frozen encoders are in eval mode, and all processes hold the
@@ -55,6 +59,10 @@ def main(command: str | None = None) -> NoReturn:
     Args:
         command: Its name; if `None`, the first argument of the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            # A console of Windows (cp1252) has no Chinese, and none has every file's name.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and ends the process itself
     arguments, start = sys.argv[1:], []
     if "--version" in arguments:
@@ -87,6 +95,8 @@ def run_jobs(call: Call) -> list[int]:
         codes.append(code or int(files_failed))
         return result
 
+    # For the folder of a sweep, which Hydra makes before it calls the job.
+    OmegaConf.register_new_resolver("path", lambda path: paths.expanded(str(path)), replace=True)
     argv = sys.argv
     sys.argv = [argv[0], *call.flags, *call.overrides]  # which Hydra reads
     try:
@@ -98,10 +108,14 @@ def run_jobs(call: Call) -> list[int]:
             if call.command == "train" and folders and codes.count(0) > 1:
                 compare_jobs(folders[0])
     except ConfigCompositionException as error:
-        unknown = re.search(r"Could not override '([^'@]+)", str(error))
-        if unknown is None:
+        # A list without brackets, device=0,1, is refused before its setting is looked for.
+        key = re.search(
+            r"(?:Could not override|Ambiguous value for argument) '([^'@=]+)", str(error)
+        )
+        message = unknown_setting(call, key[1]) if key else None
+        if message is None:
             raise
-        raise InputError(unknown_setting(call, unknown[1])) from None
+        raise InputError(message) from None
     finally:
         sys.argv = argv
     return codes
@@ -110,8 +124,9 @@ def run_jobs(call: Call) -> list[int]:
 def compare_jobs(folder: str) -> None:
     """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
+    where = escaped(folder)
     try:
-        compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
+        compare.compare(OmegaConf.create({"runs": where, "split": "test", "output_dir": where}))
     except InputError as error:  # such as runs on several datasets
         log.info("the runs are in no common table: %s", error)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
@@ -149,15 +164,19 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     """
     warnings.filterwarnings("ignore", f".*({NOTES})")
     state = HydraConfig.get()
-    overrides, made = list(state.overrides.task), ""
+    overrides, made, folder = list(state.overrides.task), "", COMMANDS[call.command].folder
     plain: Any = OmegaConf.to_container(cfg)
-    if "output_dir" in cfg and not cfg.get("resume"):
+    if folder is not None and not (call.command == "train" and cfg.resume):
         if state.mode == RunMode.MULTIRUN:
-            cfg.output_dir = state.runtime.output_dir
-        elif "${now:" in plain["output_dir"] and is_first():
-            cfg.output_dir = made = new_folder(cfg.output_dir)  # another run may begin just now
-        overrides = [o for o in overrides if not o.startswith("output_dir=")]
-        overrides.append(f"output_dir='{cfg.output_dir}'")
+            # Hydra has not escaped it: read like a setting, its ${ would be a reference.
+            runtime: Any = OmegaConf.to_container(state.runtime)
+            cfg[folder] = escaped(runtime["output_dir"])
+        elif re.search(r"(?<!\\)\$\{now:", plain[folder]) and is_first():
+            made = new_folder(cfg[folder])  # another run may begin just now
+            cfg[folder] = escaped(made)
+        overrides = [o for o in overrides if not o.startswith(f"{folder}=")]
+        overrides.append(f"{folder}=")
+    overrides = [_as_typed(call.command, cfg, override) for override in overrides]
     environment = set(os.environ)
     HydraConfig.instance().cfg = None
     flags = [flag for flag in call.flags if flag not in ("-m", "--multirun")]
@@ -176,3 +195,10 @@ def execute(call: Call, cfg: DictConfig) -> Any:
                 distributed.destroy_process_group()
             for name in os.environ.keys() - environment:
                 del os.environ[name]
+
+
+def _as_typed(command: str, cfg: DictConfig, override: str) -> str:
+    """Return an override as the user would give it: Hydra's form of a path is quoted."""
+    key, (name, equals, _) = key_of(override), override.partition("=")
+    value = OmegaConf.select(cfg, key) if equals and key in paths.settings_of(command) else None
+    return override if value is None else f"{name}={paths.as_typed(value)}"

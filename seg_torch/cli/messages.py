@@ -116,6 +116,10 @@ def explain(error: BaseException) -> str | None:
         group, choice = str(error.missing_cfg_file).rsplit("/", 1)
         options = [option for option in error.options if option not in INTERNAL]
         hint = did_you_mean(choice, options)
+        if group == "data":
+            hint = f", and no folder of that name{hint}"
+        if group == "model" and os.path.isfile(choice):
+            hint = f"; a file of weights is checkpoint={choice}"
         return f"there is no {group}={choice}{hint}\nThere are: {', '.join(options) or 'none'}"
     if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}"

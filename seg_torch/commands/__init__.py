@@ -13,23 +13,28 @@ class Command:
 
     Attributes:
         positional: The setting that its arguments without a key are.
-        takes_several: Such arguments may be more than one.
+        paths: Its settings at the top level that are paths.
+        folder: That of them in which its results are, with one folder for each job of a sweep.
+        takes_several: Arguments without a key may be more than one.
         packages: What it needs besides what is always installed; the extra has its name.
     """
 
-    positional: str | None = None
+    positional: str
+    paths: tuple[str, ...]
+    folder: str | None = "output_dir"
     takes_several: bool = False
     packages: tuple[str, ...] = ()
 
 
+SERVER = ("fastapi", "uvicorn")
 COMMANDS = {
-    "inspect": Command(),
-    "train": Command(),
-    "evaluate": Command(),
-    "report": Command(positional="checkpoint"),
-    "compare": Command(positional="runs", takes_several=True),
-    "predict": Command(),
-    "export": Command(),
-    "app": Command(packages=("fastapi", "uvicorn", "python_multipart")),
-    "serve": Command(packages=("fastapi", "uvicorn", "python_multipart")),
+    "inspect": Command("data.root", ("output_dir",)),
+    "train": Command("data.root", ("output_dir", "resume", "init_from")),
+    "evaluate": Command("checkpoint", ("checkpoint", "output_dir")),
+    "report": Command("checkpoint", ("checkpoint", "output_dir")),
+    "compare": Command("runs", ("runs", "output_dir"), takes_several=True),
+    "predict": Command("input", ("input", "output", "checkpoint", "compare_with"), "output"),
+    "export": Command("checkpoint", ("checkpoint", "output"), None),
+    "app": Command("checkpoint", ("checkpoint",), None, packages=SERVER),
+    "serve": Command("checkpoint", ("checkpoint",), None, packages=SERVER),
 }

@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from seg_torch.configuration import instantiate
 from seg_torch.data.inspection import class_cells, inspect_data
 from seg_torch.drawing.table import print_table
 from seg_torch.folders import claimed
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def inspect(cfg: DictConfig) -> bool:
     """Print and write what is in all splits; return whether training would be refused."""
     with claimed(cfg.output_dir):
-        findings = inspect_data(instantiate(cfg.data, _convert_="all"), cfg.output_dir)
+        findings = inspect_data(instantiate(cfg.data), cfg.output_dir)
     if findings["splits"]:
         splits = [f"{name}: {of['images']:,} images" for name, of in findings["splits"].items()]
         rows = [[name, *class_cells(findings, row)] for name, row in findings["classes"].items()]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig
 
 from seg_torch import hardware
+from seg_torch.configuration import escaped, instantiate
 from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
@@ -31,15 +31,15 @@ def train(cfg: DictConfig) -> float | None:
     cfg = run.requeued_config(cfg)
     build.check_settings(cfg)
     processes = Processes(cfg.trainer)
-    cfg.output_dir = processes.same(str(cfg.output_dir))  # a time in its name differs between them
-    folder = Path(cfg.output_dir)
+    folder = Path(processes.same(str(cfg.output_dir)))  # a time in its name differs between them
+    cfg.output_dir = escaped(str(folder))
     with processes.claimed(folder), StopOnSignal(folder) as stop, run.disk_errors(folder):
         state = build.read_state(folder) if cfg.resume else None
         processes.first(lambda: run.claim(folder, cfg.trainer, state))
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        data: SegmentationDataModule = instantiate(cfg.data, _convert_="all")
+        data: SegmentationDataModule = instantiate(cfg.data)
         processes.first(lambda: build.check_interval(cfg, data, processes))  # and downloads them
         processes.first(data.check_files)
         processes.first_of_each_machine(data.fetch)

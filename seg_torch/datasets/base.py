@@ -180,6 +180,8 @@ def parsing(file: str | Path, part: str = "") -> Iterator[None]:
         raise InputError(f"{file}: {part}{error} is missing") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
+        if isinstance(error, AttributeError | IndexError | TypeError):  # which speak of the code
+            reason = f"a value has another type or length than expected ({reason})"
         raise InputError(f"{file}: {part}{reason}", pixels=getattr(error, "pixels", {})) from None
 
 
@@ -627,9 +629,10 @@ def without_missing(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 def readers_source() -> str:
     """Return a digest of the code of this package that reads images, masks and annotations."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for folder in ("datasets", "images"):
-        for path in [package / "labels.py", *sorted((package / folder).rglob("*.py"))]:
-            digest.update(path.read_bytes())
+    folders = [package / "datasets", package / "images"]
+    files = [package / "labels.py", *(path for f in folders for path in sorted(f.rglob("*.py")))]
+    for path in files:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import load_network
 from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS
 from seg_torch.distributed import Processes
@@ -125,8 +125,7 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
     Raises:
         InputError: They cannot be used.
     """
-    plain: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    given = {key: value for key, value in plain.items() if value is not None}
+    given = {key: value for key, value in plain(cfg.data).items() if value is not None}
     if given.get("resize") not in (None, model.resize):
         raise InputError(
             f"data.resize={given['resize']}: the network sees images as it did in training, at "

@@ -93,10 +93,14 @@ def opened(
             raise ValueError(known) from None
 
 
-def _open(path: str | Path, content: bytes | None) -> Image.Image:
+def _open(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Open a file, or its content; a PNG whose notes are damaged without them."""
     try:
-        return Image.open(path if content is None else BytesIO(content))
+        image = Image.open(path if content is None else BytesIO(content))
+        if image.format == "TIFF":
+            # Else Pillow maps the file into memory, with height and width exchanged where it lies.
+            image.filename = ""
+        return image
     except UnidentifiedImageError:
         content = Path(path).read_bytes() if content is None else content
         sound = b"".join(chunk for chunk in _chunks(content) if not _is_damaged_note(chunk))
@@ -112,7 +116,7 @@ def _is_damaged_note(chunk: bytes) -> bool:
 
 def orientation(path: str | Path) -> int:
     """Return the EXIF orientation of a file by its header, 1 where it says nothing."""
-    with suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), _open(path) as image:
         # The method of the base class: that of PNG decodes the whole image to look for EXIF data
         # behind the pixels.
         return orientation_in(lambda: Image.Image.getexif(image))
@@ -127,7 +131,7 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
         header.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             # As in `orientation`. TIFF files are turned by Pillow itself.
             orientation = orientation_in(lambda: Image.Image.getexif(image))
             lies = orientation in (5, 6, 7, 8) and image.format != "TIFF"
@@ -262,12 +266,12 @@ class Doubts(NamedTuple):
 
 def doubts(path: str | Path) -> Doubts:
     """Return the doubts about a file that `read_image` reads; most need its header alone."""
-    with suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), _open(path) as image:
         orientation = orientation_in(lambda: Image.Image.getexif(image))
         nodata = getattr(image, "tag_v2", {}).get(GDAL_NODATA)
         if image.mode.startswith("I;16") or image.mode == "I":
             return Doubts(orientation, int(grey_values(image, nodata)[0].max(initial=0)))
-        stored = str(image.tile[0][3]) if image.tile else ""
+        stored = str(image.tile[0][3]) if image.tile else ""  # type: ignore[attr-defined]
         # Pillow keeps the upper half of colours of 16 bits.
         largest = 257 * int(colours(image).max(initial=0)) if ";16" in stored else 0
         band = unlikely_alpha(image)

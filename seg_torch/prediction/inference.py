@@ -6,6 +6,7 @@ at one precision and batch size they decide every pixel alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class InferenceSettings:
         tile, scales = self.tile, self.scales
         if tile not in ("auto", None) and (not isinstance(tile, int) or tile < 64 or tile % 32):
             raise InputError(f"tile={tile}: expected auto, null or a multiple of 32, 64 or more")
-        if not scales or min(scales) <= 0:
+        if not scales or not all(0 < scale < math.inf for scale in scales):  # nan is neither
             raise InputError(f"tta scales {list(scales)}: expected numbers above 0")
 
     @classmethod

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.exported import ExportedNetwork, load_network
 from seg_torch.checkpoints.hub import HUB, hub
 from seg_torch.checkpoints.publish import SCORES, upload, write_model
+from seg_torch.configuration import escaped, instantiate
 from seg_torch.datasets.published.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB, ImageFormat
@@ -335,7 +335,7 @@ def load_segmenters(cfg: DictConfig, device: torch.device) -> dict[str, Segmente
     if cfg.compare_with in PRETRAINED:
         second = Segmenter.pretrained(cfg.compare_with, **_options(cfg, device))
     else:
-        config: Any = OmegaConf.merge(cfg, {"checkpoint": cfg.compare_with})
+        config: Any = OmegaConf.merge(cfg, {"checkpoint": escaped(cfg.compare_with)})
         second = load_segmenter(config, device)
     if second.format != first.format:
         raise InputError(f"compare_with={cfg.compare_with}: it takes images of other channels")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
+from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
@@ -76,8 +76,8 @@ def check_settings(cfg: DictConfig) -> None:
 
 def _optimizer_and_scheduler(cfg: DictConfig) -> tuple[Any, Any]:
     """Return the optimizer and, if there is one, the schedule, as partials."""
-    optimizer = instantiate(cfg.optimizer, _convert_="all")
-    return optimizer, instantiate(cfg.get("scheduler"), _convert_="all") or None
+    optimizer = instantiate(cfg.optimizer)
+    return optimizer, instantiate(cfg.get("scheduler") or {}) or None
 
 
 def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Processes) -> None:
@@ -176,7 +176,7 @@ def build_network(
         preprocessing = state[checkpoint.KEY]["preprocessing"]
         if "weights" in model_config:
             model_config["weights"] = None  # they are in the checkpoint
-    model = instantiate(model_config, num_classes=len(data.labels), _convert_="all")
+    model = instantiate(model_config, num_classes=len(data.labels))
     if data.format != RGB:
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
@@ -204,7 +204,7 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
     return SegmentationTask(
         network,
         data.labels,
-        loss=instantiate(cfg.loss, _convert_="all"),
+        loss=instantiate(cfg.loss),
         optimizer=optimizer,
         scheduler=scheduler,
         aux_weight=cfg.aux_weight,
@@ -279,8 +279,3 @@ def load_best(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.connected)
     set_model_state_dict(network, state, options=options)
     return processes.same((score, epoch))
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain data."""
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

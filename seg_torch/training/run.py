@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
+from seg_torch.configuration import escaped, plain
 from seg_torch.errors import InputError, reason
 from seg_torch.files import PARTIAL, write_atomically, write_text
 
@@ -119,8 +120,9 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         section, _, name = key.rpartition(".")
         if name not in (OmegaConf.select(run, section) or {}):
             raise InputError(f"resume={cfg.resume}: that run has no setting {key}")
-        OmegaConf.update(run, key, OmegaConf.select(cfg, key))
-    return OmegaConf.merge(run, {"resume": cfg.resume, "output_dir": cfg.resume})  # type: ignore[return-value]
+        OmegaConf.update(run, key, escaped(OmegaConf.select(cfg, key)))
+    folder = escaped(cfg.resume)
+    return OmegaConf.merge(run, {"resume": folder, "output_dir": folder})  # type: ignore[return-value]
 
 
 def _stored_config(folder: Path) -> Any:
@@ -154,7 +156,7 @@ def requeued_config(cfg: DictConfig) -> DictConfig:
         )
         return cfg
     log.info("Slurm runs this job again: it goes on with %s", cfg.output_dir)
-    return resumed_config(OmegaConf.merge(cfg, {"resume": cfg.output_dir}), [])  # type: ignore[arg-type]
+    return resumed_config(OmegaConf.merge(cfg, {"resume": escaped(cfg.output_dir)}), [])  # type: ignore[arg-type]
 
 
 def key_of(override: str) -> str:
@@ -233,8 +235,8 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     """
     if not trainer.is_global_zero:
         return
-    config = OmegaConf.merge(cfg, {"resume": None})
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True), durable=True)
+    config = OmegaConf.create({**plain(cfg), "resume": None})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config), durable=True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(
         "%d training images, %d classes, %.1f M trainable weights, %s, effective batch %d",

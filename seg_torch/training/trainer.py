@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.torch_version import TorchVersion
 
 from seg_torch import hardware
+from seg_torch.configuration import instantiate
 from seg_torch.distributed import Processes, refused_by_lightning
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import write_atomically

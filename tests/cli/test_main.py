@@ -174,8 +174,11 @@ def test_e01_a_folder_of_the_time_is_a_new_one_and_stays_only_with_something_in_
             Path(cfg.output_dir, "file").touch()
 
     stub(train)
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    text = "# @package _global_\noutput_dir: runs/${now:%Y}-run\n"
+    (tmp_path / "mine/experiment/timed.yaml").write_text(text)
     for _ in range(3):  # as if in one second
-        assert command("train output_dir=runs/${now:%Y}-run")[0] == 0
+        assert command("train --config-dir mine experiment=timed")[0] == 0
     year = seen[0]
     assert seen == [year, f"{year}-2", f"{year}-3"]
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
@@ -236,7 +239,7 @@ def test_d20_other_processes_get_the_command_line_of_their_job(command, stub, tm
     stub(lambda cfg: seen.append(sys.argv[1:]))
     code, _ = command("train -m --config-dir mine model=own seed=1,2 output_dir=sweep")
     assert code == 0
-    folder = [f"output_dir='{tmp_path}/sweep/{job}'" for job in (0, 1)]
+    folder = [f"output_dir={tmp_path}/sweep/{job}" for job in (0, 1)]
     given = ["--config-dir", "mine", "experiment=shapes", "model=own"]
     assert seen == [[*given, "seed=1", folder[0]], [*given, "seed=2", folder[1]]]
 
@@ -253,7 +256,7 @@ def test_d20_other_processes_are_started_with_the_command_and_the_flags(
     with pytest.raises(SystemExit):
         cli.main()
     given = ["--config-dir", str(CONFIG_FOLDER), "experiment=shapes"]
-    assert seen == [["/bin/seg-torch", "train", *given, "output_dir='run'"]]
+    assert seen == [["/bin/seg-torch", "train", *given, "output_dir=run"]]
     assert sys.argv == line
 
 

@@ -53,6 +53,7 @@ UNUSED = (
     "classes.png",
     "README.md",
 )
+UNUSED += (".journal/",)  # what it has lost is done again
 UNUSED += (
     "out/mask/",
     "out/predictions.csv",
@@ -354,8 +355,6 @@ def too_slow(*_: object) -> None:
 
 def run(home: Path, count: int, seed: int, names: list[str]) -> int:
     """Prints the findings; returns their number."""
-    torch.set_num_threads(1)
-    os.environ.update(TMPDIR=str(home / "tmp"), XDG_CACHE_HOME=str(home / "cache"))
     signal.signal(signal.SIGALRM, too_slow)
     prepare(home, names)
     drawn = [name for name in names for _ in range(WEIGHTS.get(name, 2))]
@@ -375,5 +374,8 @@ def run(home: Path, count: int, seed: int, names: list[str]) -> int:
 
 if __name__ == "__main__":
     folder, count, *rest = sys.argv[1:]
+    home = Path(folder).resolve()
+    torch.set_num_threads(1)
+    os.environ.update(TMPDIR=str(home / "tmp"), XDG_CACHE_HOME=str(home / "cache"))
     seed = int(rest[0]) if rest else 0
-    sys.exit(min(1, run(Path(folder).resolve(), int(count), seed, rest[1:] or list(SOURCES))))
+    sys.exit(min(1, run(home, int(count), seed, rest[1:] or list(SOURCES))))

@@ -1,6 +1,6 @@
 """Mutation tests: small wrong changes of the package, and which tests notice them.
 
-By hand, from the root of a checkout; it takes a quarter of an hour:
+By hand, from the root of a checkout, on Linux or macOS; it takes a quarter of an hour:
 
     python tests/support/mutants.py            # all
     python tests/support/mutants.py losses     # those whose file's path holds the word
@@ -9,15 +9,20 @@ Each change is made alone, in a copy of the files that git knows. It prints the 
 "SURVIVES" where none does. The table of docs/reliability.md sums that up.
 """
 
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
+LIBRARIES = ("torch", "torchvision.transforms.v2", "lightning", "torchmetrics", "timm", "scipy")
 
 
 class Mutant(NamedTuple):
@@ -384,7 +389,7 @@ MUTANTS = [
 
 
 def failing_tests(copy: Path, mutant: Mutant) -> list[str]:
-    """Return the tests that notice a change, at most five of them.
+    """Return the tests that notice a change, at most three of them.
 
     Args:
         copy: Of the checkout; it is put back as it was.
@@ -394,27 +399,35 @@ def failing_tests(copy: Path, mutant: Mutant) -> list[str]:
     before = path.read_text(encoding="utf-8")
     assert before.count(mutant.old) == 1, mutant
     path.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
-    line = f"{sys.executable} -m pytest -q --tb=no --maxfail=5 -p no:cacheprovider {mutant.tests}"
-    try:
-        done = subprocess.run(
-            line,
-            shell=True,
-            cwd=copy,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-    finally:
-        path.write_text(before, encoding="utf-8")
-    if done.returncode not in (0, 1):
-        return [f"pytest failed: {done.stdout[-300:]}{done.stderr[-300:]}"]
-    failed = [row.split()[1] for row in done.stdout.splitlines() if row.startswith("FAILED ")]
-    return failed + [row for row in done.stdout.splitlines() if row.startswith("ERROR ")]
+    output = copy / "output.txt"
+    child = os.fork()
+    if child == 0:
+        run_pytest(copy, mutant.tests, output)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    path.write_text(before, encoding="utf-8")
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    if code not in (0, 1) or (code == 1 and not failed):
+        failed.append(f"pytest ended with {code}: {lines[-1:]}")
+    return failed
+
+
+def run_pytest(copy: Path, tests: str, output: Path) -> NoReturn:
+    """Run tests of the copy in this process, which has the libraries, and end it."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.chdir(copy)
+    sys.path[0] = str(copy)
+    options = "-q --tb=no --maxfail=3 -p no:cacheprovider"
+    os._exit(pytest.main(shlex.split(f"{options} {tests}")))
 
 
 def main(word: str = "") -> None:
     """Try the changes whose file's path holds a word, one at a time."""
+    for name in LIBRARIES:  # once: the processes of the tests are forked from this one
+        importlib.import_module(name)
+    sys.dont_write_bytecode = True
     files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)

@@ -26,7 +26,8 @@ from PIL import Image, ImageDraw
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
 from seg_torch.errors import InputError
-from seg_torch.images.read import IMAGE_SUFFIXES, image_size
+from seg_torch.images.convert import turned
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size, orientation
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ class AnnotatedFolder:
         Raises:
             InputError: The image has other annotations in the same split.
         """
+        if not all(0 <= side < 2**31 for side in size):
+            raise InputError(f"its size is said to be {size[0]} x {size[1]}")
         content = json.dumps(shapes, separators=(",", ":")).encode()
         paths = os.path.join(self.home, image), os.path.join(self.home, file)
         sample = Annotated(name_of(name), *paths, content, split, size)
@@ -242,8 +245,12 @@ class AnnotatedDataset(base.SegmentationDataset):
         pair = self.pairs[index]
         # A small file can claim any size: that of the image counts.
         height, width = image_size(pair.image) or self.image(index).shape[:2]
-        stated = tuple(self._sizes[index].tolist())
-        if stated not in ((0, 0), (width, height)):
+        stated, turn = tuple(self._sizes[index].tolist()), 1
+        if stated == (height, width) != (width, height):  # of the photo as it is stored
+            turn = orientation(pair.image)
+        if turn in (5, 6, 7, 8):
+            width, height = stated
+        elif stated not in ((0, 0), (width, height)):
             raise InputError(
                 f"{pair.mask}: it was made for {pair.image} of {stated[0]} x {stated[1]} pixels, "
                 f"the file has {width} x {height}"
@@ -252,7 +259,7 @@ class AnnotatedDataset(base.SegmentationDataset):
         for number, (name, shape) in enumerate(self.shapes(index), 1):
             with base.parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
                 self.draw(mask, self.values[name], shape)
-        return np.array(mask)
+        return turned(np.array(mask), turn)
 
 
 def files_in(

@@ -152,6 +152,8 @@ def _contents(folder: annotated.AnnotatedFolder) -> tuple[dict[str, _File], list
         categories: dict[int, str] = {}
         with base.parsing(folder.home / file, "categories: "):
             for category in content["categories"]:
+                if not isinstance(category["name"], str | int):
+                    raise InputError(f"one has the name {category['name']!r}")
                 number, name = _id(category["id"]), str(category["name"])
                 if categories.setdefault(number, name) != name:
                     raise InputError(f"the id {number} is that of {categories[number]} and {name}")
@@ -172,8 +174,8 @@ def _contents(folder: annotated.AnnotatedFolder) -> tuple[dict[str, _File], list
 
 def _project(file: str, content: dict[str, Any]) -> int | None:
     """Return the id of the category that stands for a project of Roboflow, if this is one."""
-    description = str((content.get("info") or {}).get("description"))
-    if posixpath.basename(file) == "_annotations.coco.json" or "roboflow" in description.lower():
+    of_roboflow = "roboflow" in str(content.get("info")).lower()
+    if of_roboflow or posixpath.basename(file) == "_annotations.coco.json":
         ordered = sorted(content["categories"], key=lambda category: _id(category["id"]))
         first: dict[str, Any] = ordered[0] if ordered else {}
         groups = {category.get("supercategory") for category in content["categories"]}
@@ -367,6 +369,8 @@ def _segments(infos: list[dict[str, Any]], categories: Mapping[int, str]) -> lis
     """Return class and id of each segment; category 0 without a name is not labelled."""
     names = {0: annotated.IGNORED} | dict(categories)
     segments: dict[int, str] = {}
+    if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
+        raise InputError(f"its segments_info are {infos!r}, which is no list of objects {{...}}")
     for info in infos:
         number, category = _id(info["id"]), _id(info["category_id"] or 0)
         if category not in names:

@@ -89,9 +89,9 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     names: set[str] = set()
     for file, content in folder.contents(is_labelme, "annotations of labelme"):
         with folder.part(file):
-            unnamed = [i for i, shape in enumerate(content["shapes"], 1) if not shape["label"]]
-            if unnamed:
-                raise InputError(f"shape {unnamed[0]} has no label")
+            for number, shape in enumerate(content["shapes"], 1):
+                if not isinstance(shape["label"], str | int) or shape["label"] == "":
+                    raise InputError(f"shape {number}: its label is {shape['label']!r}")
             shapes = [
                 (str(shape["label"]), {key: shape.get(key) for key in KEPT})
                 for shape in content["shapes"]

@@ -103,6 +103,8 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     content = read_yaml(config)
     with base.parsing(config, "names: "):
         names = content["names"]
+        if not isinstance(names, dict | list):
+            raise InputError(f"{names!r} is no list of class names")
         classes = names if isinstance(names, dict) else dict(enumerate(names))
         classes = {int(i): str(name) for i, name in sorted(classes.items())}
     keys = _keys(content)
@@ -113,23 +115,24 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
         (split, image) for key, split in keys.items() for image in _images(config, content, key)
     ]
     has_val = {"train", "val"} <= {split for split, _ in images}
+    home = f"{posixpath.normpath(folder.home.absolute().as_posix())}/"
     texts: dict[str, str] = {}
     for split, image in images:
         text = _text_of(image)
-        name = image.removeprefix(f"{folder.home.absolute().as_posix()}/")
+        name = image.removeprefix(home)
         with folder.collected():
             if texts.setdefault(str(text), image) != image:
                 raise InputError(f"{texts[str(text)]} and {image} are both annotated in {text}")
             shapes = _polygons(text, classes) if text.exists() else []
-            file = str(text) if text.exists() else folder.files[0]
-            folder.add(name, image, file, shapes, split if has_val or split == "test" else "")
+            file = text.as_posix().removeprefix(home) if text.exists() else folder.files[0]
+            folder.add(name, name, file, shapes, split if has_val or split == "test" else "")
     if texts and not any(map(os.path.exists, texts)):
         raise InputError(
             f"{config}: none of {len(images)} images has a text file: of {image} it is {text}"
         )
-    for home in sorted({Path(text).parent for text in texts}):
-        if "labels" in home.parts:
-            there = {str(home / file) for file in base.list_files(home, (".txt",))}
+    for parent in sorted({Path(text).parent for text in texts}):
+        if "labels" in parent.parts:
+            there = {str(parent / file) for file in base.list_files(parent, (".txt",))}
             for other in sorted(there - texts.keys()):
                 folder.leave_out("text files without an image", other)
     return list(dict.fromkeys(classes.values()))

@@ -363,14 +363,13 @@ def test_e06_images_of_one_name_and_other_suffixes_are_told_apart(make, name):
 def test_e16_what_an_older_reader_found_is_not_used(make, monkeypatch, tmp_path):
     root = make("labelme")
     package = tmp_path / "seg_torch"
-    for folder in ("datasets", "images"):
-        shutil.copytree(base.Path(base.__file__).parents[1] / folder, package / folder)
+    shutil.copytree(base.Path(base.__file__).parents[1], package)
     monkeypatch.setattr(base, "__file__", str(package / "datasets" / "base.py"))
     base.readers_source.cache_clear()
     dataset = datasets.labelme(root, "train")
     first = dataset.fingerprint()
     check(dataset)
-    assert dataset.fingerprint() == first
+    assert None is not first == dataset.fingerprint()
     # A line of a helper that the reader calls, far from the function itself.
     path = package / "datasets" / "annotations" / "annotated.py"
     path.write_text(path.read_text().replace("MARGIN = 0.05", "MARGIN = 0.01"))

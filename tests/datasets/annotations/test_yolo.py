@@ -74,6 +74,7 @@ def test_yolo_as_roboflow_and_cvat_write_it(make):
         (["train: images/train"], "no names"),
         (["names: [car, traffic light]"], "no train and val"),
         (["names: [car, traffic light]", "train: pictures"], "train: pictures does not exist in"),
+        (["names: car", "train: images/train"], "names: 'car' is no list of class names"),
         (["names: [car", "train: x"], r"data\.yaml: while parsing"),
     ],
 )
