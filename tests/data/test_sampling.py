@@ -17,6 +17,18 @@ def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     assert len(seen) == len(set(seen))
 
 
+def test_the_order_is_another_in_each_epoch_and_the_same_again_for_its_number():
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = list(EpochSampler(12, 4, seed, epoch=epoch))
+        assert {number for batch in batches for number, _ in batch} == {epoch}
+        return [index for batch in batches for _, index in batch]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in range(3)]
+    assert all(sorted(each) == [*range(12)] for each in orders)
+    assert len({*map(tuple, orders)}) == 6
+    assert order(1, 2) == orders[5]
+
+
 @pytest.mark.promise(27)
 def test_a_dataset_smaller_than_a_batch_still_gives_each_process_one():
     assert [len(b) for b in EpochSampler(3, 8, 0, 0, 1)] == [3]
