@@ -108,7 +108,7 @@ def write_folder(
     Raises:
         InputError: A file to be replaced is one of the samples' own.
     """
-    files = [file for pair in getattr(samples, "pairs", ()) for file in pair[1:]]
+    files = [file for pair in getattr(samples, "pairs", None) or () for file in pair[1:]]
     read = {_identity(file) for file in files if os.path.exists(file)}
     for number, (image, mask) in enumerate(samples):
         rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
