@@ -67,6 +67,18 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "source"),
+    [("folder", "put images in images/"), ("cityscapes", "gtFine_trainvaltest.zip")],
+)
+def test_e52_where_the_folder_is_missing_the_dataset_says_how_to_get_it(command, dataset, source):
+    code, message = command(f"train data={dataset} data.root=nowhere")
+    assert code == 2
+    assert "data.root=nowhere: no such file or folder" in message
+    assert "To get it: " in message
+    assert source in message
+
+
 @pytest.mark.promise(29)
 @pytest.mark.parametrize(
     ("line", "expected"),
