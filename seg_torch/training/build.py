@@ -108,7 +108,8 @@ def log_time_limit(trainer: Trainer, folder: Path) -> None:
         log.info(
             "trainer.max_time has ended the training in epoch %d; with a longer one it goes on, by "
             "resume=%s trainer.max_time=DD:HH:MM:SS",
-            *(trainer.current_epoch, folder),
+            trainer.current_epoch,
+            folder,
         )
 
 
