@@ -5,7 +5,7 @@
 Each comparison first checks that both sides compute the same thing. Then each side works in a fresh
 process of its own, with the settings that its user has, and they take turns; a ratio is the time of
 theirs by the time of ours, so above 1 ours is faster. The peers come with
-`pip install -e .[bench]`.
+`pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations

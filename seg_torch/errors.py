@@ -1,9 +1,15 @@
 """The errors that are no bugs."""
 
 import importlib.util
+import json
+import shlex
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 
 class InputError(ValueError):
@@ -70,7 +76,34 @@ def require(what: str, extra: str, *packages: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{what} needs {', '.join(missing)}: pip install 'segwright[{extra}]'")
+        raise InputError(f"{what} needs {', '.join(missing)}: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of this project, as the project was installed.
+
+    The brackets are quoted, since in zsh they are patterns. Where neither the sources nor the wheel
+    are there any more, the packages of the extra are named.
+    """
+    root = Path(__file__).parents[1]
+    if (root / "pyproject.toml").is_file():
+        where = "." if root == Path.cwd() else str(root)
+        return f"pip install -e {shlex.quote(f'{where}[{extra}]')}"
+    try:
+        installed = distribution("segwright")
+    except PackageNotFoundError:
+        return f"install the extra {extra} of segwright"
+    source = json.loads(installed.read_text("direct_url.json") or "{}").get("url", "")
+    path = url2pathname(urlparse(source).path)
+    if source.startswith("file:") and Path(path).exists():
+        return f"pip install {shlex.quote(f'{path}[{extra}]')}"
+    requirements = [text.partition(";") for text in installed.requires or []]
+    packages = [
+        shlex.quote(package.strip())
+        for package, _, marker in requirements
+        if f"extra == '{extra}'" in marker.replace('"', "'")
+    ]
+    return f"pip install {' '.join(packages)}"
 
 
 def reason(error: BaseException, length: int = 300) -> str:

@@ -48,7 +48,7 @@ def total_memory(device: torch.device) -> int:
         return 8 << 30
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
         return min(total, int(text))
     return total
 
@@ -111,6 +111,17 @@ def accelerator(name: str) -> str:
             "trainer.accelerator=auto, or install a build of PyTorch for the GPU"
         )
     return name
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device.
+
+    The CPU goes on while a GPU copies only where that is safe: to CUDA, from memory that is pinned,
+    which PyTorch keeps until the copy is done. Elsewhere, as on Apple's GPUs, a copy of a tensor
+    that nobody keeps would read memory that is already used for something else.
+    """
+    safe = device.type == "cuda" and tensor.is_pinned()
+    return tensor.to(device, non_blocking=safe)
 
 
 def resolve_precision(precision: str | int, device_type: str) -> str:

@@ -109,11 +109,12 @@ def split_rows(
     above = position.long()
     below = (above + 1).clamp(max=logits.shape[2] - 1)
     share = (position - above)[:, None]
+    on_device = [each.to(logits.device) for each in (above, below, share)]
     for index in range(len(logits)):
         image = slice(index, index + 1)
         for rows in row_chunks(height, values, height * values if whole_images else most):
             first, last = int(above[rows.start]), int(below[rows.stop - 1])
             sources = image, slice(None), slice(first, last + 1)
-            weights = above[rows] - first, below[rows] - first, share[rows]
-            on_device = (each.to(logits.device, non_blocking=True) for each in weights)
-            yield RowChunk(image, rows, width, sources, *on_device)
+            of_above, of_below, of_share = (each[rows] for each in on_device)
+            weights = of_above - first, of_below - first, of_share
+            yield RowChunk(image, rows, width, sources, *weights)

@@ -10,12 +10,14 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
+import damaged_commands
 import numpy as np
 import pytest
 from conftest import PYTHONPATH
@@ -309,6 +311,28 @@ def test_damaged_images_in_a_folder_are_named_and_the_others_segmented(
     failures = [r.getMessage() for r in caplog.records if r.getMessage().startswith("failed: ")]
     assert len(failures) == len(names) - len(sizes)
     assert all(any(str(source / name) in f for f in failures) for name in names - sizes.keys())
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, of damaged files
+def test_damaged_files_through_commands_are_named_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    """A sample of what the next test does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    findings = damaged_commands.run(tmp_path, 5, 5, ["images", "folder"])
+    assert findings == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files_through_all_commands(tmp_path):
+    script = damaged_commands.__file__
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, str(FILES)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stdout
+    assert f"{FILES} files, 0 findings" in run.stdout
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,29 @@ def test_a_precision_holds_inside_any_other(precision):
     for outer in ("32-true", "bf16-mixed"):
         with hardware.autocast(outer, "cpu"), hardware.autocast(precision, "cpu"):
             assert (matrix @ matrix).dtype == expected
+
+
+class Copied:
+    """In the place of a tensor: tells how it is copied."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+
+    def is_pinned(self) -> bool:
+        return self.pinned
+
+    def to(self, device: torch.device, non_blocking: bool) -> tuple[str, bool]:
+        return device.type, non_blocking
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "xpu", "cpu"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_e08_only_copies_of_pinned_memory_to_cuda_are_not_waited_for(name, pinned):
+    copied = hardware.to_device(Copied(pinned), torch.device(name))
+    assert copied == (name, name == "cuda" and pinned)
+
+
+def test_e08_there_is_no_other_place_that_does_not_wait():
+    package = Path(hardware.__file__).parent
+    files = [p for p in package.rglob("*.py") if "non_blocking" in p.read_text(encoding="utf-8")]
+    assert files == [package / "hardware.py"]

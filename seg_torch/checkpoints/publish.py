@@ -25,7 +25,7 @@ from seg_torch.errors import InputError, reason
 from seg_torch.files import write_atomically, write_text
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
-from seg_torch.version import __version__
+from seg_torch.version import REPOSITORY, __version__
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +222,7 @@ def _card(
         scored_on=_scored_on(scores or {}),
         scores={SHOWN[key]: value for key, value in shown.items()},
         iou=iou,
+        repository=REPOSITORY,
     )
 
 

@@ -28,6 +28,7 @@ from seg_torch.cli.checks import checked, unknown_setting
 from seg_torch.cli.help import help_page, named_command
 from seg_torch.cli.messages import explain, is_first, is_first_on_machine, print_error
 from seg_torch.cli.overrides import Call, parse
+from seg_torch.commands import COMMANDS
 from seg_torch.configuration import escaped
 from seg_torch.errors import InputError, StoppedError
 from seg_torch.files import CONFIG_FOLDER
@@ -58,6 +59,10 @@ def main(command: str | None = None) -> NoReturn:
     Args:
         command: Its name; if `None`, the first argument of the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            # A console of Windows (cp1252) has no Chinese, and none has every file's name.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and ends the process itself
     arguments, start = sys.argv[1:], []
     if "--version" in arguments:
@@ -119,8 +124,9 @@ def run_jobs(call: Call) -> list[int]:
 def compare_jobs(folder: str) -> None:
     """Print the table of a sweep's runs, which is also left in its folder, and its command."""
     compare = importlib.import_module("seg_torch.commands.compare")
+    where = escaped(folder)
     try:
-        compare.compare(OmegaConf.create({"runs": folder, "split": "test", "output_dir": folder}))
+        compare.compare(OmegaConf.create({"runs": where, "split": "test", "output_dir": where}))
     except InputError as error:  # such as runs on several datasets
         log.info("the runs are in no common table: %s", error)
     program = "seg-torch" if shutil.which("seg-torch") else "python -m seg_torch"
@@ -158,18 +164,18 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     """
     warnings.filterwarnings("ignore", f".*({NOTES})")
     state = HydraConfig.get()
-    overrides, made = list(state.overrides.task), ""
+    overrides, made, folder = list(state.overrides.task), "", COMMANDS[call.command].folder
     plain: Any = OmegaConf.to_container(cfg)
-    if "output_dir" in cfg and not cfg.get("resume"):
+    if folder is not None and not (call.command == "train" and cfg.resume):
         if state.mode == RunMode.MULTIRUN:
             # Hydra has not escaped it: read like a setting, its ${ would be a reference.
             runtime: Any = OmegaConf.to_container(state.runtime)
-            cfg.output_dir = escaped(runtime["output_dir"])
-        elif "${now:" in plain["output_dir"] and is_first():
-            made = new_folder(cfg.output_dir)  # another run may begin just now
-            cfg.output_dir = escaped(made)
-        overrides = [o for o in overrides if not o.startswith("output_dir=")]
-        overrides.append("output_dir=")
+            cfg[folder] = escaped(runtime["output_dir"])
+        elif re.search(r"(?<!\\)\$\{now:", plain[folder]) and is_first():
+            made = new_folder(cfg[folder])  # another run may begin just now
+            cfg[folder] = escaped(made)
+        overrides = [o for o in overrides if not o.startswith(f"{folder}=")]
+        overrides.append(f"{folder}=")
     overrides = [_as_typed(call.command, cfg, override) for override in overrides]
     environment = set(os.environ)
     HydraConfig.instance().cfg = None

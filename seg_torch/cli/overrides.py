@@ -82,6 +82,8 @@ def parse(command: str, start: list[str], arguments: list[str]) -> Call:
     flags = [paths.expanded(a) for a in arguments if a not in given.overrides]
     if given.config_dir is not None:
         given.config_dir = paths.expanded(given.config_dir)
+    if given.multirun and COMMANDS[command].folder is None:
+        raise InputError(f"{command} runs once: -m is for commands with a folder of results")
     overrides = complete_overrides(
         command, [*given.overrides, *dashed], given.config_dir, given.multirun
     )

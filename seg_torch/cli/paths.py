@@ -60,7 +60,7 @@ def as_override(key: str, text: str, sweep: bool) -> str:
         InputError: It is empty.
     """
     # A sweep has one folder, whose name may have a comma.
-    several = sweep and key != "output_dir" and not exists(text)
+    several = sweep and key not in ("output_dir", "output") and not exists(text)
     parts = split(text) if several else [text]
     return ",".join(_one_job(key, part) for part in parts)
 

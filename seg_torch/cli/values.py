@@ -14,11 +14,13 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 SIDES = ("data.resize", "data.augment.crop")
 # Settings that are lists of words, for which one word stands as well.
 WORDS = ("save", "trust", "data.band_files")
+# Settings that are false, true or a number; what they are for looks at it.
+SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 # What settings are like that are null by default.
 SAMPLES = {
     **{"data.resize": [256, 256], "data.augment.crop": [352, 480], "data.channels": 4},
     **{"data.rgb": [0, 1, 2], "data.eval_batch_size": 4, "data.num_workers": 4, "ema": 0.999},
-    **{"batch_size": 8, "max_batch_size": 8, "max_pixels": 1e9, "port": 7860},
+    **{"batch_size": 8, "max_batch_size": 8, "max_pixels": 1e9, "port": 7860, "patience": 10},
     **{"data.dataset.limit": 1000, "data.dataset.unlabelled": 0},
 }
 # Settings, and of lists each item: the smallest and the largest value.
@@ -87,15 +89,17 @@ def _check_type(key: str, value: Any, default: Any) -> None:
         kind = float  # lists may mix them
     if kind not in EXPECTED or (key, value) == ("trainer.deterministic", "warn"):
         return
+    if key in SWITCHES_OR_NUMBERS and type(value) is int:
+        return
     kinds = (int, float) if kind is float else (kind,)
     right = all(type(item) in kinds and item == item for item in items)  # nan is none
     pair = key in SIDES or key == "data.augment.scale"
-    if isinstance(default, list):
+    if isinstance(default, list) and key != "data.augment.jitter":  # one number, or three
         right &= isinstance(value, list) and (not pair or len(items) == 2)
-    elif kind in (bool, int):
-        right &= not isinstance(value, list)
+    elif isinstance(value, list) and isinstance(default, int):
+        right &= key.startswith(("trainer.devices", "model."))
     if not right:
-        expected = EXPECTED[kind]
+        expected = EXPECTED[type(sample)]
         if isinstance(default, list):
-            expected = ("two " if pair else "") + expected.removeprefix("a ") + "s"
+            expected = "two numbers" if pair else "numbers"
         raise InputError(f"{key}={as_text(value)}: expected {expected}, such as {as_text(default)}")

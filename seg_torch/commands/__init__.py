@@ -14,12 +14,14 @@ class Command:
     Attributes:
         positional: The setting that its arguments without a key are.
         paths: Its settings at the top level that are paths.
+        folder: That of them in which its results are, with one folder for each job of a sweep.
         takes_several: Arguments without a key may be more than one.
         packages: What it needs besides what is always installed; the extra has its name.
     """
 
     positional: str
     paths: tuple[str, ...]
+    folder: str | None = "output_dir"
     takes_several: bool = False
     packages: tuple[str, ...] = ()
 
@@ -31,8 +33,8 @@ COMMANDS = {
     "evaluate": Command("checkpoint", ("checkpoint", "output_dir")),
     "report": Command("checkpoint", ("checkpoint", "output_dir")),
     "compare": Command("runs", ("runs", "output_dir"), takes_several=True),
-    "predict": Command("input", ("input", "output", "checkpoint", "compare_with")),
-    "export": Command("checkpoint", ("checkpoint", "output")),
-    "app": Command("checkpoint", ("checkpoint",), packages=SERVER),
-    "serve": Command("checkpoint", ("checkpoint",), packages=SERVER),
+    "predict": Command("input", ("input", "output", "checkpoint", "compare_with"), "output"),
+    "export": Command("checkpoint", ("checkpoint", "output"), None),
+    "app": Command("checkpoint", ("checkpoint",), None, packages=SERVER),
+    "serve": Command("checkpoint", ("checkpoint",), None, packages=SERVER),
 }

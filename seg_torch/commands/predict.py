@@ -45,6 +45,7 @@ def predict(cfg: DictConfig) -> int:
         require(f"{source}: a video", "video", "av")
     files = {} if is_video(source) else find_images(source, output)
     processes = Processes(cfg.trainer, most=len(files))
+    output = Path(processes.same(str(output)))  # a time in its name differs between them
     if processes.device.type == "cpu":
         hardware.reuse_memory()
         hardware.forget_shapes()

@@ -35,17 +35,19 @@ def train(cfg: DictConfig) -> float | None:
     cfg.output_dir = escaped(str(folder))
     with processes.claimed(folder), StopOnSignal(folder) as stop, run.disk_errors(folder):
         state = build.read_state(folder) if cfg.resume else None
-        processes.first(lambda: run.claim(folder, cfg.trainer, state))
+        processes.first(lambda: run.claim(folder, cfg.trainer, state, cfg.get("init_from")))
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: SegmentationDataModule = instantiate(cfg.data)
-        processes.first(lambda: build.check_interval(cfg, data, processes))  # and downloads them
+        # The first look at the data downloads them.
+        processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)
+        build.log_settings(cfg, trainer)
         if not run.what_ended(state, cfg.trainer):  # else it was killed in the test
             last = run.last_checkpoint(folder) if state else None
             with hardware.named_nondeterminism(), named_compile_errors():
@@ -54,7 +56,10 @@ def train(cfg: DictConfig) -> float | None:
         best, epoch = build.load_best(network, folder, processes)
         if cfg.trainer.limit_test_batches != 0:
             settings = InferenceSettings(precision="32-true")  # as evaluate.py has it
-            inference = Inference(network, len(data.labels), data.resize, settings)
-            score(trainer, Scorer(inference, data.labels), data, folder, "test")
+            scorer = Scorer(
+                Inference(network, len(data.labels), data.resize, settings), data.labels
+            )
+            trainer = build.scoring_trainer(cfg, trainer, processes, folder)
+            score(trainer, scorer, data, folder, "test")
         processes.first(lambda: run.tell_next_steps(folder, best, epoch))
     return best

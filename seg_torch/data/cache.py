@@ -9,6 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,8 @@ class CachedSamples(Dataset):
     def __reduce__(self) -> Any:
         if self.file is None:  # PyTorch moves the tensor to memory that all workers share
             return CachedSamples, (self.content, self.layout, None)
+        if not hasattr(reduction, "DupFd"):  # Windows, where files that are open keep their names
+            return _map_named, (self.file.name,)
         # A worker that is not forked gets the open file, which may have no name any more.
         return _map_descriptor, (reduction.DupFd(self.file.fileno()),)
 
@@ -102,7 +105,8 @@ def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples
     cached = _map_file(path.open("rb"))
     trainer.strategy.barrier()
     if trainer.local_rank == 0:
-        path.unlink()  # the memory stays mapped, and whatever ends the run frees it
+        with suppress(PermissionError):  # of Windows, where the file stays until it is deleted
+            path.unlink()  # the memory stays mapped, and whatever ends the run frees it
     return cached
 
 
@@ -141,6 +145,10 @@ def write_samples(samples: ResizedSamples, path: Path) -> None:
             file.write(layout.tobytes() + np.int64(len(layout)).tobytes())
 
     write_atomically(path, write)
+
+
+def _map_named(path: str) -> CachedSamples:
+    return _map_file(Path(path).open("rb"))
 
 
 def _map_descriptor(descriptor: Any) -> CachedSamples:

@@ -111,6 +111,7 @@ class EpochSampler(Sampler):
         world: Number of processes.
         epoch: The first epoch.
         start: Batches of the first epoch to leave out, since a resumed run has seen them.
+        repeat: Make every epoch the first one, with the same augmentation.
     """
 
     length: int
@@ -120,6 +121,7 @@ class EpochSampler(Sampler):
     world: int = 1
     epoch: int = 0
     start: int = 0
+    repeat: bool = False
 
     @property
     def sampler(self) -> EpochSampler:
@@ -135,14 +137,15 @@ class EpochSampler(Sampler):
         return max(1, self.length // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = np.random.default_rng([self.seed, self.epoch])
+        epoch = 0 if self.repeat else self.epoch
+        generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self.length)
         # A dataset smaller than one step of all processes: each takes what there is, the last
         # ones beginning anew, so that no process is without a batch.
         size = min(self.batch_size, -(-self.length // self.world))
         order = np.resize(order, len(self) * size * self.world)
         for batch in order[self.rank :: self.world].reshape(len(self), size)[self.start :]:
-            yield [(self.epoch, int(index)) for index in batch]
+            yield [(epoch, int(index)) for index in batch]
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int, world: int) -> list[list[int]]:

@@ -1,14 +1,35 @@
-"""The processes that prepare batches: how many, and how they end."""
+"""The processes that prepare batches: how many, how long they are waited for, how they end."""
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from threading import Thread
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from seg_torch.data.sampling import AugmentedSamples
 from seg_torch.hardware import available_cpus, reuse_memory, total_memory
+
+
+class TimedLoader(DataLoader):
+    """A loader that knows for how many seconds its batches were waited for.
+
+    Attributes:
+        waited: Seconds since the loader was made, or since it was set to 0.
+    """
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches."""
+        started = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
 
 def number_of_workers(cached: bool, device: str, processes: int) -> int:

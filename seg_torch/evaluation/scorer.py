@@ -93,6 +93,7 @@ class Scorer(LightningModule):
             per_class = {"average_precision": values["average_precision"], **per_class}
         scores = metrics.report(self.confusion.compute(), self.labels.names, per_class)
         scores |= {**values["calibration"], "precision": self.inference.precision}
+        self._log(scores)
         images = values["images"]
         if "label_quality" in values:
             images["label_quality"] = values["label_quality"]
@@ -103,6 +104,15 @@ class Scorer(LightningModule):
         scores |= {"split": self._split(), "images": len(indices), "images_of_split": len(dataset)}
         names = [dataset.name(index, "name") for index in indices]
         self.results = Results(scores, images, names, indices, self.labels)
+
+    def _log(self, scores: dict[str, Any]) -> None:
+        """Give the scores of all classes together to loggers, and to what trainer.test returns."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Loggers have a curve val/mean_iou, to which that of the best epoch does not belong.
+        group = data.test_split if self._split() == data.test_split else "best_val"
+        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+            if scores[name] is not None:
+                self.log(f"{group}/{name}", scores[name])
 
     def _split(self) -> str:
         """Return what is scored: val, where it stands in for a test split that the data lack."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from seg_torch.errors import InputError, reason
 from seg_torch.images.convert import colours, grey_values, orientation_in, upright_rgb
@@ -90,13 +90,36 @@ def opened(
                 yield image
         except UnidentifiedImageError:
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
-            raise ValueError(known) from None
+            raise ValueError(_tiff_advice(path, content, kind) or known) from None
 
 
-def _open(path: str | Path, content: bytes | None) -> Image.Image:
+def _tiff_advice(path: str | Path, content: bytes | None, kind: str) -> str | None:
+    """Return what to do about a TIFF file that Pillow does not read, `None` for other files."""
+    with suppress(Exception), open(path, "rb") if content is None else BytesIO(content) as file:
+        header = file.read(8)
+        big = header[:4] in (b"II+\0", b"MM\0+")
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header + file.read(8 if big else 0))
+        file.seek(tags.next)
+        tags.load(file)
+        channels, bits = tags.get(277, 1), tags[258][0]
+        values = {1: "uint", 2: "int", 3: "float"}[tags.get(339, (1,))[0]] + str(bits)
+        found = f"it is a TIFF file of {channels} channels of {values}"
+        if kind == "a mask":
+            return f"{found}; save masks with one channel of uint8"
+        settings = f"data.channels={channels} data.bits={bits if bits in (8, 16) else 16}"
+        first = "" if values in ("uint8", "uint16") else "convert it to uint8 or uint16; then "
+        return f"{found}; {first}{settings} read the channels as they are"
+    return None
+
+
+def _open(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Open a file, or its content; a PNG whose notes are damaged without them."""
     try:
-        return Image.open(path if content is None else BytesIO(content))
+        image = Image.open(path if content is None else BytesIO(content))
+        if image.format == "TIFF":
+            # Else Pillow maps the file into memory, with height and width exchanged where it lies.
+            image.filename = ""
+        return image
     except UnidentifiedImageError:
         content = Path(path).read_bytes() if content is None else content
         sound = b"".join(chunk for chunk in _chunks(content) if not _is_damaged_note(chunk))
@@ -112,7 +135,7 @@ def _is_damaged_note(chunk: bytes) -> bool:
 
 def orientation(path: str | Path) -> int:
     """Return the EXIF orientation of a file by its header, 1 where it says nothing."""
-    with suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), _open(path) as image:
         # The method of the base class: that of PNG decodes the whole image to look for EXIF data
         # behind the pixels.
         return orientation_in(lambda: Image.Image.getexif(image))
@@ -127,7 +150,7 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
         header.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             # As in `orientation`. TIFF files are turned by Pillow itself.
             orientation = orientation_in(lambda: Image.Image.getexif(image))
             lies = orientation in (5, 6, 7, 8) and image.format != "TIFF"
@@ -262,12 +285,12 @@ class Doubts(NamedTuple):
 
 def doubts(path: str | Path) -> Doubts:
     """Return the doubts about a file that `read_image` reads; most need its header alone."""
-    with suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), _open(path) as image:
         orientation = orientation_in(lambda: Image.Image.getexif(image))
         nodata = getattr(image, "tag_v2", {}).get(GDAL_NODATA)
         if image.mode.startswith("I;16") or image.mode == "I":
             return Doubts(orientation, int(grey_values(image, nodata)[0].max(initial=0)))
-        stored = str(image.tile[0][3]) if image.tile else ""
+        stored = str(image.tile[0][3]) if image.tile else ""  # type: ignore[attr-defined]
         # Pillow keeps the upper half of colours of 16 bits.
         largest = 257 * int(colours(image).max(initial=0)) if ";16" in stored else 0
         band = unlikely_alpha(image)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seg_torch.errors import InputError
 from seg_torch.upsample import upsample
 
 
@@ -16,27 +17,50 @@ class EncoderModel(nn.Module):
 
     Args:
         encoder: With timm's `pretrained_cfg`.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs of training, see `follow_epoch`.
 
     Attributes:
         mean: Channel means of the images that the encoder was trained with, scaled to [0, 1].
         std: Their standard deviations.
+        frozen: Whether the encoder is to stay as it is now.
+
+    Raises:
+        InputError: `freeze_encoder` is neither true, false nor a number of epochs.
     """
 
     encoder: Any  # with what timm adds to a module
 
-    def __init__(self, encoder: nn.Module, freeze_encoder: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, freeze_encoder: bool | int = False) -> None:
         super().__init__()
+        if not isinstance(freeze_encoder, int) or freeze_encoder < 0:
+            raise InputError(
+                f"model.freeze_encoder={freeze_encoder}: expected true, false or a number of epochs"
+            )
         self.encoder = encoder
         self.mean, self.std = image_statistics(encoder)
-        self.freeze_encoder = freeze_encoder
-        encoder.requires_grad_(not freeze_encoder)
+        self.frozen_epochs = math.inf if freeze_encoder is True else freeze_encoder
+        self.frozen = self.frozen_epochs > 0
+        # For some epochs it is frozen by its gradients: optimizers, schedules and processes that
+        # train together know all of their parameters from the start.
+        encoder.requires_grad_(freeze_encoder is not True)
         self.train()
+
+    def follow_epoch(self, epoch: int) -> None:
+        """Train the encoder from the epoch on, counted from 0, that `freeze_encoder` says."""
+        if self.frozen != (frozen := epoch < self.frozen_epochs):
+            self.frozen = frozen
+            self.encoder.train(self.training and not frozen)
+
+    def drop_gradients(self) -> None:
+        """Let an optimizer pass over the encoder while it is frozen, with its weight decay, too."""
+        if self.frozen:
+            self.encoder.zero_grad(set_to_none=True)
 
     def train(self, mode: bool = True) -> "EncoderModel":
         """Set training mode, except for the statistics of a frozen encoder."""
         super().train(mode)
-        if self.freeze_encoder:
+        if self.frozen:
             self.encoder.eval()
         return self
 

@@ -173,7 +173,7 @@ def _load_encoder(model: SMP, encoder: str, weights: str | Path) -> None:
         repository, revision = itemgetter("repo_id", "revision")(published[str(weights)])
         file = pretrained.download_from_hugging_face(repository, "model.safetensors", revision)
         settings = pretrained.download_from_hugging_face(repository, "config.json", revision)
-        model.mean, model.std = itemgetter("mean", "std")(json.loads(settings.read_text()))
+        model.mean, model.std = itemgetter("mean", "std")(json.loads(settings.read_bytes()))
     else:
         file = pretrained.weights_file(weights, published)
     try:

@@ -276,10 +276,10 @@ def _image_settings(weights: str | Path) -> dict[str, Any]:
     name = "preprocessor_config.json"
     if Path(weights).is_dir():
         file = Path(weights) / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     try:
         # First of all, since the library asks for a minute and a half when there is no network.
-        return json.loads(download_from_hugging_face(str(weights), name).read_text())
+        return json.loads(download_from_hugging_face(str(weights), name).read_bytes())
     except (InputError, ValueError) as error:
         raise InputError(
             f"cannot load {weights}, neither as a folder nor from the Hugging Face Hub "

@@ -21,13 +21,14 @@ class EncoderDecoder(EncoderModel):
     Args:
         encoder: Float [N, 3, H, W] -> list of feature maps, with timm's `feature_info` and
             `pretrained_cfg`; each stride is twice the one before.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs.
 
     Raises:
         InputError: The encoder's feature maps do not fit.
     """
 
-    def __init__(self, encoder: nn.Module, freeze_encoder: bool) -> None:
+    def __init__(self, encoder: nn.Module, freeze_encoder: bool | int) -> None:
         super().__init__(encoder, freeze_encoder)
         self.encoder_channels: list[int] = self.encoder.feature_info.channels()
         self.encoder_strides: list[int] = self.encoder.feature_info.reduction()
@@ -75,7 +76,8 @@ class UNet(EncoderDecoder):
             the one before.
         num_classes: Number of classes K.
         decoder_channels: Channels of the decoder's stages, one per halving of the encoder.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs.
 
     Raises:
         InputError: The encoder's feature maps or the number of `decoder_channels` do not fit.
@@ -86,7 +88,7 @@ class UNet(EncoderDecoder):
         encoder: nn.Module,
         num_classes: int,
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
-        freeze_encoder: bool = False,
+        freeze_encoder: bool | int = False,
     ) -> None:
         super().__init__(encoder, freeze_encoder)
         deepest = self.encoder_strides[-1]
@@ -135,7 +137,7 @@ def unet(
     num_classes: int,
     encoder: str = "resnet34",
     weights: str | Path | None = "imagenet",
-    freeze_encoder: bool = False,
+    freeze_encoder: bool | int = False,
     decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
 ) -> UNet:
     """Build a U-Net with a timm encoder.
@@ -147,7 +149,8 @@ def unet(
             `resnet50.a1_in1k`.
         weights: Of the encoder: `imagenet` (what timm publishes under the name), the path of a
             state dict of the timm model, or `None` for random ones.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs.
         decoder_channels: Channels of the decoder's stages, one per halving of the encoder.
 
     Returns:

@@ -38,13 +38,16 @@ class TransposedUNet(EncoderDecoder):
     Args:
         encoder: Gives feature maps at strides 2, 4, 8, 16 and 32.
         num_classes: Number of classes K.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs.
 
     Raises:
         InputError: The encoder's feature maps have other strides.
     """
 
-    def __init__(self, encoder: nn.Module, num_classes: int, freeze_encoder: bool = False) -> None:
+    def __init__(
+        self, encoder: nn.Module, num_classes: int, freeze_encoder: bool | int = False
+    ) -> None:
         super().__init__(encoder, freeze_encoder)
         if self.encoder_strides != [2, 4, 8, 16, 32]:
             raise InputError(
@@ -80,7 +83,7 @@ def unet_transposed(
     num_classes: int,
     encoder: str = "mobilenetv2_100",
     weights: str | Path | None = "imagenet",
-    freeze_encoder: bool = False,
+    freeze_encoder: bool | int = False,
 ) -> TransposedUNet:
     """Build the tutorial's U-Net with a timm encoder.
 
@@ -95,7 +98,8 @@ def unet_transposed(
             `mobilenetv2_100`, `densenet121` or `resnet34`.
         weights: Of the encoder: `imagenet` (what timm publishes under the name), the path of a
             state dict of the timm model, or `None` for random ones.
-        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are.
+        freeze_encoder: Keep the encoder's parameters and BatchNorm statistics as they are; a number
+            for so many epochs.
 
     Returns:
         Module: float [N, 3, H, W] -> {"out": logits [N, K, H, W]}.

@@ -128,11 +128,11 @@ class ViT(EncoderModel):
         encoder: timm's, made with `dynamic_img_size=True`.
         head: (features float [N, C, h, w] of each layer) -> logits [N, K, scale * h, scale * w],
             with `num_layers` and `scale`.
-        freeze_encoder: Keep the encoder's parameters as they are.
+        freeze_encoder: Keep the encoder's parameters as they are; a number for so many epochs.
     """
 
     def __init__(
-        self, encoder: nn.Module, head: DPTHead | LinearHead, freeze_encoder: bool
+        self, encoder: nn.Module, head: DPTHead | LinearHead, freeze_encoder: bool | int
     ) -> None:
         super().__init__(encoder, freeze_encoder)
         depth, count = len(self.encoder.blocks), head.num_layers
@@ -164,7 +164,7 @@ def vit(
     num_classes: int,
     encoder: str = "vit_small_patch14_dinov2",
     weights: str | Path | None = "imagenet",
-    freeze_encoder: bool = False,
+    freeze_encoder: bool | int = False,
     head: str = "dpt",
     fusion_channels: int = 256,
 ) -> ViT:
@@ -176,7 +176,7 @@ def vit(
             `eva02_small_patch14_224` or `vit_base_patch16_224`, also with the tag of its weights.
         weights: Of the encoder: `imagenet` (what timm publishes under the name, whatever images it
             was trained on), the path of a state dict of the timm model, or `None` for random ones.
-        freeze_encoder: Keep the encoder's parameters as they are.
+        freeze_encoder: Keep the encoder's parameters as they are; a number for so many epochs.
         head: `dpt` (see `DPTHead`) or `linear` (see `LinearHead`).
         fusion_channels: Channels of DPT's fused maps; 256 in the paper.
 

@@ -30,7 +30,7 @@ from seg_torch.distributed import Processes
 from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, by_suffix, is_hidden, write_text
+from seg_torch.files import PARTIAL, by_suffix, write_text
 from seg_torch.folders import claimed
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
@@ -43,6 +43,10 @@ JOURNAL = ".journal"
 # Files of a run as a whole: the table, and by the name of the output that they belong to.
 TABLE = "predictions.csv"
 OF_ALL = {"legend": "legend.png", "coco": "coco.json", "dataset": "dataset/classes.txt"}
+
+# What a record holds, and what besides if its image was segmented.
+NOTED = {"run", "name"}
+MEASURED = {"file", "width", "height", "confidence", "areas", "seconds"}
 
 Files = dict[str, Path]  # by name
 Batch = list[str]  # the names of its files
@@ -119,11 +123,11 @@ def tell_left_out(path: Path, files: Files, output: Path, endings: Sequence[str]
         endings: See there.
     """
     taken = {*files.values()}
-    others = [f for f in list_files(path, ("",)) if not any(map(is_hidden, f.split("/")))]
-    others = _without_outputs(path, others, output)
+    others = _without_outputs(path, list_files(path, ("",)), output)
     left = [f for f in others if path / f not in taken and not f.endswith(tuple(endings[1:]))]
     if left:
-        log.warning("left out, since these are no images that can be read: %s", by_suffix(left))
+        what = by_suffix(left)
+        log.warning("%s: left out, since they are no images that can be read: %s", path, what)
 
 
 def run_id(cfg: DictConfig) -> str:
@@ -335,11 +339,17 @@ class OutputFolder:
 
 
 def read_journals(folder: Path) -> Iterator[Record]:
-    """Yield the records of an output folder, in the order of its journals' names."""
+    """Yield the records of an output folder, in the order of its journals' names.
+
+    What is no record any more, since a run was killed or a disk is damaged, is left out: its image
+    is done again.
+    """
     for journal in sorted((folder / JOURNAL).glob("*.jsonl")):
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # empty, or a half-written one
-                yield json.loads(line)
+        for line in journal.read_bytes().splitlines():
+            with suppress(ValueError, AttributeError):
+                record = json.loads(line)
+                if record.keys() >= NOTED and ("error" in record or record.keys() >= MEASURED):
+                    yield record
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

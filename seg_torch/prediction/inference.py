@@ -6,6 +6,7 @@ at one precision and batch size they decide every pixel alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class InferenceSettings:
         tile, scales = self.tile, self.scales
         if tile not in ("auto", None) and (not isinstance(tile, int) or tile < 64 or tile % 32):
             raise InputError(f"tile={tile}: expected auto, null or a multiple of 32, 64 or more")
-        if not scales or min(scales) <= 0:
+        if not scales or not all(0 < scale < math.inf for scale in scales):  # nan is neither
             raise InputError(f"tta scales {list(scales)}: expected numbers above 0")
 
     @classmethod
@@ -133,7 +134,13 @@ class Inference:
         self.resize = resize
         self.tile = settings.tile if resize is None else None
         self.scales, self.flip = tuple(settings.scales), settings.flip
-        self.precision = hardware.resolve_precision(settings.precision, self.device.type)
+        self._precision = hardware.resolve_precision(settings.precision, self.device.type)
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: the type of its weights, unless that is float32."""
+        names = {dtype: name for name, dtype in hardware.TRUE_PRECISIONS.items()}
+        return names.get(self.network.mean.dtype, self._precision)
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +216,7 @@ class Inference:
 
     def _logits(self, images: Tensor) -> Tensor:
         """Images uint8 [N, 3, h, w] -> logits [N, C, ...] at the network's own resolution."""
-        images = images.to(self.device, non_blocking=True)
+        images = hardware.to_device(images, self.device)
         with self.autocast():
             if self.scales == (1.0,) and not self.flip:
                 return self.network(images)["out"]

@@ -166,6 +166,8 @@ def _view(result: Segmentation) -> Response:
     image = BytesIO()
     shown = Image.fromarray(result.image).resize(size, Image.Resampling.LANCZOS)
     shown.save(image, "JPEG", quality=JPEG_QUALITY)
+    counts = mask.histogram()  # pixels by class id, 255 for the unknown
+    counts[255] -= 0 if result.missing is None else int(result.missing.sum())
     files = {"image": image.getvalue(), "pixels": gzip.compress(b"".join(pixels), 1)}
     outputs = ["mask"]
     if max(height, width) <= JPEG_LIMIT:
@@ -180,7 +182,7 @@ def _view(result: Segmentation) -> Response:
         "size": [width, height],
         "view": size,
         "confidence": result.confidence,
-        "counts": mask.histogram(),  # pixels by class id, 255 for the unknown
+        "counts": counts,
         "files": {name: base64.b64encode(file).decode() for name, file in files.items()},
     }
     return JSONResponse(content)

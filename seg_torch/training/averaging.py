@@ -1,11 +1,12 @@
 """The moving average of the weights."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 
 class WeightAverage(WeightAveraging):
@@ -13,7 +14,8 @@ class WeightAverage(WeightAveraging):
 
     A checkpoint holds the average where every other one has its weights, and the trained weights
     under `current_model_state`, from which a run is resumed. BatchNorm's statistics are averaged
-    like the weights that they belong to.
+    like the weights that they belong to; what is no floating-point number, such as a table of
+    indices, is that of the trained network.
 
     Lightning's callback puts the averaged weights in after the task has given BatchNorm's
     statistics of the first process to the others, takes them out before `SampleSheet` draws, and
@@ -28,8 +30,9 @@ class WeightAverage(WeightAveraging):
 
     def __init__(self, decay: float, device: torch.device) -> None:
         # Not Lightning's EMAWeightAveraging: its arithmetic changes numbers that stay the same,
-        # such as frozen weights, and takes several times as long.
-        super().__init__(device, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        # such as frozen weights, and takes several times as long. PyTorch's own function averages
+        # integers, too, and cuts off what is behind the point.
+        super().__init__(device, multi_avg_fn=partial(average, decay=decay))
         self.is_validating = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -60,3 +63,18 @@ class WeightAverage(WeightAveraging):
             current = state["state_dict"]
             state["state_dict"] = state["current_model_state"]
             state["current_model_state"] = current
+
+
+@torch.no_grad()
+def average(averages: list[Tensor], current: list[Tensor], _: Tensor, decay: float) -> None:
+    """Move averages towards the current values; both are tensors of one type.
+
+    Args:
+        averages: Changed in place.
+        current: Of the network that is trained.
+        decay: Of the average; what is no floating-point number takes over the current value.
+    """
+    if averages[0].is_floating_point() or averages[0].is_complex():
+        torch._foreach_lerp_(averages, current, 1 - decay)
+    else:
+        torch._foreach_copy_(averages, current)

@@ -5,12 +5,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, Timer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    LearningRateMonitor,
+    Timer,
+)
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
@@ -24,9 +33,20 @@ from seg_torch.training import run
 from seg_torch.training.averaging import WeightAverage
 from seg_torch.training.callbacks import Checkpoints, EpochLine, History, SampleSheet
 from seg_torch.training.divergence import StopOnDivergence
+from seg_torch.training.optimizers import PARTS, build_optimizer
+from seg_torch.training.patience import StopWithoutImprovement
+from seg_torch.training.schedulers import check_scheduler
 from seg_torch.training.task import SegmentationTask
+from seg_torch.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
+
+# Callbacks of Lightning that change the optimizer, the schedule or the data behind their backs.
+REPLACED = {
+    BaseFinetuning: "model.freeze_encoder=5 trains the encoder from the sixth epoch on",
+    BatchSizeFinder: "set data.batch_size",
+    LearningRateFinder: "set optimizer.lr, or compare some: -m optimizer.lr=1e-4,1e-3",
+}
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -44,6 +64,20 @@ def check_settings(cfg: DictConfig) -> None:
             "optimizer.differentiable=true is for gradients of the optimizer's own steps, which "
             "are not taken here; leave it out"
         )
+    if cfg.trainer.get("limit_train_batches") == 0:
+        raise InputError("trainer.limit_train_batches=0: nothing would be trained; use 1 or more")
+    make_optimizer, make_scheduler = _optimizer_and_scheduler(cfg)
+    options = {k: v for k, v in make_optimizer.keywords.items() if k not in PARTS}
+    groups = [{"params": [nn.Parameter(torch.zeros(1))]}]
+    optimizer = build_optimizer(make_optimizer.func, groups, options)
+    if make_scheduler is not None:
+        check_scheduler(make_scheduler, optimizer)
+
+
+def _optimizer_and_scheduler(cfg: DictConfig) -> tuple[Any, Any]:
+    """Return the optimizer and, if there is one, the schedule, as partials."""
+    optimizer = instantiate(cfg.optimizer)
+    return optimizer, instantiate(cfg.get("scheduler") or {}) or None
 
 
 def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Processes) -> None:
@@ -74,7 +108,8 @@ def log_time_limit(trainer: Trainer, folder: Path) -> None:
         log.info(
             "trainer.max_time has ended the training in epoch %d; with a longer one it goes on, by "
             "resume=%s trainer.max_time=DD:HH:MM:SS",
-            *(trainer.current_epoch, folder),
+            trainer.current_epoch,
+            folder,
         )
 
 
@@ -82,21 +117,34 @@ def build_callbacks(cfg: DictConfig, folder: Path, processes: Processes) -> list
     """Build the callbacks of a run, in the order in which each hook calls them.
 
     Raises:
-        InputError: `ema` is no decay, or needs whole weights.
+        InputError: `ema` is no decay, or needs whole weights; `patience` is no number of
+            validations; or a callback is one that does not work here.
     """
     history = History(folder)
     return [
         StopOnDivergence(folder),  # before anything is written about an epoch that has diverged
         history,
         EpochLine(history, folder),
+        *([] if cfg.get("patience") is None else [StopWithoutImprovement(cfg.patience)]),
         *([LearningRateMonitor("step")] if cfg.get("logger") else []),
         SampleSheet(folder),  # draws with the averaged weights, before they are taken out again
         *([] if cfg.get("ema") is None else [_weight_average(cfg, processes)]),
-        *(instantiate(node) for node in cfg.callbacks.values()),
+        *(_callback(name, node) for name, node in cfg.callbacks.items()),
         # Lightning calls these after all others. The last one has to contain what the best one is.
         Checkpoints(folder, "best", monitor=checkpoint.SCORE),
         Checkpoints(folder, "last"),
     ]
+
+
+def _callback(name: str, node: DictConfig) -> Callback:
+    callback = instantiate(node)
+    for kind, advice in REPLACED.items():
+        if isinstance(callback, kind):
+            raise InputError(
+                f"callbacks.{name}: {type(callback).__name__} (Lightning's {kind.__name__}) does "
+                f"not work with the schedules and exact resuming of train; {advice}"
+            )
+    return callback
 
 
 def _weight_average(cfg: DictConfig, processes: Processes) -> WeightAverage:
@@ -134,11 +182,11 @@ def build_network(
         adapt_first_conv(model, data.format.channels)
         if data.format.channels != 3 and None in (preprocessing["mean"], preprocessing["std"]):
             preprocessing["mean"], preprocessing["std"] = data.mean_and_std()
+    network = Network(model, preprocessing["mean"], preprocessing["std"])
     if cfg.init_from is not None and state is None:
         initial = checkpoint.network_state(checkpoint.read(cfg.init_from))
         of_model = {k.removeprefix("model."): v for k, v in initial.items() if k[:6] == "model."}
-        load_matching_weights(model, of_model, str(cfg.init_from))
-    network = Network(model, preprocessing["mean"], preprocessing["std"])
+        load_matching_weights(network.model, of_model, str(cfg.init_from))
     if data.format != RGB:
         check_channels(network, data.format.channels)
     freeze_unused_parameters(network)
@@ -153,12 +201,13 @@ def build_network(
 
 def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) -> SegmentationTask:
     """Build what trains a network."""
+    optimizer, scheduler = _optimizer_and_scheduler(cfg)
     return SegmentationTask(
         network,
         data.labels,
         loss=instantiate(cfg.loss),
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.get("scheduler") or {}) or None,
+        optimizer=optimizer,
+        scheduler=scheduler,
         aux_weight=cfg.aux_weight,
         warmup_steps=cfg.get("warmup_steps", 0),
         max_steps=cfg.trainer.max_steps,
@@ -168,6 +217,27 @@ def build_task(cfg: DictConfig, data: SegmentationDataModule, network: Network) 
         seed=cfg.seed,
         benchmark=bool(cfg.trainer.get("benchmark")),
     )
+
+
+def log_settings(cfg: DictConfig, trainer: Trainer) -> None:
+    """Give the settings of a run to its loggers, which compare runs by them."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**plain(cfg), "resume": None})
+
+
+def scoring_trainer(
+    cfg: DictConfig, trainer: Trainer, processes: Processes, folder: Path
+) -> Trainer:
+    """Return the Trainer that scores the best epoch: in float32, as evaluate.py does.
+
+    One that trains in `bf16-true` or the like would give the network's weights that type again.
+    """
+    if trainer.precision not in hardware.TRUE_PRECISIONS:
+        return trainer
+    others = {"trainer": {"precision": "32-true"}, "logger": None}
+    scoring = build_trainer(OmegaConf.merge(cfg, others), processes, folder)  # type: ignore[arg-type]
+    scoring.loggers = trainer.loggers
+    return scoring
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -190,12 +260,13 @@ def load_best(
     """Load the weights of the run's best epoch in all processes; without validation, of its last.
 
     Other machines may not see the folder: the first process gives them the weights, tensor by
-    tensor, of which FSDP takes each process's share.
+    tensor, of which FSDP takes each process's share. The network is in float32 afterwards.
 
     Returns:
         The score of the best epoch's validation, and the number of the epoch, counted from 1;
         `None` if there was no validation.
     """
+    network.float()  # the weights of a training in bf16-true are others
     files = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     file = processes.same(next((file for file in files if file.exists()), None))
     if file is None:

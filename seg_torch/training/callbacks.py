@@ -35,13 +35,12 @@ class Stopwatch:
     """The seconds of an epoch, and how they were spent.
 
     Attributes:
-        waited: For data.
         worked: On batches.
         started: When the epoch began.
     """
 
     def __init__(self) -> None:
-        self.waited = self.worked = 0.0
+        self.worked = 0.0
         self.started = self.last = time.perf_counter()
 
     def lap(self) -> float:
@@ -112,20 +111,22 @@ class EpochLine(Callback):
             torch.cuda.reset_peak_memory_stats(task.device)
         self.rows = read_table(self.table, TIMES)[: trainer.current_epoch]
         self.started, self.first_epoch = time.perf_counter(), trainer.current_epoch
-        self.watch = Stopwatch()  # an epoch that is resumed within has no start
+        self.start_epoch(trainer)  # an epoch that is resumed within has no start
 
     def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
         self.log_epoch(trainer, task.device)
+        self.start_epoch(trainer)
+
+    def start_epoch(self, trainer: Any) -> None:
+        """Start the clocks, that of the training loader, too."""
         self.watch = Stopwatch()
+        trainer.train_dataloader.waited = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.watch.waited += self.watch.lap()
+        self.watch.lap()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.watch.worked += self.watch.lap()
-
-    def on_validation_end(self, *_: Any) -> None:
-        self.watch.lap()  # within an epoch: neither
 
     def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
         if not trainer.is_global_zero:
@@ -136,7 +137,7 @@ class EpochLine(Callback):
         scores = [r["val_mean_iou"] for r in self.history.rows if r.get("val_mean_iou") is not None]
         if row["val_mean_iou"] is not None and row["val_mean_iou"] > max(scores[:-1], default=-1):
             values[-1] += " (best so far)"
-        waited, worked = self.watch.waited, self.watch.worked
+        waited, worked = trainer.train_dataloader.waited, self.watch.worked
         share = waited / max(waited + worked, 1e-9)
         if share > 0.1:
             values.append(f"{share:.0%} of the time waiting for data")
@@ -225,3 +226,4 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(
             {**state_dict, **moved, "dirpath": self.dirpath, "best_k_models": best}
         )
+        self.current_score = state_dict["current_score"]  # which Lightning does not take over

@@ -1,12 +1,15 @@
 """Parameter groups: learning rates and weight decay by part of the network."""
 
+import inspect
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, cast
 
 from timm.models import group_parameters
 from torch import nn
+from torch.optim import Optimizer
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 
 # Settings of `optimizer` in the configuration that are not the optimizer's own.
 PARTS = ("encoder_lr", "aux_lr", "layer_decay", "decay_norms")
@@ -75,6 +78,34 @@ def parameter_groups(
         | ({} if decayed else {"weight_decay": 0.0})
         for (factor, decayed), parameters in sorted(groups.items(), key=lambda g: g[0][0] != 1)
     ]
+
+
+def build_optimizer(
+    function: Callable[..., Optimizer], groups: list[dict[str, Any]], options: dict[str, Any]
+) -> Optimizer:
+    """Build an optimizer.
+
+    Args:
+        function: PyTorch's class, or another function of (groups, ...).
+        groups: From `parameter_groups`.
+        options: Its settings.
+
+    Raises:
+        InputError: It refuses its settings.
+    """
+    try:
+        return function(groups, **options)
+    except Exception as error:  # of any type: PyTorch looks at few of them itself
+        given = " ".join(f"{name}={value}" for name, value in options.items())
+        raise InputError(
+            f"optimizer: {getattr(function, '__name__', function)} refuses {given}: "
+            f"{reason(error)} (its settings: {', '.join(arguments(function))})"
+        ) from error
+
+
+def arguments(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments of a function, or a partial, after the first."""
+    return list(inspect.signature(getattr(function, "func", function)).parameters)[1:]
 
 
 def encoder_of(model: nn.Module) -> str:

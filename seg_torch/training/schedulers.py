@@ -1,6 +1,5 @@
 """Learning-rate schedules by the number of steps, which only the trainer knows."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
+from seg_torch.training.optimizers import arguments
+
+MANY_STEPS = 1_000_000  # of a training, to try a schedule before there is one
 
 # poly and cosine compute the rate from the step alone. torch's PolynomialLR and CosineAnnealingLR
 # multiply the last rate, so a finished run that is resumed for more epochs would stay at zero.
@@ -63,6 +65,28 @@ def cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
     )
 
 
+def check_scheduler(make_scheduler: Callable[..., LRScheduler], optimizer: Optimizer) -> None:
+    """Refuse what a schedule refuses, by building it and taking its first step.
+
+    Args:
+        make_scheduler: As for `scheduler_config`.
+        optimizer: Of parameters that are not needed: its rates change.
+
+    Raises:
+        InputError: A setting is missing, unknown or impossible.
+    """
+    config = scheduler_config(make_scheduler, optimizer, total_steps=MANY_STEPS)
+    optimizer.step()  # which a schedule waits for; without gradients nothing happens
+    try:
+        config["scheduler"].step(*([0.0] if config["reduce_on_plateau"] else []))
+    except Exception as error:
+        raise _refused(error, arguments(make_scheduler)) from error
+
+
+def _refused(error: Exception, settings: list[str]) -> InputError:
+    return InputError(f"scheduler: {reason(error)} (its settings: {', '.join(settings)})")
+
+
 def scheduler_config(
     make_scheduler: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int
 ) -> dict[str, Any]:
@@ -82,8 +106,7 @@ def scheduler_config(
     Raises:
         InputError: A setting is missing, unknown or impossible.
     """
-    function = getattr(make_scheduler, "func", make_scheduler)
-    settings = list(inspect.signature(function).parameters)[1:]
+    settings = arguments(make_scheduler)
     by_step = "total_steps" in settings
     options = {}
     if by_step and getattr(make_scheduler, "keywords", {}).get("total_steps") is None:
@@ -91,8 +114,8 @@ def scheduler_config(
         options["total_steps"] = max(total_steps, 1)
     try:
         scheduler = make_scheduler(optimizer, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"scheduler: {error} (its settings: {', '.join(settings)})") from error
+    except Exception as error:  # of any type: PyTorch looks at few of its settings itself
+        raise _refused(error, settings) from error
     on_plateau = isinstance(scheduler, ReduceLROnPlateau)
     return {
         "scheduler": scheduler,

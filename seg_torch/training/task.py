@@ -1,6 +1,5 @@
 """SegmentationTask: loss, optimizer and validation scores of a network, for Lightning's Trainer."""
 
-import inspect
 import logging
 import math
 import sys
@@ -22,9 +21,15 @@ from seg_torch.labels import Labels
 from seg_torch.losses import CrossEntropyLoss, ModelLoss, upsampled_loss
 from seg_torch.losses.images import ImageLoss, MeanImageLoss
 from seg_torch.metrics import ConfusionMatrix, scores
-from seg_torch.models.network import Network
+from seg_torch.models.base import EncoderModel
+from seg_torch.models.network import Network, check_outputs
 from seg_torch.prediction.inference import Inference, InferenceSettings, decide
-from seg_torch.training.optimizers import PARTS, parameter_groups
+from seg_torch.training.optimizers import (
+    PARTS,
+    arguments,
+    build_optimizer,
+    parameter_groups,
+)
 from seg_torch.training.schedulers import scheduler_config
 from seg_torch.training.trainer import shard
 
@@ -87,12 +92,14 @@ class SegmentationTask(LightningModule):
         """Prepare validation, and the loss, whose class weights may follow from their pixels.
 
         Raises:
-            InputError: The loss does not fit the model, or needs files that cannot be used.
+            InputError: The model does not give what it should, or the loss does not fit it, or
+                needs files that cannot be used.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         settings = InferenceSettings(precision=str(self.trainer.precision))
-        resize = None if data is None else data.resize
+        resize = getattr(data, "resize", None)
         self.inference = Inference(self.network, len(self.labels), resize, settings)
+        check_outputs(self.network, len(self.labels))
         if stage != "fit":
             return
         if isinstance(self.loss, ModelLoss) and not hasattr(self.network.model, "has_own_loss"):
@@ -102,6 +109,11 @@ class SegmentationTask(LightningModule):
             )
         for loss in self.loss.modules():
             if isinstance(loss, CrossEntropyLoss) and loss.needs_pixel_counts:
+                if not hasattr(data, "pixel_counts"):
+                    raise InputError(
+                        "loss: weights from the data set need fit(task, datamodule=...), or "
+                        "loss.set_pixel_counts(counts) before"
+                    )
                 counts = data.pixel_counts() if self.trainer.is_global_zero else torch.empty(0)
                 loss.set_pixel_counts(self.trainer.strategy.broadcast(counts))
 
@@ -110,9 +122,15 @@ class SegmentationTask(LightningModule):
 
     def on_train_start(self) -> None:
         self._warm_up()
+        self._follow_epoch()  # of an epoch that is resumed within, which has no start
 
     def on_train_epoch_start(self) -> None:
         self.validated = False
+        self._follow_epoch()
+
+    def _follow_epoch(self) -> None:
+        if isinstance(self.network.model, EncoderModel):
+            self.network.model.follow_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Sample, batch_index: int) -> None:
         torch.backends.cudnn.benchmark = self.benchmark
@@ -132,6 +150,23 @@ class SegmentationTask(LightningModule):
         )
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Make the last batches of an epoch count in full where they are fewer than the others.
+
+        Lightning has divided the loss by `accumulate_grad_batches`, also where these are not as
+        many as are left.
+        """
+        window, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        rest = batches % window if batches < math.inf else 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        if rest and progress.processed >= batches - rest:
+            loss = loss * (window / rest)
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(self.network.model, EncoderModel):
+            self.network.model.drop_gradients()
 
     def on_train_batch_end(self, outputs: Any, batch: Sample, batch_index: int) -> None:
         self._warm_up()  # the next step, so that whoever logs the rate logs the one that is used
@@ -161,6 +196,9 @@ class SegmentationTask(LightningModule):
 
     def on_validation_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
+        # Anew: those of Trainer.validate, in its inference mode, can only be changed in that.
+        self.confusion.reset()
+        self.validation_loss.reset()
         if self.trainer.world_size > 1:
             # Where BatchNorm is not synchronised, each process has running statistics of its own.
             # A checkpoint holds those of the first, and they are what is scored.
@@ -203,12 +241,12 @@ class SegmentationTask(LightningModule):
         groups[0]["params"] += [p for p in self.loss.parameters() if p.requires_grad]
         # One pass over all parameters, several times as fast. It cannot be combined with clipping,
         # nor PyTorch's for SGD with shared-out weights (FSDP).
-        function = getattr(self.make_optimizer, "func", self.make_optimizer)
+        function: Any = getattr(self.make_optimizer, "func", self.make_optimizer)
         whole = self.device_mesh is None and not self.trainer.gradient_clip_val
         whole = whole and not options.get("foreach")  # another way, which the user asks for
-        if whole and "fused" in inspect.signature(function).parameters:
+        if whole and "fused" in arguments(function):
             options.setdefault("fused", True)
-        optimizer = function(groups, **options)
+        optimizer = build_optimizer(function, groups, options)
         steps = self.trainer.estimated_stepping_batches
         if steps < self.max_steps:
             log.info(
@@ -219,7 +257,7 @@ class SegmentationTask(LightningModule):
         if self.make_scheduler is None:
             return optimizer
         steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
-        if steps == math.inf:
+        if math.isinf(steps):
             raise InputError("a schedule has a length: set trainer.max_epochs or trainer.max_steps")
         config = scheduler_config(self.make_scheduler, optimizer, int(steps))
         if config["reduce_on_plateau"]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -21,6 +22,8 @@ from seg_torch.files import write_atomically
 from seg_torch.models import weights
 from seg_torch.models.network import COMPILE_MODES
 from seg_torch.training.progress import ProgressBar
+
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -162,6 +165,9 @@ def build_trainer(
     torch.set_float32_matmul_precision("high")
     if on_cpu:
         hardware.reuse_memory()
+    if options.get("profiler") in PROFILERS:
+        # Lightning would log what they find, where the commands do not show it.
+        options["profiler"] = PROFILERS[options["profiler"]](dirpath=folder, filename="profile")
     bar = Console().is_terminal
     with refused_by_lightning("trainer"):
         return Trainer(

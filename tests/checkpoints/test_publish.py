@@ -30,6 +30,7 @@ from seg_torch.checkpoints import checkpoint
 from seg_torch.errors import InputError
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
+from seg_torch.version import REPOSITORY
 
 TOKEN = "hf_secret"
 ON_CPU = "trainer.accelerator=cpu trainer.precision=32-true"
@@ -315,6 +316,7 @@ def test_the_card_has_what_the_hub_shows(run_folder, tmp_path):
         assert f"| {i} | `{name}` | `{colour}` | {cell} |" in body
     assert json.loads((tmp_path / "tiny/test_metrics.json").read_text()) == scores
     assert 'Segmenter.load("tiny")' in body
+    assert f"pip install 'segwright @ git+{REPOSITORY}'" in body, "e47"
     # Pushed on from there, it keeps its scores; the last checkpoint has none.
     load(tmp_path / "tiny").save_pretrained(tmp_path / "again")
     assert "| Mean IoU |" in (tmp_path / "again/README.md").read_text()

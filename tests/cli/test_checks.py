@@ -5,6 +5,7 @@ import inspect
 import sys
 
 import pytest
+from conftest import ROOT
 
 LIGHT = [
     ("train data.batchsize=4", "no setting data.batchsize; did you mean data.batch_size"),
@@ -18,8 +19,11 @@ LIGHT = [
     ("train trainer.deterministic=ye", "trainer.deterministic=ye: expected true or false"),
     ("train data.batch_size=big", "data.batch_size=big: expected a whole number"),
     ("train data.batch_size=[", "data.batch_size=["),
-    ("train data.augment.crop=[a,b]", "data.augment.crop=[a,b]: expected numbers, such as [352,4"),
-    ("train data.augment.scale=[0.5,x]", "data.augment.scale=[0.5,x]: expected numbers"),
+    (
+        "train data.augment.crop=[a,b]",
+        "data.augment.crop=[a,b]: expected two numbers, such as",
+    ),
+    ("train data.augment.scale=[0.5,x]", "data.augment.scale=[0.5,x]: expected two numbers"),
     ("train data.dataset.train=many", "data.dataset.train=many: expected a whole number"),
     ("train trainer.max_epochs=x", "trainer.max_epochs=x: expected a whole number"),
     ("train trainer.max_epochs=2.5", "trainer.max_epochs=2.5: expected a whole number"),
@@ -63,6 +67,18 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "source"),
+    [("folder", "put images in images/"), ("cityscapes", "gtFine_trainvaltest.zip")],
+)
+def test_e52_where_the_folder_is_missing_the_dataset_says_how_to_get_it(command, dataset, source):
+    code, message = command(f"train data={dataset} data.root=nowhere")
+    assert code == 2
+    assert "data.root=nowhere: no such file or folder" in message
+    assert "To get it: " in message
+    assert source in message
+
+
 @pytest.mark.promise(29)
 @pytest.mark.parametrize(
     ("line", "expected"),
@@ -78,6 +94,27 @@ def test_a_mistake_that_only_the_command_can_find_is_answered_too(command, line,
     assert code == 2
     assert expected in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("data=ade20k data.root=nowhere", "ADE20K (SceneParsing) was not found in "),
+        ("data=cityscapes data.root=nowhere", "Cityscapes was not found in "),
+        ("data=camvid", "CamVid was not found in "),
+    ],
+)
+def test_e52_where_a_published_dataset_is_missing_it_is_said_how_to_get_it(
+    command, monkeypatch, line, expected
+):
+    monkeypatch.setenv("SEG_TORCH_DATA", "nowhere")
+    code, message = command(f"train {line} logger=none trainer.accelerator=cpu")
+    assert code == 2
+    assert expected in message
+    assert "\nExpected there: " in message
+    assert "\nTo get it: " in message
+    code, message = command("train data=pet")
+    assert "data.root=nowhere: no such file or folder; data.download=true fetches" in message
 
 
 @pytest.mark.parametrize(
@@ -115,7 +152,7 @@ def test_several_loggers_and_a_missing_package(command, stub, monkeypatch):
     for package in ("wandb", "mlflow"):
         code, message = command(f"train logger=[csv,{package}]")
         assert code == 2
-        assert f"pip install 'segwright[{package}]'" in message
+        assert f"pip install -e '{ROOT}[{package}]'" in message
 
 
 @pytest.mark.parametrize(

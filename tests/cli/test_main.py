@@ -174,8 +174,11 @@ def test_e01_a_folder_of_the_time_is_a_new_one_and_stays_only_with_something_in_
             Path(cfg.output_dir, "file").touch()
 
     stub(train)
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    text = "# @package _global_\noutput_dir: runs/${now:%Y}-run\n"
+    (tmp_path / "mine/experiment/timed.yaml").write_text(text)
     for _ in range(3):  # as if in one second
-        assert command("train output_dir=runs/${now:%Y}-run")[0] == 0
+        assert command("train --config-dir mine experiment=timed")[0] == 0
     year = seen[0]
     assert seen == [year, f"{year}-2", f"{year}-3"]
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
@@ -323,7 +326,7 @@ def test_the_table_of_commands_is_read_without_importing_one():
 # What is logged
 
 
-def test_importing_models_leaves_the_loggers_of_the_libraries_as_they_were():
+def test_e39_importing_models_leaves_the_loggers_of_the_libraries_as_they_were():
     script = (
         "import logging, seg_torch.models\n"
         "for name in ('timm', 'httpx', 'httpx2'):\n"

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+from conftest import ROOT
 from omegaconf import OmegaConf
 
 from seg_torch.cli import overrides
@@ -75,7 +76,7 @@ def test_optuna_without_its_package_says_what_to_install(command, stub, monkeypa
     )
     code, message = command("train -m hydra/sweeper=optuna")
     assert code == 2
-    assert "pip install 'segwright[sweep]'" in message
+    assert f"pip install -e '{ROOT}[sweep]'" in message
 
 
 def test_old_names_of_settings_and_choices_are_taken_and_the_new_ones_are_said(

@@ -1,6 +1,5 @@
 """A setting that is a path means what the user gives, whatever characters are in it."""
 
-import os
 from itertools import cycle
 from pathlib import Path
 
@@ -145,11 +144,12 @@ def test_e45_null_is_none_where_a_setting_may_be_none_and_nothing_is_called_so(c
 # Several values
 
 
-def test_e45_in_a_sweep_commas_separate_paths_unless_one_is_called_so(command, stub, tmp_path):
+def test_e45_in_a_sweep_commas_separate_paths_unless_one_is_called_so(
+    command, stub, tmp_path, monkeypatch
+):
     for name in ("a", "b", "c,d", "é,x", "it's"):
         (tmp_path / name).mkdir()
-    seen = []
-    stub(lambda cfg: seen.append(cfg.data.root))
+    monkeypatch.chdir(tmp_path)
     for text, expected in (
         ("a,b", ["a", "b"]),
         ("c,d", ["c,d"]),
@@ -157,13 +157,16 @@ def test_e45_in_a_sweep_commas_separate_paths_unless_one_is_called_so(command, s
         ('"é,x",it\'s', ["é,x", "it's"]),
         ("a", ["a"]),
     ):
-        line = ["train", "-m", f"data.root={text}", "output_dir=läufe, ${1}/x"]
-        assert command(line) == (0, "")
-        assert seen == expected
-        seen.clear()
+        override = complete_overrides("train", [f"data.root={text}"], sweep=True)[-1]
+        parsed = OverridesParser.create().parse_override(override)
+        jobs = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
+        assert [str(getattr(job, "text", job)) for job in jobs] == expected
+    seen = []
+    stub(lambda cfg: seen.append(cfg.data.root))
+    # Through all of Hydra, where data=FOLDER is data=auto data.root=FOLDER.
+    assert command(["train", "-m", "data='c,d',\"é,x\"", "output_dir=läufe, ${1}/x"])[0] == 0
+    assert seen == ["c,d", "é,x"]
     assert (tmp_path / "läufe, ${1}/x/1").is_dir()
-    assert command(["train", "-m", "data=a,b"]) == (0, "")
-    assert seen == ["a", "b"]
 
 
 def test_e45_several_paths_in_brackets_or_one(compose, tmp_path, monkeypatch):
@@ -188,29 +191,25 @@ def test_e45_paths_in_yaml_files_are_taken_as_they_are_and_a_tilde_is_the_home(
     command, stub, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / "Meine Ordner (1), #2/experiment"
-    folder.mkdir(parents=True)
+    experiments = tmp_path / "Meine Ordner (1), #2/experiment"
+    experiments.mkdir(parents=True)
+    for name in ("Übung", "2024", "a, b: #c"):
+        (tmp_path / name).mkdir()
+    (experiments / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /data: folder\n"
+        "data:\n  root: 2024\n  dataset:\n    extra: ['a, b: #c', '\\${x}', ~/Übung]\n"
+        "init_from: ${oc.env:HOME}/2024\noutput_dir: ~/Läufe, ü\n",
+        encoding="utf-8",
+    )
     seen = []
     stub(seen.append)
-    for text, expected in (
-        ("~/Übung", str(tmp_path / "Übung")),
-        ("2024", "2024"),
-        ("'a, b: #c'", "a, b: #c"),
-        ("'\\${x}'", "${x}"),
-        ("${oc.env:HOME}/d", str(tmp_path / "d")),  # which conf/data itself makes use of
-    ):
-        (tmp_path / expected).mkdir()
-        (folder / "mine.yaml").write_text(
-            "# @package _global_\ndefaults:\n  - override /data: folder\n"
-            f"data:\n  root: {text}\noutput_dir: {text}\n",
-            encoding="utf-8",
-        )
-        line = ["train", "--config-dir", str(folder.parent), "experiment=mine"]
-        assert command(line) == (0, "")
-        assert (seen[-1].data.root, seen[-1].output_dir) == (expected, expected)
-        assert command([*line, "-m"]) == (0, "")
-        assert seen[-1].output_dir == os.path.abspath(tmp_path / expected / "0")
-    (folder / "mine.yaml").write_text("# @package _global_\noutput_dir: true\n")
+    line = ["train", "--config-dir", str(experiments.parent), "experiment=mine"]
+    assert command([*line, "-m"])[0] == 0
+    cfg = seen[0]
+    assert (cfg.data.root, cfg.init_from) == ("2024", f"{tmp_path}/2024")
+    assert list(cfg.data.dataset.extra) == ["a, b: #c", "${x}", f"{tmp_path}/Übung"]
+    assert cfg.output_dir == f"{tmp_path}/Läufe, ü/0"
+    (experiments / "mine.yaml").write_text("# @package _global_\noutput_dir: true\n")
     code, message = command(line)
     assert code == 2
     assert "output_dir=True: expected one path; in a YAML file, put quotes around" in message

@@ -73,7 +73,9 @@ def test_e27_none_keeps_nothing(tmp_path, monkeypatch):
     samples = shapes("train", size=32, train=6)
     write_folder(samples, samples.labels, tmp_path)
     read, decode = [], format.read_image
-    monkeypatch.setattr(format, "read_image", lambda path: (read.append(path), decode(path))[1])
+    monkeypatch.setattr(
+        format, "read_image", lambda path, **_: (read.append(path), decode(path))[1]
+    )
     for none in ("none", False):
         module = SegmentationDataModule(folder, str(tmp_path), cache=none, num_workers=0)
         module.trainer = trainer_stub()
@@ -103,7 +105,7 @@ def test_e31_images_are_kept_by_what_all_of_them_take(tmp_path, monkeypatch, lar
             module = SegmentationDataModule(folder, str(tmp_path), check=False)
             module.trainer = trainer_stub()
             if not kept:
-                patch.setattr(format, "read_image", lambda path: read.append(path))
+                patch.setattr(format, "read_image", lambda path, **_: read.append(path))
             assert (module.val_dataloader().num_workers == 0) == kept
     assert not read  # the headers have the sizes
 
@@ -290,7 +292,7 @@ def test_what_a_killed_run_had_decoded_is_neither_used_nor_kept(own_folder, new_
 def test_of_runs_that_start_at_once_one_decodes_and_the_others_wait(own_folder, monkeypatch):
     files = []
     read = format.read_image
-    monkeypatch.setattr(format, "read_image", lambda path: (files.append(path), read(path))[1])
+    monkeypatch.setattr(format, "read_image", lambda path, **_: (files.append(path), read(path))[1])
     modules = [
         SegmentationDataModule(folder, str(own_folder), batch_size=2, cache="disk")
         for _ in range(3)

@@ -12,6 +12,7 @@ from seg_torch.datasets.base import read_index_mask
 from seg_torch.errors import InputError
 from seg_torch.files import write_atomically
 from seg_torch.images import read as images
+from seg_torch.images.missing import missing
 from seg_torch.images.read import image_size, read_image
 
 RED = [200, 30, 40]
@@ -49,14 +50,14 @@ def test_a_palette_image_is_read_by_its_colours(tmp_path):
 def test_transparency_is_laid_on_white(tmp_path):
     rgba = np.array([[[*RED, 255], [*RED, 0]]], np.uint8)
     path = written(Image.fromarray(rgba), tmp_path / "a.png")
-    assert read_image(path).tolist() == [[RED, [255, 255, 255]]]
+    assert np.ma.getdata(read_image(path)).tolist() == [[RED, [255, 255, 255]]]
 
 
 def test_a_transparent_palette_entry_is_white(tmp_path):
     image = Image.fromarray(np.array([[0, 1]], np.uint8))
     image.putpalette([0, 0, 0, *RED])
     path = written(image, tmp_path / "a.png", transparency=0)
-    assert read_image(path).tolist() == [[[255, 255, 255], RED]]
+    assert np.ma.getdata(read_image(path)).tolist() == [[[255, 255, 255], RED]]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -85,7 +86,8 @@ def test_floats_run_from_0_to_1(tmp_path):
 def test_what_has_no_value_in_a_float_image_is_black(tmp_path, value):
     values = np.array([[value, 0.2]], np.float32)
     path = written(Image.fromarray(values), tmp_path / "a.tif")
-    assert read_image(path)[0, :, 0].tolist() == [0, 51]
+    assert np.ma.getdata(read_image(path))[0, :, 0].tolist() == [0, 51]
+    assert missing(read_image(path)).tolist() == [[True, False]]
 
 
 def test_exif_orientation_6_is_turned_clockwise(tmp_path):

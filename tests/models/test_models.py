@@ -245,7 +245,7 @@ def test_d21_nothing_is_frozen_where_everything_is_used(model):
 def test_d33_a_missing_extra_names_the_command_that_installs_it(extra, monkeypatch):
     monkeypatch.setitem(sys.modules, EXTRAS[extra], None)
     project_extra = "smp" if extra == "smp" else "transformers"
-    message = rf"needs {EXTRAS[extra]}: pip install 'segwright\[{project_extra}\]'$"
+    message = rf"needs {EXTRAS[extra]}: pip install -e '.*\[{project_extra}\]'$"
     with pytest.raises(InputError, match=message):
         MODELS[extra]()
 

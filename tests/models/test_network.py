@@ -8,6 +8,7 @@ import torch
 from models_for_tests import NUM_CLASSES, caches  # noqa: F401
 from torch import nn
 
+from seg_torch.errors import InputError
 from seg_torch.models import smp, transformers, unet
 from seg_torch.models.network import Network, freeze_unused_parameters
 
@@ -121,3 +122,61 @@ def test_networks_take_any_number_of_channels():
         1, 6
     ).view(5, 1, 1)
     torch.testing.assert_close(network(x)["out"], model(scaled))
+
+
+class Volume(nn.Module):
+    """With a weight of five dimensions, which have no `channels_last`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_time = nn.Conv3d(3, NUM_CLASSES, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.over_time(x[:, :, None])[:, :, 0]
+
+
+def test_e40_weights_of_five_dimensions_are_weights_too():
+    network = Network(Volume())
+    x = torch.randint(256, (2, 3, 33, 40), dtype=torch.uint8)
+    assert network(x)["out"].shape == (2, NUM_CLASSES, 33, 40)
+    assert freeze_unused_parameters(network) == []
+
+
+class Lazy(nn.Module):
+    """Its layers get their sizes from the first image; Dropout would draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LazyConv2d(8, 3, padding=1), nn.LazyBatchNorm2d(), nn.Dropout(), nn.ReLU()
+        )
+        self.classifier = nn.LazyConv2d(NUM_CLASSES, 1)
+        self.layers[1].eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.layers(x))
+
+
+def test_e40_lazy_layers_get_their_sizes_before_anything_else():
+    """And can be loaded into a new model, as from a checkpoint."""
+    network = Network(Lazy())
+    assert network.model.classifier.weight.shape == (NUM_CLASSES, 8, 1, 1)
+    assert not network.model.layers[1].training
+    assert network.model.layers[1].num_batches_tracked == 0
+    assert network.training
+    assert freeze_unused_parameters(network) == []
+    other = Network(Lazy())
+    other.load_state_dict(network.state_dict())
+    x = torch.randint(256, (2, 3, 33, 40), dtype=torch.uint8)
+    torch.testing.assert_close(other.eval()(x)["out"], network.eval()(x)["out"])
+
+
+def test_e40_lazy_layers_that_get_no_size_are_named():
+    model = nn.Sequential(nn.LazyConv2d(4, 99), nn.Conv2d(4, NUM_CLASSES, 1))
+    with pytest.raises(InputError, match=r"Sequential has lazy layers.* 64 x 64 pixels, and"):
+        Network(model)
+
+
+def test_convolutions_keep_their_channels_last():
+    weight = Network(nn.Conv2d(3, 4, 3)).model.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)

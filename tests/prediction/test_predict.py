@@ -463,7 +463,7 @@ def test_e54_what_is_no_image_that_can_be_read_is_counted_by_suffix(
         (photos / name).touch()
     RGB.save(photos / "f.jpg")
     arguments = (f"input={photos}", f"output={photos / 'out'}")
-    told = "left out, since these are no images that can be read: "
+    told = f"{photos}: left out, since they are no images that can be read: "
     for _ in range(2):  # what the first run has written is not counted by the second one
         caplog.clear()
         assert predict(compose("predict", *arguments, "save=[mask,legend,coco]")) == 0
@@ -547,6 +547,22 @@ def test_e44_packages_of_the_outputs_are_looked_for_first(compose, tmp_path, mon
     cfg.save, cfg.checkpoint = ["mask", "geotiff"], "there is no such file"
     with pytest.raises(InputError, match=r"save=\[geotiff\] needs tifffile: pip install"):
         predict(cfg)
+
+
+def test_what_a_damaged_journal_has_lost_is_done_again(compose, threshold, tmp_path):
+    for name in "abcd":
+        RGB.save(tmp_path / f"{name}.png")
+    arguments = (f"input={tmp_path}", f"output={tmp_path / 'out'}", "save=[mask]")
+    assert predict(compose("predict", *arguments)) == 0
+    (journal,) = (tmp_path / "out" / JOURNAL).glob("0-*.jsonl")
+    a, b, c, d = [line for line in journal.read_bytes().splitlines() if line]
+    broken = [a[:20] + b"\xb4" + a[21:], b"[1]", b.replace(b"areas", b"ar%as"), c[: len(c) // 2], d]
+    journal.write_bytes(b"\n".join(broken))
+    before = times(tmp_path / "out")
+    assert predict(compose("predict", *arguments)) == 0
+    after = times(tmp_path / "out")
+    assert {name for name in after if after[name] != before[name]} == {"a.png", "b.png", "c.png"}
+    assert [row["file"] for row in table(tmp_path / "out")] == [f"{name}.png" for name in "abcd"]
 
 
 def test_an_output_that_was_damaged_meanwhile_is_named(compose, threshold, tmp_path):

@@ -114,7 +114,7 @@ def test_d30_the_last_batch_of_frames_is_not_filled_up(segmenter, tmp_path, monk
 def test_d33_without_pyav_the_message_names_the_library(segmenter, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(
-        InputError, match=r"a\.mov: a video needs av: pip install 'segwright\[video\]'$"
+        InputError, match=r"a\.mov: a video needs av: pip install -e '.*\[video\]'$"
     ):
         predict_video(segmenter, tmp_path / "a.mov", tmp_path / "b.mp4")
 

@@ -143,7 +143,7 @@ RUN = (
     "trainer.max_epochs=1",
 )
 # A time, which differs between the processes.
-FOLDER = "output_dir=runs/${now:%H-%M-%S-%f}"
+FOLDER = (f"--config-dir={ROOT / 'tests/support/timed'}", "experiment=timed")
 
 
 def agents(folder: Path, *command: str | Path) -> list[Forked]:
@@ -170,7 +170,7 @@ def last(folder: Path) -> dict:
 def alone(tmp_path_factory) -> Path:
     """Where one process has trained with batches of eight."""
     folder = tmp_path_factory.mktemp("alone")
-    finish(start(folder, ROOT / "train.py", *RUN, FOLDER, "data.batch_size=8"))
+    finish(start(folder, ROOT / "train.py", *RUN, *FOLDER, "data.batch_size=8"))
     return folder
 
 
@@ -185,10 +185,10 @@ def of_two(request, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
     command = (ROOT / "train.py", *RUN, "data.batch_size=4")
     if request.param == "2 x 1":
-        return folder, finish(*agents(folder, *command, FOLDER))
+        return folder, finish(*agents(folder, *command, *FOLDER))
     strategy = {"1 x 2": "auto", "fsdp": "fsdp"}[request.param]
     strategy = f"trainer.strategy={strategy}"
-    return folder, finish(start(folder, *torchrun(2), *command, strategy, FOLDER))
+    return folder, finish(start(folder, *torchrun(2), *command, strategy, *FOLDER))
 
 
 def test_two_batches_of_four_train_as_one_of_eight(of_two, alone):
@@ -264,7 +264,7 @@ def test_fsdp_with_clipped_gradients_goes_on_after_its_first_epoch(tmp_path):
 
 @pytest.mark.slow
 def test_machines_with_disks_of_their_own_fetch_once_each_and_count_once(tmp_path):
-    finish(*agents(tmp_path, ROOT / "train.py", *RUN, FOLDER, "data.root=data-MACHINE"))
+    finish(*agents(tmp_path, ROOT / "train.py", *RUN, *FOLDER, "data.root=data-MACHINE"))
     notes = (tmp_path / "notes.txt").read_text().splitlines()
     assert notes.count("downloaded") == 2
     assert len(notes) == 2 + sum(SPLITS.values())

@@ -12,6 +12,7 @@ import torch
 from fastapi import Response
 from omegaconf import OmegaConf
 from PIL import Image
+from predictions import LABELS, Threshold
 
 from seg_torch import Segmenter
 from seg_torch.errors import InputError
@@ -109,3 +110,25 @@ def test_a_model_changes_nothing_in_the_process_that_makes_it(bands):
     """Only `load` does, in a process of the model alone."""
     assert not torch.is_autocast_enabled("cpu")
     assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_e59_pixels_without_data_are_counted_nowhere(monkeypatch):
+    """Of a PNG with transparency, in all three answers."""
+    rgba = np.full((40, 48, 4), 255, np.uint8)
+    rgba[:, :8, :3] = 0
+    rgba[:, 24:, 3] = 0
+    file = BytesIO()
+    Image.fromarray(rgba).save(file, "PNG")
+    network = Network(Threshold(), (0, 0, 0), (1, 1, 1))
+    segmenter = Segmenter(network, LABELS, device="cpu")
+    monkeypatch.setattr(model, "load_segmenter", lambda cfg, device: segmenter)
+    uploads = [Upload("a.png", file.getvalue(), wanted) for wanted in ("png", "json", "view")]
+    png, answer, view = Model(SETTINGS, "cpu").answer(uploads)
+    expected = np.full((40, 48), 255)
+    expected[:, :8], expected[:, 8:24] = 0, 1
+    assert np.array(Image.open(BytesIO(png.body))).tolist() == expected.tolist()
+    content = json.loads(answer.body)
+    assert content["areas"] == pytest.approx({"dark": 1 / 3, "bright": 2 / 3})
+    assert sum(f["properties"]["area"] for f in content["polygons"]["features"]) == 40 * 24
+    counts = json.loads(view.body)["counts"]
+    assert (counts[0], counts[1], counts[255]) == (40 * 8, 40 * 16, 0)

@@ -531,4 +531,4 @@ def test_without_its_packages_the_command_says_what_to_install(
     # Nor is it imported.
     monkeypatch.setitem(sys.modules, f"seg_torch.commands.{command}", None)
     assert run_command(command, tmp_path) == 2
-    assert f"pip install 'segwright[{command}]'" in capsys.readouterr().err
+    assert f"pip install -e '{ROOT}[{command}]'" in capsys.readouterr().err

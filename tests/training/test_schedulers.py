@@ -238,7 +238,7 @@ def test_d35_usual_settings_of_optimizers_are_listed_with_torchs_defaults(path, 
 
 
 @pytest.mark.parametrize(("scheduler", "power"), [("poly", 0.9), ("none", 0)])
-def test_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path, scheduler, power):
+def test_e15_the_rate_that_is_logged_is_the_rate_that_is_used(small, tmp_path, scheduler, power):
     """In warm-up, too: the first four steps have a quarter, a half, ... of the scheduled rate."""
     used = []
 

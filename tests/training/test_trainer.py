@@ -265,7 +265,8 @@ def noted(folder: Path, what: str) -> list:
 def run_of_two(tmp_path_factory) -> Path:
     """The folder in which two processes have trained."""
     folder = tmp_path_factory.mktemp("two")
-    code, output = on_two_processes(folder, "output_dir=runs/${now:%H-%M-%S-%f}")
+    timed = f"--config-dir={ROOT / 'tests/support/timed'}"
+    code, output = on_two_processes(folder, timed, "experiment=timed", "model=unet_random")
     assert code == 0, output
     return folder
 

@@ -27,6 +27,7 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional
 
+from seg_torch import hardware
 from seg_torch.checkpoints import checkpoint
 from seg_torch.cli.overrides import complete_overrides
 from seg_torch.commands.evaluate import evaluate
@@ -792,6 +793,46 @@ def test_evaluate_repeats_the_scores_at_the_end_of_training(small, compose, tmp_
     assert first["precision"] == "32-true"
 
 
+@pytest.mark.promise(22)
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_e14_weights_of_another_type_are_scored_in_float32(small, compose, tmp_path, precision):
+    """Which the report says; evaluate and predict come to the same pixels."""
+    settings = (f"trainer.precision={precision}", "trainer.max_epochs=1", "logger=none")
+    train(small("train", *settings))
+    run = tmp_path / "run"
+    assert weights(run)["model.classifier.weight"].dtype == hardware.TRUE_PRECISIONS[precision]
+    evaluate(compose("evaluate", f"checkpoint={run}", f"output_dir={tmp_path / 'e'}"))
+    first, second = (
+        json.loads((folder / "test_metrics.json").read_text()) for folder in (run, tmp_path / "e")
+    )
+    assert first == second
+    assert first["precision"] == "32-true"
+    segmenter = Segmenter.load(run, "cpu", precision="32-true")
+    matrix = np.zeros((6, 6), np.int64)
+    for i in range(3):
+        image, mask = shapes("test", 32)[i]
+        label, valid = mask.numpy(), mask.numpy() != 255
+        np.add.at(matrix, (label[valid], segmenter.predict(image).mask[valid]), 1)
+    assert first["confusion_matrix"] == matrix.tolist()
+
+
+def test_e68_loggers_get_the_settings_and_the_scores_of_the_test(small, tmp_path):
+    options = ("logger=[csv,tensorboard]", "optimizer.lr=0.002", "trainer.max_epochs=1")
+    train(small("train", *options))
+    run = tmp_path / "run"
+    report = json.loads((run / "test_metrics.json").read_text())
+    for folder in ("csv", "tensorboard"):
+        logged = OmegaConf.load(run / folder / "hparams.yaml")
+        text = OmegaConf.to_yaml(logged)
+        assert "0.002" in text, folder
+        assert "mobilenetv3_small_050" in text, folder
+    with (run / "csv/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice"):
+        (value,) = (float(row[f"test/{name}"]) for row in rows if row[f"test/{name}"])
+        assert value == pytest.approx(report[name], abs=1e-6)
+
+
 @pytest.mark.promise(2, 13)
 @pytest.mark.parametrize("settings", [(), ("tile=64", "tta=[flip,1.0,1.25]")])
 def test_evaluation_scores_the_masks_that_prediction_writes(small, compose, tmp_path, settings):
@@ -883,7 +924,7 @@ class Kill(Callback):
 def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
     tmp_path, monkeypatch, wait, cache, shown, hint
 ):
-    """Ten steps of one second; validation after the fourth and the last is not waiting."""
+    """Ten steps of one second. What comes between them is not waiting: validation, checkpoints."""
     clock = [0.0]
     monkeypatch.setattr(
         "seg_torch.training.callbacks.time", SimpleNamespace(perf_counter=lambda: clock[0])
@@ -896,6 +937,7 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
         global_step=10,
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
         datamodule=SimpleNamespace(cache=cache),
+        train_dataloader=SimpleNamespace(waited=5.0),  # in the epoch before
     )
     task = SimpleNamespace(training_loss=lambda: 0.5, validated=False, device=torch.device("cpu"))
     history = History(tmp_path)
@@ -903,12 +945,12 @@ def test_the_line_of_an_epoch_says_how_long_its_steps_waited_for_data(
     line.on_train_epoch_start(trainer, task)
     for step in range(10):
         clock[0] += wait
+        trainer.train_dataloader.waited += wait
         line.on_train_batch_start(trainer, task)
         clock[0] += 1
         line.on_train_batch_end(trainer, task)
         if step in (3, 9):
             clock[0] += 20
-            line.on_validation_end(trainer, task)
     history.on_train_epoch_end(trainer, task)
     line.on_train_epoch_end(trainer, task)
     assert line.line.startswith(f"epoch 1 of 3: loss 0.5000{shown}{hint}")

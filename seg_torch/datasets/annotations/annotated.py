@@ -12,7 +12,7 @@ import os
 import posixpath
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,8 @@ from PIL import Image, ImageDraw
 from seg_torch.datasets import base
 from seg_torch.datasets.folder import split_names
 from seg_torch.errors import InputError
-from seg_torch.images.read import IMAGE_SUFFIXES, image_size
+from seg_torch.images.convert import turned
+from seg_torch.images.read import IMAGE_SUFFIXES, image_size, orientation
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class AnnotatedFolder:
         common = [_common_parts(image, wanted) for image in named]
         named = [image for image, parts in zip(named, common, strict=True) if parts == max(common)]
         split = base.split_of(beside)
-        of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
+        of_split = [i for i in named if base.split_of(f"{posixpath.dirname(i)}/") == split]
         candidates = of_split or named
         if len(candidates) == 1:
             return candidates[0]
@@ -173,6 +174,8 @@ class AnnotatedFolder:
         Raises:
             InputError: The image has other annotations in the same split.
         """
+        if not all(0 <= side < 2**31 for side in size):
+            raise InputError(f"its size is said to be {size[0]} x {size[1]}")
         content = json.dumps(shapes, separators=(",", ":")).encode()
         paths = os.path.join(self.home, image), os.path.join(self.home, file)
         sample = Annotated(name_of(name), *paths, content, split, size)
@@ -242,8 +245,12 @@ class AnnotatedDataset(base.SegmentationDataset):
         pair = self.pairs[index]
         # A small file can claim any size: that of the image counts.
         height, width = image_size(pair.image) or self.image(index).shape[:2]
-        stated = tuple(self._sizes[index].tolist())
-        if stated not in ((0, 0), (width, height)):
+        stated, turn = tuple(self._sizes[index].tolist()), 1
+        if stated == (height, width) != (width, height):  # of the photo as it is stored
+            turn = orientation(pair.image)
+        if turn in (5, 6, 7, 8):
+            width, height = stated
+        elif stated not in ((0, 0), (width, height)):
             raise InputError(
                 f"{pair.mask}: it was made for {pair.image} of {stated[0]} x {stated[1]} pixels, "
                 f"the file has {width} x {height}"
@@ -252,7 +259,7 @@ class AnnotatedDataset(base.SegmentationDataset):
         for number, (name, shape) in enumerate(self.shapes(index), 1):
             with base.parsing(pair.mask, f"{pair.image.name}, shape {number} ({name}): "):
                 self.draw(mask, self.values[name], shape)
-        return np.array(mask)
+        return turned(np.array(mask), turn)
 
 
 def files_in(
@@ -374,7 +381,7 @@ def choose_split(
         by_split.setdefault(sample.split, []).append(sample)
     if "" in by_split and len(by_split) > 1:
         names = ", ".join(sample.name for sample in by_split[""][:3])
-        log.info("%s: %d images are in no split of its own: %s", home, len(by_split[""]), names)
+        log.info("%s: %d images are in no split: %s", home, len(by_split[""]), names)
         if "train" not in by_split:
             by_split["train"] = by_split.pop("")
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
@@ -389,6 +396,12 @@ def _common_parts(first: str, second: str) -> int:
     """Return in how many of their last parts two paths agree."""
     parts = zip(reversed(first.split("/")), reversed(second.split("/")), strict=False)
     return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
+
+
+def refuse_empty(path: str | Path, split: str, images: Collection[object]) -> None:
+    """Raise InputError if what stands for train or val has no images: chance would fill it."""
+    if split in ("train", "val") and not images:
+        raise InputError(f"{path}: no images for {split} here; fill it, or remove it")
 
 
 def same_name(name: str) -> str:

@@ -95,7 +95,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 first = tasks.setdefault(path, f"{number} of {file}")
                 if first != f"{number} of {file}":
                     raise InputError(f"{path} is annotated in {first}, too; delete one of the two")
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 folder.add(path, path, file, shapes, split, _size(regions))
                 names |= {name for name, _ in shapes}
                 without_area |= lost
@@ -137,6 +137,8 @@ def _shape(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise InputError(f"region {result.get('id')}: the image was turned in Label Studio")
     if len(value[kind]) != 1:
         raise InputError(f"region {result.get('id')}: {len(value[kind])} labels, it takes one")
+    if not isinstance(value[kind][0], str):
+        raise InputError(f"region {result.get('id')}: its label is {value[kind][0]!r}")
     return value[kind][0], {"kind": kind, **value}
 
 
@@ -159,7 +161,7 @@ def _draw(mask: Image.Image, value: int, shape: dict[str, Any]) -> None:
     """Draw a region; all of its lengths are percentages of the image's sides."""
     kind, size = shape["kind"], np.array(mask.size)
     if kind == "polygonlabels":
-        annotated.draw_polygon(mask, value, np.reshape(shape["points"], (-1, 2)) * size / 100)
+        annotated.draw_polygon(mask, value, annotated.pairs(shape["points"]) * size / 100)
     elif kind == "brushlabels":
         opacity = decode_brush(shape["rle"], mask.height, mask.width)
         annotated.draw_pixels(mask, value, opacity >= 128)

@@ -89,9 +89,9 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     names: set[str] = set()
     for file, content in folder.contents(is_labelme, "annotations of labelme"):
         with folder.part(file):
-            unnamed = [i for i, shape in enumerate(content["shapes"], 1) if not shape["label"]]
-            if unnamed:
-                raise InputError(f"shape {unnamed[0]} has no label")
+            for number, shape in enumerate(content["shapes"], 1):
+                if not isinstance(shape["label"], str | int) or shape["label"] == "":
+                    raise InputError(f"shape {number}: its label is {shape['label']!r}")
             shapes = [
                 (str(shape["label"]), {key: shape.get(key) for key in KEPT})
                 for shape in content["shapes"]
@@ -103,7 +103,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             with suppress(InputError) if content.get("imageData") else nullcontext():
                 image = folder.find_image(content["imagePath"], file)
             size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-            folders = posixpath.dirname(file), posixpath.dirname(image)
+            folders = [f"{posixpath.dirname(path)}/" for path in (file, image)]
             split = base.split_of(folders[0]) or base.split_of(folders[1])
             folder.add(file, image, file, shapes, split, size)
             names |= used

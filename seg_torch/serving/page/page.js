@@ -60,7 +60,7 @@ async function segment(item) {
     for (const [name, content] of Object.entries(answer.files)) {
       answer.files[name] = URL.createObjectURL(new Blob([decode(content)]));
     }
-    const total = answer.size[0] * answer.size[1];
+    const total = answer.counts.reduce((sum, count) => sum + count); // of pixels with data
     const colours = [...model.palette.entries(), [UNKNOWN, UNKNOWN_COLOUR]];
     answer.classes = colours
       .map(([id, colour]) =>

@@ -306,6 +306,8 @@ def test_points_a_little_outside_are_cut_off(make):
         ("annotations/instances_default.json", ""),
         ("instances_train_val.json", ""),
         ("test/train_1/photo.jpg", "train"),
+        *(("test_drive/", ""), ("train_station/a.json", ""), ("val_images/", "val")),
+        *(("my_train/a.json", "train"), ("train_val/", ""), ("train/test_photo/", "train")),
     ],
 )
 def test_which_split_a_path_stands_for(path, split):
@@ -363,14 +365,13 @@ def test_e06_images_of_one_name_and_other_suffixes_are_told_apart(make, name):
 def test_e16_what_an_older_reader_found_is_not_used(make, monkeypatch, tmp_path):
     root = make("labelme")
     package = tmp_path / "seg_torch"
-    for folder in ("datasets", "images"):
-        shutil.copytree(base.Path(base.__file__).parents[1] / folder, package / folder)
+    shutil.copytree(base.Path(base.__file__).parents[1], package)
     monkeypatch.setattr(base, "__file__", str(package / "datasets" / "base.py"))
     base.readers_source.cache_clear()
     dataset = datasets.labelme(root, "train")
     first = dataset.fingerprint()
     check(dataset)
-    assert dataset.fingerprint() == first
+    assert None is not first == dataset.fingerprint()
     # A line of a helper that the reader calls, far from the function itself.
     path = package / "datasets" / "annotations" / "annotated.py"
     path.write_text(path.read_text().replace("MARGIN = 0.05", "MARGIN = 0.01"))

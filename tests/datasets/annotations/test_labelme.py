@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import partial
 
 import make_data
@@ -15,6 +16,7 @@ from annotation_copies import (
     edit,
     tiny_copy,
 )
+from PIL import Image, ImageOps
 
 from seg_torch import datasets
 from seg_torch.data.inspection import inspect_dataset
@@ -99,7 +101,7 @@ def test_labelme_folders_make_the_split(make, caplog):
     with caplog.at_level(logging.INFO, "seg_torch"):
         splits = {s: datasets.labelme(root, s) for s in ("train", "val", "test")}
     names = {split: [pair.name for pair in dataset.pairs] for split, dataset in splits.items()}
-    assert "2 images are in no split of its own" in caplog.text
+    assert "2 images are in no split" in caplog.text
     assert names == {
         "train": ["train/photo_0", "train/photo_1"],
         "val": ["val/photo_2"],
@@ -160,7 +162,7 @@ def test_e06_two_files_of_one_image_are_refused(make, copy):
 def test_a_shape_without_a_label_is_refused(make):
     root = make("labelme")
     edit(root / "photo_0.json", lambda content: content["shapes"][1].update(label=None))
-    with pytest.raises(InputError, match=r"photo_0\.json: shape 2 has no label"):
+    with pytest.raises(InputError, match=r"photo_0\.json: shape 2: its label is None"):
         datasets.labelme(root, "train")
 
 
@@ -169,3 +171,35 @@ def test_an_image_is_found_whatever_way_its_name_is_written(make):
     (root / "photo_0.jpg").rename(root / "Strasse u\u0308ber 0.JPG")  # as macOS has it
     edit(root / "photo_0.json", lambda c: c.update(imagePath="strasse \u00fcber 0.jpg"))
     assert "photo_0" in all_masks(datasets.labelme, root)
+
+
+def test_e12_points_on_the_photo_as_it_is_stored_are_turned_with_it(make):
+    """Where the size that the annotation states is that of the stored photo."""
+    for orientation in (5, 6, 7, 8):
+        root = make("labelme")
+        plain = all_masks(datasets.labelme, root)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photos = [*root.glob("*.jpg"), *root.glob("*.png")]  # others lie in their JSON file
+        assert len(photos) > 2
+        for path in photos:
+            with Image.open(path) as image:
+                image.load()
+            image.save(path, exif=exif)
+        masks = all_masks(datasets.labelme, root)
+        for name in (path.stem for path in photos):
+            image = Image.fromarray(plain[name])
+            image.getexif()[0x0112] = orientation
+            assert masks[name].tolist() == np.asarray(ImageOps.exif_transpose(image)).tolist()
+        shutil.rmtree(root)
+
+
+def test_e07_folders_that_are_called_after_their_photos_are_no_splits(make):
+    root = make("labelme")
+    for i, folder in enumerate(["test_drive", "test_drive", "train_station", "city"]):
+        (root / folder).mkdir(exist_ok=True)
+        for suffix in ("jpg", "json"):
+            (root / f"photo_{i}.{suffix}").rename(root / folder / f"photo_{i}.{suffix}")
+    train, val, test = (datasets.labelme(root, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val)) == (5, 1)
+    assert test.pairs == val.pairs

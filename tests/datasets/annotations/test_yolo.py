@@ -74,6 +74,7 @@ def test_yolo_as_roboflow_and_cvat_write_it(make):
         (["train: images/train"], "no names"),
         (["names: [car, traffic light]"], "no train and val"),
         (["names: [car, traffic light]", "train: pictures"], "train: pictures does not exist in"),
+        (["names: car", "train: images/train"], "names: 'car' is no list of class names"),
         (["names: [car", "train: x"], r"data\.yaml: while parsing"),
     ],
 )
@@ -157,7 +158,7 @@ def test_e06_two_images_of_one_text_file_are_refused(make):
 def test_e18_images_without_any_text_file_are_refused(make):
     root = make("yolo")
     (root / "labels").rename(root / "annotations")
-    message = r"none of 5 images has a text file: of .*/images/val/photo_4\.jpg it is .*/labels/val"
+    message = r"none of 3 images of train has a text file: of .*/photo_0\.jpg it is .*/labels/train"
     with pytest.raises(InputError, match=message):
         datasets.yolo(root, "train")
 
