@@ -35,7 +35,7 @@ def train(cfg: DictConfig) -> float | None:
     cfg.output_dir = escaped(str(folder))
     with processes.claimed(folder), StopOnSignal(folder) as stop, run.disk_errors(folder):
         state = build.read_state(folder) if cfg.resume else None
-        processes.first(lambda: run.claim(folder, cfg.trainer, state))
+        processes.first(lambda: run.claim(folder, cfg.trainer, state, cfg.get("init_from")))
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)

@@ -126,7 +126,8 @@ def tell_left_out(path: Path, files: Files, output: Path, endings: Sequence[str]
     others = _without_outputs(path, list_files(path, ("",)), output)
     left = [f for f in others if path / f not in taken and not f.endswith(tuple(endings[1:]))]
     if left:
-        log.warning("left out, since these are no images that can be read: %s", by_suffix(left))
+        what = by_suffix(left)
+        log.warning("%s: left out, since they are no images that can be read: %s", path, what)
 
 
 def run_id(cfg: DictConfig) -> str:

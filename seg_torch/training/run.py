@@ -195,7 +195,12 @@ def _seconds(max_time: Any) -> float:
     return timedelta(**max_time).total_seconds() if max_time else math.inf
 
 
-def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> None:
+def claim(
+    folder: Path,
+    trainer: DictConfig,
+    state: dict[str, Any] | None,
+    init_from: str | None = None,
+) -> None:
     """Refuse a folder that holds another run, and a run that is complete.
 
     Also removes what a killed process has left half-written there.
@@ -204,10 +209,12 @@ def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> No
         folder: Where the run is to write.
         trainer: Settings of the trainer, which say how long the run is.
         state: The content of the checkpoint that it goes on from, if any.
+        init_from: Where a new run has its weights from, if anywhere.
 
     Raises:
         InputError: There is a run already, or nothing left to do.
     """
+    best = folder / "checkpoints" / "best.ckpt"
     for leftover in (folder / "checkpoints").glob(f"{PARTIAL}*"):
         leftover.unlink()
     if state is None:
@@ -216,8 +223,12 @@ def claim(folder: Path, trainer: DictConfig, state: dict[str, Any] | None) -> No
                 f"output_dir={folder} holds a run already: choose another folder, or go on with it "
                 f"by resume={folder}"
             )
-        # Of a run that was killed before it could be resumed.
-        (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
+        source = Path(init_from or folder.parent)
+        if best.exists() and source.exists() and any(map(source.samefile, (folder, best))):
+            raise InputError(f"output_dir={folder} holds init_from={init_from}: choose another one")
+        if best.exists() and (folder / "test_metrics.json").exists():
+            raise InputError(f"output_dir={folder} holds a finished run: choose another folder")
+        best.unlink(missing_ok=True)  # of a run that was killed before it could be resumed
         return
     end = what_ended(state, trainer)
     if end and (folder / "test_metrics.json").exists():

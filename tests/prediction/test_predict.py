@@ -463,7 +463,7 @@ def test_e54_what_is_no_image_that_can_be_read_is_counted_by_suffix(
         (photos / name).touch()
     RGB.save(photos / "f.jpg")
     arguments = (f"input={photos}", f"output={photos / 'out'}")
-    told = "left out, since these are no images that can be read: "
+    told = f"{photos}: left out, since they are no images that can be read: "
     for _ in range(2):  # what the first run has written is not counted by the second one
         caplog.clear()
         assert predict(compose("predict", *arguments, "save=[mask,legend,coco]")) == 0

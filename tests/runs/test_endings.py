@@ -19,7 +19,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.datasets import shapes
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
-from seg_torch.training.run import COLUMNS, read_table, resumed_config
+from seg_torch.training.run import COLUMNS, claim, read_table, resumed_config
 
 ONE_STEP = (
     *SMALL_DATA,
@@ -210,3 +210,21 @@ def test_e34_an_optimizer_takes_another_way_than_the_fused_one_where_it_is_told(
     (state,) = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"]
     assert state["param_groups"][0]["foreach"]
     assert not state["param_groups"][0]["fused"]
+
+
+def test_e58_a_run_does_not_delete_the_checkpoint_that_it_begins_with(tmp_path):
+    """Nor that of a finished run whose last.ckpt was deleted to save space."""
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(b"weights")
+    (tmp_path / "link").symlink_to("run", target_is_directory=True)
+    for source in ("run", "run/checkpoints/best.ckpt", "link"):
+        with pytest.raises(InputError, match=r"holds init_from=.*: choose another"):
+            claim(tmp_path / "run", OmegaConf.create(), None, str(tmp_path / source))
+    (tmp_path / "run/test_metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a finished run"):
+        claim(tmp_path / "run", OmegaConf.create(), None, None)
+    assert best.read_bytes() == b"weights"
+    (tmp_path / "run/test_metrics.json").unlink()
+    claim(tmp_path / "run", OmegaConf.create(), None, str(tmp_path))  # as a killed run left it
+    assert not best.exists()
