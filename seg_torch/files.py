@@ -1,14 +1,20 @@
-"""Where the configurations lie, and writing so that a killed process leaves no half a file."""
+"""Where configurations lie, listing files, and writing so that a killed process leaves no half."""
 
 import json
+import logging
 import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from seg_torch.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the folder lies inside the package, in the repository beside it.
@@ -16,8 +22,12 @@ CONFIG_FOLDER = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if
 # The beginning of the names of files that are still being written; a killed process leaves some.
 # 32 hexadecimal digits and the suffix follow.
 PARTIAL = ".partial-"
-# Folders that systems leave between a user's files: macOS in archives, Synology in its shares.
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
+# Folders that systems leave between a user's files: macOS in archives, Synology in its shares,
+# Linux and Windows on every disk; those of Windows hold deleted files.
+SYSTEM_FOLDERS = {
+    *("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"),
+    "System Volume Information",
+}
 # Seconds in which a file may be read to its end that is to be replaced. Elsewhere nobody waits.
 PATIENCE = 30 if os.name == "nt" else 0
 
@@ -29,6 +39,74 @@ def is_hidden(name: str) -> bool:
     `SYSTEM_FOLDERS`.
     """
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files below a folder whose names end in one of the suffixes.
+
+    Linked folders are followed. One that was seen already, or that holds the folder itself, is not
+    listed again, so loops end. What `is_hidden` says is none of the user's data is left out.
+
+    Args:
+        folder: Searched with its subfolders.
+        suffixes: In lower case; a suffix matches upper case as well.
+
+    Returns:
+        Paths relative to the folder, with `/`, sorted folder by folder.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    if not folder.is_dir():
+        return []
+    files: list[str] = []
+    above = {*folder.resolve().parents, *folder.absolute().parents}
+    seen = {identity(path) for path in above}
+    folders: list[str] = [""]
+    links: list[str] = []  # links come last: the name of a folder itself counts
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)
+        with readable(folder / below):
+            folder_id = identity(folder / below)
+            if folder_id in seen:
+                continue
+            seen.add(folder_id)
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        into = links if entry.is_symlink() else folders
+                        into.append(f"{below}{entry.name}/")
+                    elif entry.name.lower().endswith(suffixes):
+                        files.append(below + entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        _warn_of_dead_link(entry.path)
+    files.sort(key=lambda file: file.replace("/", "\0"))
+    return files
+
+
+@cache  # once, not for each split
+def _warn_of_dead_link(path: str) -> None:
+    log.warning("%s is a link to nothing: what it stood for is left out", path)
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """Return what tells a file or folder from all others, whatever it is called."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn the error of a folder that cannot be read into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: this folder cannot be read ({error.strerror}); give yourself the right to "
+            "read it, or move it away"
+        ) from None
 
 
 def by_suffix(names: Iterable[str]) -> str:

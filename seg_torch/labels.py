@@ -7,10 +7,11 @@ legend. PyTorch is not imported: class names are wanted where nothing is compute
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from unicodedata import category
+from unicodedata import category, normalize
 
 import numpy as np
 from PIL import Image
@@ -112,6 +113,61 @@ class Labels:
     def from_dict(cls, data: dict) -> Labels:
         """Return the labels that `to_dict` described; further keys are ignored."""
         return cls(tuple(data["names"]), np.array(data["palette"]))
+
+
+COLOUR = re.compile(
+    r"(.+?)[\s,;:]+(?:rgb)?[(\[]?(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})[)\]]?", re.IGNORECASE
+)
+HEX_COLOUR = re.compile(r"(.+?)[\s,;:]+#([0-9a-f]{6})(?:\s+#.*)?", re.IGNORECASE)
+NUMBERED = re.compile(r"(\d+)(?:\s*[:,;)=]\s*|\s+-\s+|\.\s+|\s+)(\S.*)")
+
+
+def parse_classes(lines: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Return the names in a list of classes, in the order of their ids, and those colours it gives.
+
+    Args:
+        lines: `name`, `name R G B` or `name #RRGGBB`; what follows ` #` otherwise is a comment.
+            Where each line begins with a number of 0, 1, 2 ..., that is the id of its class.
+
+    Raises:
+        InputError: The lines are numbered from 1.
+    """
+    names, colours = [], []
+    for line in lines:
+        code = HEX_COLOUR.fullmatch(line)
+        if code and not COLOUR.fullmatch(code[1]):
+            names.append(code[1])
+            colours.append([*bytes.fromhex(code[2])])
+            continue
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if match := COLOUR.fullmatch(line):
+            names.append(match[1])
+            colours.append([int(value) for value in match.groups()[1:]])
+        elif line:
+            names.append(line)
+    matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    numbers, rest = [int(match[1]) for match in matches], [match[2] for match in matches]
+    if len(matches) < len(names) or len({*rest}) < len(names):  # as in 1 euro, 2 euro
+        return names, colours
+    order = sorted(range(len(names)), key=lambda i: numbers[i])
+    if sorted(numbers) == [*range(len(names))]:
+        return [rest[i] for i in order], [colours[i] for i in order if i < len(colours)]
+    if len(names) > 1 and sorted(numbers) == [*range(1, len(names) + 1)]:
+        raise InputError(
+            f"its lines are numbered from 1 to {len(names)}, and ids count from 0: write a line "
+            "for 0, such as 0 background; or leave the numbers out, then the first line is 0"
+        )
+    return names, colours
+
+
+def near_equal(names: Sequence[str]) -> list[list[str]]:
+    """Return the names that differ in nothing but case, spaces, hyphens and the like, in groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        visible = "".join(c for c in normalize("NFKC", name) if category(c) != "Cf")
+        key = re.sub(r"[\s_-]+", " ", visible.casefold()).strip()
+        groups.setdefault(key, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -239,6 +295,24 @@ def most_frequent(values: np.ndarray) -> dict[int, int]:
     found, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:20]
     return {int(found[i]): int(counts[i]) for i in order}
+
+
+def likeliest_mistake(mask: np.ndarray, classes: int) -> str:
+    """Say what most often leads to a mask with values that are no class, "" where nothing does."""
+    found = np.setdiff1d(mask, IGNORE_INDEX).tolist()
+    if found[0] > 0 and found[-1] == classes:
+        return ". Ids count from 0: if these count from 1, subtract 1, or name 0 before the others"
+    if found[-1] == classes:
+        return ". There is one id more than names: if 0 is the background, it is named first"
+    if len(found) <= classes:
+        grey = found[-1]
+        return (
+            ". If these are greys that stand for classes, classes.txt gives each class its own, "
+            f"such as {grey} {grey} {grey} behind the name"
+        )
+    if len(found) > max(40, 2 * classes):
+        return ". So many values are left by resizing or smoothing a mask, or it is a photograph"
+    return ""
 
 
 def _codes(rgb: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints.moved import with_current_names
@@ -124,4 +125,16 @@ def _check_file(cfg: DictConfig, key: str, value: Any) -> None:
     is_path = value.startswith((".", "/", "~")) or value.endswith(WEIGHTS)
     if (is_path or key != "model.weights") and not download:
         hint = "" if download is None else "; data.download=true fetches the dataset"
+        if key == "data.root":
+            hint += _how_to_get(str(OmegaConf.select(cfg, "data.dataset._target_")), value)
         raise InputError(f"{key}={value}: no such file or folder{hint}")
+
+
+def _how_to_get(dataset: str, root: str) -> str:
+    """Return what a dataset of this package says where its folder is missing."""
+    if dataset.startswith("seg_torch.datasets."):
+        try:
+            get_method(dataset)(root=root, split="train")
+        except InputError as error:
+            return f"\n{error}"
+    return ""

@@ -20,7 +20,7 @@ SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 SAMPLES = {
     **{"data.resize": [256, 256], "data.augment.crop": [352, 480], "data.channels": 4},
     **{"data.rgb": [0, 1, 2], "data.eval_batch_size": 4, "data.num_workers": 4, "ema": 0.999},
-    **{"batch_size": 8, "max_batch_size": 8, "max_pixels": 1e9, "port": 7860},
+    **{"batch_size": 8, "max_batch_size": 8, "max_pixels": 1e9, "port": 7860, "patience": 10},
     **{"data.dataset.limit": 1000, "data.dataset.unlabelled": 0},
 }
 # Settings, and of lists each item: the smallest and the largest value.

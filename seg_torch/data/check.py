@@ -55,6 +55,7 @@ class DatasetStatistics:
         images: Number of masks that hold each value, int64 [256].
         moments: Sums over the pixels of each channel and of its square, scaled to 0..1, float64
             [2, C].
+        sizes: Height and width of each image, int64 [N, 2]; 0 for an unusable sample.
         digests: SHA-256 of each image's size and pixels, bytes [N]; b"" for an unusable sample.
         thumbnails: Each image in grey, uint8 [N, 16, 16].
         measured: Number of pixels that have data, int64; the moments are of these.
@@ -69,6 +70,7 @@ class DatasetStatistics:
     pixels: np.ndarray
     images: np.ndarray
     moments: np.ndarray
+    sizes: np.ndarray
     digests: np.ndarray
     thumbnails: np.ndarray
     measured: np.ndarray
@@ -89,8 +91,8 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
     """Read every sample of a dataset once, image and mask, in threads.
 
     The result for a dataset of files without problems is remembered in
-    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the names, sizes and
-    times of all files, the classes and the function that reads masks stay the same.
+    `~/.cache/seg_torch/checked` (or below `XDG_CACHE_HOME`) for as long as the
+    `fingerprint` of the dataset stays the same.
 
     Args:
         dataset: Any.
@@ -111,6 +113,7 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         pixels=np.zeros(256, np.int64),
         images=np.zeros(256, np.int64),
         moments=np.zeros((2, 1)),
+        sizes=np.zeros((count, 2), np.int64),
         digests=np.zeros(count, "S64"),
         thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
         measured=np.zeros((), np.int64),
@@ -127,7 +130,8 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
                 result.problems += outcome
                 continue
             (largest, band, result.turns[index]), *outcome = outcome
-            pixels, moments, measured, result.digests[index], result.thumbnails[index] = outcome
+            pixels, moments, measured, result.sizes[index] = outcome[:4]
+            result.digests[index], result.thumbnails[index] = outcome[4:]
             result.largest[index], result.bands[index] = largest, bool(band)
             result.measured += measured
             result.pixels += pixels
@@ -188,8 +192,8 @@ def _doubts(
 
 def _measure(
     image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int, str, np.ndarray]:
-    """Return pixels by mask value, moments and their pixels, digest and thumbnail of a sample."""
+) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int], str, np.ndarray]:
+    """Return pixels by mask value, moments and their pixels, size, digest and thumbnail."""
     pixels = np.bincount(mask.ravel(), minlength=256)
     hidden, measured = missing(image), mask.size
     rgb_image = Image.fromarray(rgb_shown)
@@ -205,7 +209,7 @@ def _measure(
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pixels, moments, measured, digest.hexdigest(), np.asarray(small)
+    return pixels, moments, measured, image.shape[:2], digest.hexdigest(), np.asarray(small)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:

@@ -1,7 +1,6 @@
 """What is in a dataset, whether it can be trained on, and a page that shows both."""
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from PIL import Image
 from seg_torch.data import doubts
 from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.notes import Duplicate, Statistics, find_duplicates, percent
 from seg_torch.datasets.base import SPLITS, BaseDataset, checked_sample
 from seg_torch.drawing.page import Figure, figure, render
 from seg_torch.drawing.visualize import overlay
@@ -21,11 +21,6 @@ from seg_torch.images.format import RGB, ImageFormat, as_array
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.losses import class_weights
 
-Statistics = dict[str, DatasetStatistics]  # by split
-
-# Correlation of two thumbnails. An image that was re-encoded, halved or made 15 % brighter reaches
-# 0.99 with itself, neighbouring frames of CamVid 0.93, other images of a dataset less.
-NEAR = 0.98
 SAMPLES, DUPLICATES = 6, 12  # on the page: samples of each split, pairs of duplicates
 
 
@@ -81,8 +76,11 @@ def inspect_data(
         except InputError as error:
             of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in of_split}
+    problems |= {problem.message: problem for problem in data.overlaps([*statistics])}
     originals = {split: data.dataset(split).base_dataset for split in statistics}
     labels = data.labels if statistics else None
+    duplicates = find_duplicates(statistics, originals)
+    notes += data.describe(statistics, duplicates)
     title = str(Path(data.root).expanduser().absolute()) if data.root else data.dataset_name or ""
     findings: dict[str, Any] = {
         "dataset": title,
@@ -90,9 +88,8 @@ def inspect_data(
         "problems": [problem._asdict() for problem in problems.values()],
         "notes": notes,
         **_contents(statistics, () if labels is None else labels.names),
-        "duplicates": _duplicates(statistics, originals),
+        "duplicates": duplicates,
     }
-    notes += _notes(findings)
     if output_dir is not None:
         write_json(Path(output_dir, "inspect.json"), findings)
         page = _page(findings, statistics, originals, labels)
@@ -126,87 +123,11 @@ def _contents(statistics: Statistics, names: Sequence[str]) -> dict[str, Any]:
     return {"splits": splits, "classes": classes, "mean": mean, "std": std}
 
 
-def _duplicates(statistics: Statistics, originals: dict[str, BaseDataset]) -> list[dict[str, Any]]:
-    """Return for each image of a split the one most like it in each earlier split, if any is."""
-    duplicates = []
-    vectors = {split: _normalised(measured.thumbnails) for split, measured in statistics.items()}
-    for first, second in combinations(statistics, 2):
-        same = {digest: i for i, digest in enumerate(statistics[first].digests.tolist()) if digest}
-        for start in range(0, len(vectors[second]), 256):  # a block needs 256 x N numbers
-            similarity = vectors[first] @ vectors[second][start : start + 256].T
-            for j, i in enumerate(similarity.argmax(axis=0).tolist(), start):
-                value = float(similarity[i, j - start])
-                twin = same.get(bytes(statistics[second].digests[j]))
-                if twin is None and value <= NEAR:
-                    continue
-                pair = {first: i if twin is None else twin, second: j}
-                names = [originals[s].name(index, "image") for s, index in pair.items()]
-                duplicates.append(
-                    {
-                        "splits": [*pair],
-                        "indices": [*pair.values()],
-                        "names": names,
-                        "exact": twin is not None,
-                        "similarity": round(value, 4) if twin is None else 1.0,
-                    }
-                )
-    return duplicates
-
-
-def _normalised(thumbnails: np.ndarray) -> np.ndarray:
-    """Return vectors [N, 256] of mean 0 and length 1, whose products are correlations.
-
-    An image without contrast, which would resemble every other, becomes zero.
-    """
-    vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
-    vectors -= vectors.mean(axis=1, keepdims=True)
-    contrast = vectors.std(axis=1, keepdims=True)  # in grey levels
-    length = contrast * vectors.shape[1] ** 0.5
-    return np.where(contrast > 2, vectors / np.maximum(length, 1), 0)
-
-
-def _notes(findings: dict[str, Any]) -> list[str]:
-    """Return what the numbers say, in sentences."""
-    splits, classes, notes = findings["splits"], findings["classes"], []
-    unlabelled = [
-        f"{_percent(counts['unlabelled_pixels'] / counts['pixels'])} of {split}"
-        for split, counts in splits.items()
-        if counts["unlabelled_pixels"]
-    ]
-    if unlabelled:
-        notes.append(
-            f"255 stands for pixels that are not labelled, {', '.join(unlabelled)}: no loss and no "
-            "score counts them."
-        )
-    known = set(classes)
-    for split in splits:
-        absent = [name for name, row in classes.items() if not row["pixels"][split]]
-        new = ", ".join(name for name in absent if name in known)
-        if new:
-            what = "never learnt" if split == "train" else "without a score there"
-            notes.append(f"Never seen in {split}, so {what}: {new}.")
-        if split == "train":
-            known -= set(absent)
-    for first, second in combinations(splits, 2):
-        exact = [d["exact"] for d in findings["duplicates"] if d["splits"] == [first, second]]
-        if exact:
-            notes.append(
-                f"{len(exact)} of {splits[second]['images']} images of {second} are in {first}, "
-                f"too: {sum(exact)} exactly, {len(exact) - sum(exact)} nearly. Take them out of "
-                "one of the two, else the scores flatter the model."
-            )
-    return notes
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"
-
-
 def class_cells(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """Return share of the pixels and number of images of a class by split, and its weight."""
     cells = []
     for split, pixels in row["pixels"].items():
-        share = _percent(pixels / max(findings["splits"][split]["pixels"], 1))
+        share = percent(pixels / max(findings["splits"][split]["pixels"], 1))
         cells.append(f"{share}\n{row['images'][split]:,}" if pixels else "never")
     return [*cells, "" if row["weight"] is None else f"{row['weight']:.4g}"]
 
@@ -232,7 +153,7 @@ def _page(
     )
 
 
-def _duplicate_figure(pair: dict[str, Any], originals: dict[str, BaseDataset]) -> Figure:
+def _duplicate_figure(pair: Duplicate, originals: dict[str, BaseDataset]) -> Figure:
     images, names = [], []
     for split, index, name in zip(pair["splits"], pair["indices"], pair["names"], strict=True):
         dataset = originals[split]

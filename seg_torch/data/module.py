@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data import doubts, sampling
+from seg_torch.data import doubts, notes, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
+from seg_torch.data.transforms import RandomScaleCrop
 from seg_torch.data.workers import (
     TimedLoader,
     largest_sample,
@@ -159,25 +161,26 @@ class SegmentationDataModule(LightningDataModule):
     def checked(self, split: str) -> DatasetStatistics:
         """Return what a pass over all samples of a split finds.
 
-        For train, masks of nothing but 0 and 255 are a problem, too, if white may be a class; for
-        train and val, masks in which no pixel is labelled.
+        Masks in which no pixel is labelled are a problem, too; for train, also those of nothing but
+        0 and 255, if white may be a class.
         """
         dataset = self.dataset(split).base_dataset
         statistics = check(dataset, split)
         values = np.flatnonzero(statistics.pixels).tolist()
         advice = dataset.white_is_a_class
+        file, text = dataset.name(0), ""
         if split == "train" and values == [0, 255] and len(dataset.labels) > 1 and advice:
-            file = dataset.name(0)
             text = (
                 f"{file} and the other masks hold only 0 and 255, and 255 means not labelled: "
                 f"no class but the first would be learnt. If white stands for "
                 f"{dataset.labels.names[1]}, {advice.format(*dataset.labels.names)}"
             )
+        if text:
             pixels = {"255": int(statistics.pixels[255])}
             statistics.problems.append(Problem(file, text, pixels))
         if split == "train":
             statistics.problems += doubts.too_dark(statistics, dataset)
-        if split != "test" and values == [IGNORE_INDEX] and not statistics.problems:
+        if values == [IGNORE_INDEX] and not statistics.problems:
             use = "learnt" if split == "train" else "scored"
             text = (
                 f"no pixel of the {len(dataset)} images of {split} is labelled: all masks, such as "
@@ -186,21 +189,60 @@ class SegmentationDataModule(LightningDataModule):
             statistics.problems.append(Problem(dataset.name(0), text, {}))
         return statistics
 
+    def overlaps(self, splits: Sequence[str] = base.SPLITS) -> list[Problem]:
+        """Return the images whose file is in two of the splits, unless val stands in for test."""
+        problems = []
+        for first, second in combinations(splits, 2):
+            if second == "test" and self.test_is_val:
+                continue
+            datasets = (self.dataset(split).base_dataset for split in (first, second))
+            files = [{*base.image_files(dataset)} for dataset in datasets]
+            for file in sorted(files[0] & files[1]):
+                text = f"{file}: it is in {first} and in {second}; take it out of one of them"
+                problems.append(Problem(file, text, {}))
+        return problems
+
+    def describe(
+        self, statistics: notes.Statistics, duplicates: Sequence[notes.Duplicate]
+    ) -> list[str]:
+        """Return what else to know before training, in sentences."""
+        if not statistics:
+            return []
+        found = notes.describe(statistics, self.labels, duplicates)
+        for split in statistics:
+            found += notes.listed_twice(split, self.dataset(split).base_dataset)
+        if "train" in statistics:
+            steps = getattr(self.augment, "transforms", [])
+            crop = next((s.size for s in steps if isinstance(s, RandomScaleCrop)), None)
+            found += notes.small_crop(statistics["train"].sizes, self.resize, crop)
+        return found
+
     def check_files(self) -> None:
         """Check every file of all splits unless `check` is off; generated samples are skipped.
 
+        What is no reason to refuse them is logged, as is an overlap of the splits without `check`.
+
         Raises:
-            InputError: Files cannot be used, or the training masks hold nothing but 0 and 255.
+            InputError: Files cannot be used, the masks of a split have nothing to learn or to
+                score, or an image is in two splits.
         """
         problems: list[str] = []
+        statistics: notes.Statistics = {}
         for split in base.SPLITS:
             dataset = self.dataset(split).base_dataset  # which fetches it, if it can
             if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
-                statistics = self.checked(split)
-                problems += [problem.message for problem in statistics.problems]
-                for note in doubts.describe(split, statistics, dataset):
+                statistics[split] = self.checked(split)
+                problems += [problem.message for problem in statistics[split].problems]
+                for note in doubts.describe(split, statistics[split], dataset):
                     log.warning("%s", note)
-        base.raise_problems(problems, "problems in the files of the dataset")
+        overlaps = [problem.message for problem in self.overlaps()]
+        if overlaps and not self.check:
+            log.warning("%d images are in two splits; the first: %s", len(overlaps), overlaps[0])
+            return
+        base.raise_problems(problems + overlaps, "problems in the files of the dataset")
+        originals = {split: self.dataset(split).base_dataset for split in statistics}
+        for note in self.describe(statistics, notes.find_duplicates(statistics, originals)):
+            log.info("%s", note)
 
     def _training_statistics(self) -> DatasetStatistics:
         statistics = self.checked("train")

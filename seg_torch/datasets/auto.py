@@ -15,13 +15,14 @@ from seg_torch.datasets.annotations.masks import cvat, labelme_voc, roboflow
 from seg_torch.datasets.annotations.yolo import read_yaml, yolo
 from seg_torch.datasets.folder import folder
 from seg_torch.datasets.hub import hf
+from seg_torch.datasets.layout import find_parts
 from seg_torch.errors import InputError
 
 log = logging.getLogger(__name__)
 
 # The formats and what each is recognised by, in the order in which they are looked for.
 FORMATS = """\
-  folder         images/ and masks/, with classes.txt
+  folder         images/ and masks/, with classes.txt (or other names of these)
   cvat           labelmap.txt and SegmentationClass/
   labelme_voc    class_names.txt and SegmentationClass/ or SegmentationClassPNG/
   roboflow       _classes.csv beside images and masks
@@ -75,7 +76,7 @@ def recognise(home: Path) -> tuple[Callable[..., Any], str]:
     Raises:
         InputError: The folder is in none of the formats.
     """
-    if not home.is_dir() or not any(home.iterdir()):
+    if not home.is_dir() or not base.first_names(home):
         source = "export it from your annotation tool, with its images"
         base.find(home, "A dataset", ["images and annotations"], source)
     if (home / "images").is_dir() and (home / "masks").is_dir():
@@ -114,8 +115,38 @@ def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], st
             if any("segments_info" in annotation for annotation in content["annotations"]):
                 return coco_panoptic, f"the segments_info in {file}"
             return coco, f"the images, annotations and categories in {file}"
+    if parts := find_parts(home):
+        names = {path.relative_to(home).as_posix() for pair in parts.values() for path in pair}
+        if names == {"."}:
+            return folder, "its images beside masks of the same names with _mask"
+        return folder, f"its folders {', '.join(sorted(names))} of images and masks"
     raise InputError(
         f"data=auto: {home} holds {base.first_names(home)} and is in none of the formats that "
-        f"are known:\n{FORMATS}\nIf it is a dataset that has a name of its own, give data=NAME; "
-        "docs/datasets.md lists them."
+        f"are known:\n{FORMATS}\n{_likeliest(home)}If it is a dataset that has a name of its own, "
+        "give data=NAME; docs/datasets.md lists them."
     )
+
+
+def _likeliest(home: Path) -> str:
+    """Say which format a folder may be meant to have, and what it lacks for that."""
+    folders = {path.name for path in home.glob("*") if path.is_dir()}
+    texts = base.list_files(home, (".txt",))
+    if any("labels" in Path(file).parts[:-1] for file in texts):
+        return (
+            "It looks like yolo without its data.yaml. Write one, with the names of the classes: "
+            '{"train": "images/train", "val": "images/val", "names": ["cat", "dog"]}\n'
+        )
+    if "SegmentationClass" in folders:
+        lists = "cvat has labelmap.txt, labelme_voc has class_names.txt"
+        return f"It looks like an export as masks without its list of classes: {lists}.\n"
+    if base.list_files(home, ("_mask.png",)):
+        return (
+            "It looks like roboflow without _classes.csv, or folder with images that lack masks.\n"
+        )
+    for kind in ("images", "masks"):
+        if kind in folders:
+            other = "masks/" if kind == "images" else "images/"
+            return f"It looks like folder without {other}.\n"
+    if base.list_files(home, (".xml",)):
+        return "XML is not read: export COCO JSON or masks from the annotation tool instead.\n"
+    return ""

@@ -13,24 +13,33 @@ import re
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from seg_torch.errors import InputError, check_choice
-from seg_torch.files import is_hidden
+from seg_torch.files import is_hidden, readable
+from seg_torch.files import list_files as list_files
 from seg_torch.hardware import available_cpus
 from seg_torch.images.convert import turned, upright
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.missing import missing
 from seg_torch.images.read import opened, orientation, plain_png
-from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, most_frequent
+from seg_torch.labels import (
+    IGNORE_INDEX,
+    Labels,
+    encode_segmap,
+    likeliest_mistake,
+    most_frequent,
+    parse_classes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +98,24 @@ class Pairs(Sequence[Pair]):
         return os.fsdecode(bytes(pair)).split("\0")
 
 
+# What stands for a split in a name, and what a folder of one may be called.
+_WORD = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
+_FOLDER = rf"{_WORD}(?:[-_ ]?(?:images?|imgs?|set|data|split|labels?|annotations?|json))?$"
+
+
 def split_of(path: str) -> str:
     """Return which split the words of a path stand for, "" where there are none.
 
     `train2017`, `training`, `valid`, `validation` and `instances_val2017.json` are understood. The
-    last part of the path with such a word decides; one with words of two splits says nothing.
+    last part of the path with such a word decides; one with words of two splits says nothing. A
+    folder's name ends in the word, or in another one such as images: `test_drive/` is no split.
+
+    Args:
+        path: With `/`, which a folder ends in.
     """
-    words = r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:[-_]?\d+)?(?![a-z])"
-    for part in reversed(path.lower().split("/")):
-        splits = {*re.findall(words, part)}
+    name, *folders = reversed(path.lower().split("/"))
+    for part, pattern in [(name, _WORD), *((folder, _FOLDER) for folder in folders)]:
+        splits = {*re.findall(_WORD, part)} if re.search(pattern, part) else ()
         if splits:
             return splits.pop() if len(splits) == 1 else ""
     return ""
@@ -159,16 +177,24 @@ def downloading(dataset: str, root: str | Path) -> Iterator[None]:
 
 def first_names(folder: Path) -> str:
     """Return the names in a folder, at most eight of them, for a message."""
-    names = sorted(path.name for path in folder.iterdir())
+    with readable(folder):
+        names = sorted(path.name for path in folder.iterdir() if not is_hidden(path.name))
     return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
-def raise_problems(problems: Sequence[str], what: str) -> None:
-    """Raise InputError with the number of problems and the first five, if there are any."""
+def raise_problems(problems: Sequence[str], what: str, each: str = "") -> None:
+    """Raise InputError with the number of problems and the first five, if there are any.
+
+    Args:
+        problems: Sentences, or names alone.
+        what: Follows their number.
+        each: Of names alone what is wrong with each, for those who see one without the others.
+    """
     if problems:
         more = ["... (seg-torch inspect lists all of them)"][: len(problems) > 5]
         listing = "\n  ".join([*problems[:5], *more])
-        raise InputError(f"{len(problems)} {what}:\n  {listing}", problems)
+        sentences = [f"{problem}: {each}" if each else problem for problem in problems]
+        raise InputError(f"{len(problems)} {what}:\n  {listing}", sentences)
 
 
 @contextmanager
@@ -227,18 +253,11 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
     """Return the classes in a `classes.txt`, and whether it gives their colours.
 
     Raises:
-        InputError: The file is not UTF-8, holds no classes, a colour above 255, or colours for some
-            of the classes only.
+        InputError: The file is not UTF-8, holds no classes, a colour above 255, colours for some
+            of the classes only, or lines that are numbered from 1.
     """
-    names, colours = [], []
-    for line in read_list(path):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"(.+?)[\s,;:]+(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})", line)
-        names.append(match[1] if match else line)
-        if match:
-            colours.append([int(value) for value in match.groups()[1:]])
+    with parsing(path):
+        names, colours = parse_classes(read_list(path))
     if not names:
         raise InputError(f"{path}: holds no class names; write one per line")
     if 0 < len(colours) < len(names):
@@ -255,33 +274,6 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
 def published_labels(dataset: str) -> Labels:
     """Return the classes of a dataset of this package, from its file in `classes`."""
     return read_classes(Path(__file__).parent / "classes" / f"{dataset}.txt")[0]
-
-
-def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files below a folder whose names end in one of the suffixes.
-
-    What `files.is_hidden` says is none of the user's data is left out.
-
-    Args:
-        folder: Searched with its subfolders, but not with those that are symbolic links.
-        suffixes: In lower case; a suffix matches upper case as well.
-
-    Returns:
-        Paths relative to the folder, with `/`, sorted folder by folder.
-    """
-    files: list[str] = []
-    folders = [""] if folder.is_dir() else []
-    for below in folders:  # which grows
-        with suppress(OSError), os.scandir(folder / below) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{below}{entry.name}/")
-                elif entry.name.lower().endswith(suffixes) and not entry.is_dir():
-                    files.append(below + entry.name)
-    files.sort(key=lambda file: file.replace("/", "\0"))
-    return files
 
 
 def _by_name(folder: Path, suffix: str) -> dict[str, str]:
@@ -314,17 +306,25 @@ def pair_files(
     image_files, mask_files = _by_name(images, image_suffix), _by_name(masks, mask_suffix)
     chosen = list(mask_files) if names is None else list(names)
     if not chosen:
-        raise InputError(f"{masks}: no *{mask_suffix} here, so there is nothing to learn from")
+        what = f"no *{mask_suffix} here" if names is None else "the list of this split is empty"
+        raise InputError(f"{masks}: {what}, so there is nothing to learn from")
     missing = [str(images / (name + image_suffix)) for name in chosen if name not in image_files]
     missing += [str(masks / (name + mask_suffix)) for name in chosen if name not in mask_files]
-    raise_problems(missing, "files are missing, the download or its unpacking is incomplete")
+    what = "files are missing, the download or its unpacking is incomplete"
+    raise_problems(missing, what, "no such file")
     return Pairs(
         (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
     )
 
 
+# Image formats that change what is drawn.
+LOSSY = ("JPEG", "MPO")
+
+
 def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """Return the ids in a grey or palette image: indices, never luminance.
+
+    Transparency is ignored. Of floating-point numbers, NaN is not labelled.
 
     Args:
         path: The file.
@@ -334,13 +334,23 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
         uint8 [H, W].
 
     Raises:
-        InputError: The file is missing, no image, has several channels or values above 255.
+        InputError: The file is missing, no image, lossy, has several channels, fractions or values
+            above 255.
     """
     with opened(path, "a mask", content) as image:
-        if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+        refuse_lossy(image, path)
+        if image.mode not in ("L", "LA", "P", "PA", "1", "I", "I;16", "I;16B", "F"):
             raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
         decoded = plain_png(image, path, content)
         ids = np.array(upright(image)) if decoded is None else decoded
+    ids = ids if ids.ndim == 2 else ids[..., 0]
+    if ids.dtype.kind == "f":
+        ids = np.where(np.isnan(ids), IGNORE_INDEX, ids)
+        fractions = int((ids != np.rint(ids)).sum())
+        if fractions:
+            raise InputError(
+                f"{path}: {fractions:,} pixels are no whole numbers, so they are no class ids"
+            )
     if ids.dtype != np.uint8:
         if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
             raise InputError(
@@ -350,6 +360,16 @@ def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarra
             )
         ids = ids.astype(np.uint8)
     return ids
+
+
+def refuse_lossy(image: Image.Image, path: str | Path) -> None:
+    """Raise InputError for a mask in a file whose format changes what is drawn."""
+    compression = str(image.info.get("compression", ""))  # of TIFF
+    if image.format in LOSSY or compression in ("jpeg", "webp"):
+        raise InputError(
+            f"{path}: the mask is saved as JPEG, and JPEG is lossy: its values are not those that "
+            "were drawn. Export the masks anew as PNG; converting these files is not enough"
+        )
 
 
 def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
@@ -363,9 +383,10 @@ def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
         uint8 [H, W].
 
     Raises:
-        InputError: The file is missing, no image, or holds a colour that no class has.
+        InputError: The file is missing, no image, lossy, or holds a colour that no class has.
     """
     with opened(path, "a mask") as image:
+        refuse_lossy(image, path)
         rgb = np.array(upright(image).convert("RGB"))
     with parsing(path):
         return encode_segmap(rgb, palette)
@@ -406,10 +427,13 @@ def read_mapped_mask(
     return ids
 
 
-def _wrong_values(name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object) -> InputError:
+def _wrong_values(
+    name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object, hint: str = ""
+) -> InputError:
     found = np.unique(mask).tolist()
+    listed = f"{found}" if len(found) <= 10 else f"{found[:10]} and {len(found) - 10} others"
     pixels = most_frequent(mask[wrong])
-    return InputError(f"{name}: mask values {found}; allowed are {allowed}", pixels=pixels)
+    return InputError(f"{name}: mask values {listed}; allowed are {allowed}{hint}", pixels=pixels)
 
 
 class BaseDataset(Dataset):
@@ -512,6 +536,13 @@ class OwnDataset(BaseDataset):
         """Return the mask alone, uint8 [H, W]."""
         mask = getattr(self.samples, "mask", super().mask)
         return mask(index)
+
+
+def image_files(dataset: BaseDataset) -> Iterator[str]:
+    """Yield the path of the image of each sample, if they are read from files."""
+    if dataset.pairs is not None:
+        for index in range(len(dataset.pairs)):
+            yield dataset.pairs.strings(index)[1]
 
 
 def as_dataset(samples: Any) -> BaseDataset:
@@ -647,15 +678,17 @@ def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
     if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
         wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
         classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
-        raise _wrong_values(name, mask, wrong, f"{classes} and {IGNORE_INDEX} (not labelled)")
+        allowed = f"{classes} and {IGNORE_INDEX} (not labelled)"
+        raise _wrong_values(name, mask, wrong, allowed, likeliest_mistake(mask, len(labels)))
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
     """Raise InputError unless the mask [H, W] has the height and width of its image [H, W, C]."""
     if image.shape[:2] != mask.shape:
+        exif = " as its EXIF data turn it" if orientation(str(image_name)) > 4 else ""
         raise InputError(
             f"{name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image_name} has {image.shape[1]} x {image.shape[0]}"
+            f"{image_name} has {image.shape[1]} x {image.shape[0]}{exif}"
         )
 
 

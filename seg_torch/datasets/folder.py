@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -14,11 +13,25 @@ from PIL import Image
 from torch import Tensor
 
 from seg_torch.datasets import base
+from seg_torch.datasets.layout import (
+    SPLIT,
+    find_parts,
+    folders_in,
+    read_split_lists,
+    split_of_name,
+    without_words,
+)
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically, write_text
+from seg_torch.files import identity, write_atomically, write_text
 from seg_torch.images.format import RGB, ImageFormat
 from seg_torch.images.read import IMAGE_SUFFIXES, opened
-from seg_torch.labels import IGNORE_INDEX, Labels, palette_image
+from seg_torch.labels import IGNORE_INDEX, Labels, encode_segmap, palette_image
+
+SOURCE = (
+    "put images in images/, masks of the same names in masks/, class names in classes.txt; or "
+    "images and masks in train/images, train/masks, val/images, val/masks; or a mask a_mask.png "
+    "beside each image a.jpg"
+)
 
 
 def folder(
@@ -31,17 +44,20 @@ def folder(
 ) -> base.SegmentationDataset:
     """Return the user's own dataset.
 
-    `root` holds `images/`, `masks/` and `classes.txt`. A mask belongs to the image of the
-    same path without its suffix. `classes.txt` has one class per line, `name` or `name R G B`,
+    `root` holds `images/`, `masks/` and `classes.txt`, or another layout of `find_parts`. A mask
+    belongs to the image of the same path without its suffix, or to the one whose name it has with
+    `_mask` or the like behind it. `classes.txt` has one class per line, `name` or `name R G B`,
     in the order of the ids; blank lines and `#` comments are skipped.
 
     The kind of a mask decides what its pixels mean. RGB and RGBA masks hold the colours of
     `classes.txt` (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold
-    class ids; 255 is not labelled. Where all colours of `classes.txt` are greys, grey masks hold
-    these greys: black-and-white masks need the lines `background 0 0 0` and `object 255 255 255`.
+    class ids; 255 is not labelled. Where all colours of `classes.txt` are greys, grey and palette
+    masks hold these greys: black-and-white masks need the lines `background 0 0 0` and
+    `object 255 255 255`.
 
-    `train.txt` and `val.txt` list the names of the splits, with or without suffix; without
-    them the pairs are split at random. `test.txt` is optional; without it the test split is val.
+    Folders named train, val and test make the split. `train.txt` and `val.txt` list the names of
+    the splits, see `read_split_lists`; without lists and such folders the pairs are split at
+    random. Test images are optional; without them the test split is val.
 
     Args:
         root: The dataset's folder.
@@ -57,19 +73,20 @@ def folder(
         The samples of the split.
 
     Raises:
-        InputError: The split is unknown, something is missing in `root`, a list has unknown names,
-            pairs are incomplete or ambiguous, or an extra folder has other classes.
+        InputError: The split is unknown, something is missing in `root`, a list has unknown names
+            or contradicts the folders, pairs are incomplete or ambiguous, or an extra folder has
+            other classes.
     """
-    source = "put images in images/, masks of the same names in masks/, class names in classes.txt"
-    images, masks = base.find(root, "A dataset of your own", ["images", "masks"], source)
-    home, endings = images.parent, _paired_endings(images, masks, format)
+    home = Path(root).expanduser()
+    parts, endings = _paired(home, format)
     if not (home / "classes.txt").exists():
-        mask_files = [mask for _, _, mask in _pairs(endings, endings, images, masks)]
+        mask_files = [mask for _, _, mask in _pairs(endings, endings, parts)]
         raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
     labels, has_colours = base.read_classes(home / "classes.txt")
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
-    chosen = split_names(home, list(endings), split, val_fraction, seed)
-    pairs = _pairs(chosen, endings, images, masks)
+    _refuse_empty_folders(parts, endings)
+    chosen = _choose_split(home, list(endings), split, val_fraction, seed)
+    pairs = _pairs(chosen, endings, parts)
     if split == "train":
         pairs = itertools.chain(pairs, *(_extra_pairs(more, labels, format) for more in extra))
     return base.SegmentationDataset(pairs, labels, read_mask, format)
@@ -78,21 +95,86 @@ def folder(
 def _extra_pairs(
     root: str | Path, labels: Labels, format: ImageFormat
 ) -> Iterator[tuple[str, str, str]]:
-    entries = ["images", "masks", "classes.txt"]
-    images, masks, classes = base.find(root, "data.dataset.extra", entries, "see docs/datasets.md")
+    home = Path(root).expanduser()
+    parts, endings = _paired(home, format)
+    (classes,) = base.find(home, "data.dataset.extra", ["classes.txt"], "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
-    endings = _paired_endings(images, masks, format)
-    for name, image, mask in _pairs(endings, endings, images, masks):
+    for name, image, mask in _pairs(endings, endings, parts):
         yield f"{root}/{name}", image, mask
 
 
-def _pairs(
-    names: Iterable[str], endings: dict[str, tuple[str, str]], images: Path, masks: Path
-) -> Iterator[tuple[str, str, str]]:
+Parts = dict[str, tuple[Path, Path]]
+Endings = dict[str, tuple[str, str]]
+
+
+def _paired(home: Path, format: ImageFormat) -> tuple[Parts, Endings]:
+    """Return the folders of images and masks, and the endings of image and mask by name."""
+    parts, source = find_parts(home), SOURCE
+    if not parts:
+        if base.list_files(home / "labels", (".txt",)):
+            source = "labels/ holds text files: for YOLO's polygons give data=yolo, which needs a "
+            source += "data.yaml; for masks, " + SOURCE
+        base.find(home, "A dataset of your own", ["images", "masks"], source)
+    if "" in parts:
+        return parts, _paired_endings(*parts[""], format)
+    endings: Endings = {}
+    for start, folders in parts.items():
+        pairs = _paired_endings(*folders, format)
+        endings |= {start + name: ending for name, ending in pairs.items()}
+    return parts, endings
+
+
+def _pairs(names: Iterable[str], endings: Endings, parts: Parts) -> Iterator[tuple[str, str, str]]:
     for name in names:
-        image, mask = endings[name]
-        yield name, f"{images}/{name}{image}", f"{masks}/{name}{mask}"
+        start = "" if "" in parts else name.partition("/")[0] + "/"
+        (images, masks), (image, mask) = parts[start], endings[name]
+        below = name.removeprefix(start)
+        yield name, f"{images}/{below}{image}", f"{masks}/{below}{mask}"
+
+
+def _refuse_empty_folders(parts: Parts, endings: Endings) -> None:
+    """Refuse a folder of a split that holds no images, whose split chance would fill."""
+    filled = {name.partition("/")[0] for name in endings if "/" in name}
+    for place in parts.get("", ()):
+        for folder in folders_in(place):
+            if SPLIT.fullmatch(folder.name) and folder.name not in filled:
+                raise InputError(f"{folder}: no images here; fill it, or remove it")
+
+
+def _choose_split(
+    home: Path, names: list[str], split: str, val_fraction: float, seed: int
+) -> list[str]:
+    """Return the names of a split, which folders say, or lists, or else chance.
+
+    Raises:
+        InputError: Folders and lists contradict each other, or the folders leave a split without
+            images; or `split_names` raises it.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(split_of_name(name), []).append(name)
+    lists = read_split_lists(home, names)
+    for listed_as, listed in lists.items():
+        others = [name for name in listed if split_of_name(name) not in ("", listed_as)]
+        each = f"{listed_as}.txt lists it, but it lies in the folder of another split"
+        what = f"images that {home / listed_as}.txt lists lie in the folder of another split"
+        base.raise_problems(others, what, each)
+    if not lists.keys() & {"train", "val"}:
+        if {"train", "val"} <= by_folder.keys():
+            others = by_folder.get("", [])
+            each = "it is in no folder of a split"
+            base.raise_problems(others, "images lie in none of the folders train, val, test", each)
+            by_folder |= lists
+            return by_folder[base.val_for_test(split, home, "test" in by_folder)]
+        if not by_folder.keys() & {"", "train"} or "val" in by_folder:
+            found = ", ".join(sorted(filter(None, by_folder)))
+            raise InputError(f"{home}: there is a folder {found}, but none for training images")
+        if "test" in by_folder and "test" not in lists:
+            if split == "test":
+                return by_folder["test"]
+            names = [name for name in names if split_of_name(name) != "test"]
+    return split_names(home, names, split, val_fraction, seed)
 
 
 def write_folder(
@@ -108,22 +190,16 @@ def write_folder(
     Raises:
         InputError: A file to be replaced is one of the samples' own.
     """
-    files = [file for pair in getattr(samples, "pairs", ()) for file in pair[1:]]
-    read = {_identity(file) for file in files if os.path.exists(file)}
+    files = [file for pair in getattr(samples, "pairs", None) or () for file in pair[1:]]
+    read = {identity(file) for file in files if os.path.exists(file)}
     for number, (image, mask) in enumerate(samples):
         rgb = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, content in (("images", rgb), ("masks", palette_image(mask.numpy(), labels))):
             path = Path(root, kind, f"{number:04d}.png")
-            if path.exists() and _identity(path) in read:
+            if path.exists() and identity(path) in read:
                 raise InputError(f"{path} is a file of the samples: write them to another folder")
             write_atomically(path, content.save)
     write_classes(labels, Path(root))
-
-
-def _identity(file: str | Path) -> tuple[int, int]:
-    """Return what tells a file from all others, whatever it is called."""
-    stat = os.stat(file)
-    return stat.st_dev, stat.st_ino
 
 
 def write_classes(labels: Labels, root: Path) -> None:
@@ -144,16 +220,63 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
         uint8 [H, W] of class ids and 255.
 
     Raises:
-        InputError: The file cannot be read, or holds colours without a class.
+        InputError: The file cannot be read, holds colours without a class, or has a palette that
+            contradicts `classes.txt`.
     """
     with opened(path, "a mask") as image:
         mode = image.mode
     all_grey = palette is not None and bool((palette == palette[:, :1]).all())
-    if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "1")):
+    if mode == "P" and palette is not None:
+        return read_palette_mask(path, palette, all_grey)
+    if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "LA", "1")):
         return base.read_index_mask(path)
     if palette is None:
         raise InputError(f"{path}: a mask of colours ({mode}); classes.txt needs them: name R G B")
     return base.read_colour_mask(path, palette)
+
+
+def read_palette_mask(path: Path, palette: np.ndarray, by_colour: bool = False) -> np.ndarray:
+    """Return the ids in a palette image, unless its own palette gives its pixels other classes.
+
+    Programs that reduce the number of colours (quantize) number them in an order of their own.
+
+    Args:
+        path: The file; of another kind than palette, its values are not compared with anything.
+        palette: Colours of the classes, uint8 [C, 3].
+        by_colour: Take the classes of the colours then, instead of refusing the file.
+
+    Returns:
+        uint8 [H, W] of the values in the file or, `by_colour`, of class ids and 255.
+
+    Raises:
+        InputError: As `read_index_mask`, or all colours of the file are those of classes, but
+            their values are not those of the same classes.
+    """
+    ids = base.read_index_mask(path)
+    with opened(path, "a mask") as image:
+        own = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    values = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
+    if values.max(initial=0) >= len(own):
+        return ids
+    try:
+        classes = encode_segmap(own[values], palette)
+    except InputError:  # the colours are for viewing alone
+        return ids
+    other = classes != values
+    if not other.any():
+        return ids
+    if by_colour:
+        table = np.full(256, IGNORE_INDEX, np.uint8)
+        table[values] = classes
+        return table[ids]
+    value, named = values[other][0], classes[other][0]
+    colour = tuple(own[value].tolist())
+    what = "what is not labelled" if named == IGNORE_INDEX else f"class {named}, counted from 0"
+    raise InputError(
+        f"{path}: its palette contradicts the classes: pixels of the value {value} have the colour "
+        f"{colour}, which stands for {what}. If the colours are right, save the masks as RGB; if "
+        "the values are, save them as grey images without a palette"
+    )
 
 
 def split_names(
@@ -197,25 +320,7 @@ def split_names(
     return sorted(order[num_val:] if split == "train" else order[:num_val])
 
 
-def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names in those of `train.txt`, `val.txt` and `test.txt` that `root` has.
-
-    Raises:
-        InputError: A list has unknown names.
-    """
-    files = [path for split in base.SPLITS if (path := root / f"{split}.txt").exists()]
-    known = set(names) if files else set()
-    lists: dict[str, list[str]] = {}
-    for path in files:
-        lines = base.read_list(path)
-        listed = [name if name in known else re.sub(r"\.\w+$", "", name) for name in lines]
-        unknown = [name for name in listed if name not in known]
-        base.raise_problems(unknown, f"names in {path} have no image and mask")
-        lists[path.stem] = listed
-    return lists
-
-
-def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> dict[str, tuple[str, str]]:
+def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
     """Return the endings of image and mask by name, sorted; each has exactly one partner.
 
     The names and their files' paths would take five times the memory of names alone.
@@ -225,6 +330,8 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> dict[str,
     mask_endings = _endings(masks, "", problems)
     if not image_endings and not mask_endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
+    if images == masks or not any(name in mask_endings for name in image_endings):
+        image_endings, mask_endings = without_words(image_endings, mask_endings)
     for name, ending in image_endings.items():
         if name not in mask_endings:
             problems.append(f"{images / name}{ending}: no mask")
@@ -232,8 +339,13 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> dict[str,
         problems += [f"{file}: no such file" for file in others if not os.path.exists(file)]
     for name in mask_endings.keys() - image_endings.keys():
         problems.append(f"{masks / name}{mask_endings[name]}: no image")
-    base.raise_problems(sorted(problems), "files cannot be paired; a mask is named like its image")
-    return {name: (image_endings[name], mask_endings[name]) for name in sorted(image_endings)}
+    what = "files cannot be paired; a mask is named like its image, or all are with _mask behind it"
+    base.raise_problems(sorted(problems), what)
+    intern = sys.intern
+    return {
+        name: (intern(image_endings[name]), intern(mask_endings[name]))
+        for name in sorted(image_endings)
+    }
 
 
 def _endings(folder: Path, suffix: str, problems: list[str]) -> dict[str, str]:
@@ -245,8 +357,6 @@ def _endings(folder: Path, suffix: str, problems: list[str]) -> dict[str, str]:
     for file in base.list_files(folder, (suffix.lower(),) if suffix else IMAGE_SUFFIXES):
         cut = len(file) - len(suffix) if suffix else file.rindex(".")
         name, ending = file[:cut], sys.intern(file[cut:])
-        if os.path.basename(file).startswith("."):
-            continue
         if endings.setdefault(name, ending) != ending:
             first = folder / f"{name}{endings[name]}"
             problems.append(f"{first}: ambiguous, there is also {os.path.basename(file)}")
@@ -258,8 +368,9 @@ def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:
     distinct: set[tuple[int, ...]] = set()
     for file in masks[:: -(-len(masks) // 20)]:
         with opened(file, "a mask") as mask:
-            kinds = {"RGBA": "RGB", "1": "L"}  # black and white as 0 and 255
-            pixels = np.array(mask.convert(kinds.get(mask.mode, mask.mode)))
+            base.refuse_lossy(mask, file)
+            kind = {"RGB": "RGB", "RGBA": "RGB", "1": "L"}.get(mask.mode)  # 1: as 0 and 255
+            pixels = np.array(mask.convert(kind)) if kind else base.read_index_mask(file)
         values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
         distinct |= {*map(tuple, values.tolist())}
     colours = sorted(distinct)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from seg_torch.errors import InputError, reason
 from seg_torch.images.convert import colours, grey_values, orientation_in, upright_rgb
@@ -90,7 +90,26 @@ def opened(
                 yield image
         except UnidentifiedImageError:
             known = f"it is in no format that Pillow knows, or none of {', '.join(FORMATS)}"
-            raise ValueError(known) from None
+            raise ValueError(_tiff_advice(path, content, kind) or known) from None
+
+
+def _tiff_advice(path: str | Path, content: bytes | None, kind: str) -> str | None:
+    """Return what to do about a TIFF file that Pillow does not read, `None` for other files."""
+    with suppress(Exception), open(path, "rb") if content is None else BytesIO(content) as file:
+        header = file.read(8)
+        big = header[:4] in (b"II+\0", b"MM\0+")
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header + file.read(8 if big else 0))
+        file.seek(tags.next)
+        tags.load(file)
+        channels, bits = tags.get(277, 1), tags[258][0]
+        values = {1: "uint", 2: "int", 3: "float"}[tags.get(339, (1,))[0]] + str(bits)
+        found = f"it is a TIFF file of {channels} channels of {values}"
+        if kind == "a mask":
+            return f"{found}; save masks with one channel of uint8"
+        settings = f"data.channels={channels} data.bits={bits if bits in (8, 16) else 16}"
+        first = "" if values in ("uint8", "uint16") else "convert it to uint8 or uint16; then "
+        return f"{found}; {first}{settings} read the channels as they are"
+    return None
 
 
 def _open(path: str | Path, content: bytes | None = None) -> Image.Image:

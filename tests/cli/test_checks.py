@@ -67,6 +67,18 @@ def test_d29_d35_a_mistake_is_answered_before_the_command_is_imported(
     assert not list(tmp_path.glob("*")), "a run that never started leaves nothing behind"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "source"),
+    [("folder", "put images in images/"), ("cityscapes", "gtFine_trainvaltest.zip")],
+)
+def test_e52_where_the_folder_is_missing_the_dataset_says_how_to_get_it(command, dataset, source):
+    code, message = command(f"train data={dataset} data.root=nowhere")
+    assert code == 2
+    assert "data.root=nowhere: no such file or folder" in message
+    assert "To get it: " in message
+    assert source in message
+
+
 @pytest.mark.promise(29)
 @pytest.mark.parametrize(
     ("line", "expected"),
@@ -82,6 +94,27 @@ def test_a_mistake_that_only_the_command_can_find_is_answered_too(command, line,
     assert code == 2
     assert expected in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("data=ade20k data.root=nowhere", "ADE20K (SceneParsing) was not found in "),
+        ("data=cityscapes data.root=nowhere", "Cityscapes was not found in "),
+        ("data=camvid", "CamVid was not found in "),
+    ],
+)
+def test_e52_where_a_published_dataset_is_missing_it_is_said_how_to_get_it(
+    command, monkeypatch, line, expected
+):
+    monkeypatch.setenv("SEG_TORCH_DATA", "nowhere")
+    code, message = command(f"train {line} logger=none trainer.accelerator=cpu")
+    assert code == 2
+    assert expected in message
+    assert "\nExpected there: " in message
+    assert "\nTo get it: " in message
+    code, message = command("train data=pet")
+    assert "data.root=nowhere: no such file or folder; data.download=true fetches" in message
 
 
 @pytest.mark.parametrize(

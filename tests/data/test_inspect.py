@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,10 @@ from seg_torch.commands.train import train
 from seg_torch.data import check
 from seg_torch.data.inspection import inspect_dataset
 from seg_torch.data.module import SegmentationDataModule
+from seg_torch.data.transforms import augment
 from seg_torch.datasets.base import as_dataset
 from seg_torch.errors import InputError
-from seg_torch.labels import Labels
+from seg_torch.labels import Labels, near_equal
 from seg_torch.losses import CrossEntropyLoss
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +233,141 @@ def test_a_dataset_that_is_not_in_files_is_inspected_by_its_samples(tmp_path):
     assert problems.keys() == {"Written[1]", "Written[2]"}
     assert problems["Written[1]"]["pixels"] == {"9": 4}
     assert "gone.h5" in problems["Written[2]"]["message"]
+
+
+def test_e80_a_name_keeps_the_reason_in_terminal_json_and_page(own, command):
+    make_data.write_lines(own / "train.txt", [*TRAIN, "foto_1.jpg"])
+    code, printed = command("inspect", f"data.root={own}", "output_dir=report")
+    assert code == 1
+    reason = "foto_1.jpg: train.txt lists it, but it has no image and mask"
+    assert reason in printed
+    [problem] = json.loads((own.parent / "report/inspect.json").read_text())["problems"]
+    assert problem["message"] == reason
+    assert reason in (own.parent / "report/inspect.html").read_text()
+
+
+def test_e80_lists_of_other_formats_keep_the_reason(tmp_path):
+    make_data.make_yolo(tmp_path)
+    content = (tmp_path / "data.yaml").read_text().replace("images/val", "val.txt")
+    (tmp_path / "data.yaml").write_text(content)
+    make_data.write_lines(tmp_path / "val.txt", ["images/val/gone.jpg"])
+    [problem] = inspect_dataset(datasets.yolo, tmp_path)["problems"]
+    assert "images/val/gone.jpg: " in problem["message"]
+    assert "val.txt lists this image, but it does not exist" in problem["message"]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_e18_a_split_without_a_labelled_pixel_is_refused_before_training(own, split):
+    names = {"train": TRAIN, "val": ["photo_6", "photo_7", "photo_8"], "test": ["more/photo_9"]}
+    for name in names[split]:
+        make_data.save(np.full((48, 64), 255, np.uint8), own / f"masks/{name}.png")
+    report = inspect_dataset(datasets.folder, own)
+    [problem] = report["problems"]
+    assert f"images of {split} is labelled: all masks" in problem["message"]
+    with pytest.raises(InputError, match=f"no pixel of the {len(names[split])} images of {split}"):
+        SegmentationDataModule(datasets.folder, str(own)).check_files()
+
+
+def test_e18_a_single_class_in_train_is_said(own, caplog):
+    for name in TRAIN:
+        make_data.save(np.zeros((48, 64), np.uint8), own / f"masks/{name}.png")
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        SegmentationDataModule(datasets.folder, str(own)).check_files()
+    assert (
+        "Every labelled pixel of train is background, so there is nothing to learn" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "val", "."])
+def test_e18_yolo_with_labels_in_a_folder_of_another_name_is_refused(tmp_path, split):
+    make_data.make_yolo(tmp_path)
+    labels = (tmp_path / "labels" / split).resolve()
+    labels.rename(labels.with_name("annotations"))
+    with pytest.raises(InputError, match=r"none of \d images of (train|val) has a text file") as e:
+        datasets.yolo(tmp_path, "train")
+    assert f"{tmp_path}/labels/{'train' if split == '.' else split}/photo_" in str(e.value)
+
+
+def test_e18_a_test_set_of_yolo_without_text_files_has_no_labels(tmp_path, caplog):
+    make_data.make_yolo(tmp_path)
+    make_data.save(make_data.picture(9), tmp_path / "images/test/photo_9.jpg")
+    content = (tmp_path / "data.yaml").read_text().replace("test:", "test: images/test")
+    (tmp_path / "data.yaml").write_text(content)
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        test, val = datasets.yolo(tmp_path, "test"), datasets.yolo(tmp_path, "val")
+    assert test.pairs == val.pairs
+    assert "1 images without annotation (images/test/photo_9.jpg)" in caplog.text
+
+
+# What inspect notes, train says
+
+
+def logged_by_train(root: Path, caplog, **options) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        SegmentationDataModule(datasets.folder, str(root), **options).check_files()
+    return caplog.text
+
+
+def test_e76_train_says_what_inspect_notes(own, caplog):
+    make_data.write_lines(own / "classes.txt", ["background", "Car", "car ", "tram"])
+    make_data.write_lines(own / "train.txt", [*TRAIN, "photo_1"])
+    shutil.copy(own / "images/photo_0.jpg", own / "images/photo_6.jpg")
+    notes = inspect_dataset(datasets.folder, own)["notes"]
+    said = logged_by_train(own, caplog)
+    assert all(note in said for note in notes)
+    for text in (
+        "255 stands for pixels that are not labelled",
+        "Never seen in train, so never learnt: tram.",
+        "The classes 'Car', 'car' have nearly the same name",
+        f"1 images of train count more than once, such as {own}/images/photo_1.jpg.",
+        "1 of 3 images of val are in train, too: 1 exactly, 0 nearly.",
+        "photo_0.jpg and ",
+    ):
+        assert text in said, text
+    assert all(note in logged_by_train(own, caplog) for note in notes), "the second start, too"
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["cat", "cat ", "Cat", "dog"], [["cat", "cat ", "Cat"]]),
+        (["traffic light", "traffic_light", "Traffic-Light"], 1),
+        (["caf\u00e9", "cafe\u0301"], 1),
+        (["cat\u200b", "cat"], 1),
+        (["C++", "C#", "C"], []),
+        (["cat", "cats"], []),
+    ],
+)
+def test_e84_names_that_are_nearly_equal_are_found(names, groups):
+    found = near_equal(names)
+    assert found == groups if isinstance(groups, list) else found == [names]
+
+
+def test_e56_crops_that_show_little_of_large_images_are_said(own, caplog):
+    large = Image.new("RGB", (1200, 900), (90, 120, 30))
+    for name in TRAIN[:4]:
+        large.save(own / f"images/{name}.jpg")
+        make_data.save(np.zeros((900, 1200), np.uint8), own / f"masks/{name}.png")
+    small = {"augment": augment(crop=[96, 128])}
+    said = logged_by_train(own, caplog, **small)
+    text = "A training crop of 128 x 96 pixels shows 1.1 % of an image of 1200 x 900"
+    assert text in said
+    height, width = map(int, re.search(r"data\.resize=\[(\d+),(\d+)\]", said).groups())
+    assert 0.15 < 96 * 128 / (height * width) < 0.4
+    assert abs(width / height - 4 / 3) < 0.2
+    assert "A training crop" not in logged_by_train(own, caplog, **small, resize=[height, width])
+    assert "A training crop" not in logged_by_train(own, caplog, augment=augment(crop=[320, 480]))
+    assert "A training crop" not in logged_by_train(own, caplog)
+
+
+def test_e56_inspect_says_it_of_the_crops_in_the_settings(own, command):
+    large = Image.new("RGB", (1600, 1200), (90, 120, 30))
+    for name in TRAIN:
+        large.save(own / f"images/{name}.jpg")
+        make_data.save(np.zeros((1200, 1600), np.uint8), own / f"masks/{name}.png")
+    settings = [f"data.root={own}", "output_dir=report", "data.augment.crop=[64,96]"]
+    assert "A training crop of 96 x 64 pixels shows 0.32 %" in command("inspect", *settings)[1]
 
 
 # Numbers
@@ -512,7 +649,7 @@ def test_help_answers_at_once():
         timeout=60,
     ).stdout
     assert sum(os.times()[2:4]) - sum(before[2:4]) < 1.5
-    assert "seg-torch inspect data.root=my_data" in page
+    assert "seg-torch inspect my_data" in page
     assert "output_dir=" in page
 
 

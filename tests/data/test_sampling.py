@@ -4,7 +4,12 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from seg_torch.data.sampling import EpochSampler, evaluation_batches, group_by_size
+from seg_torch.data.sampling import (
+    AugmentedSamples,
+    EpochSampler,
+    evaluation_batches,
+    group_by_size,
+)
 
 
 @pytest.mark.promise(8)
@@ -15,6 +20,31 @@ def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     assert {len(shard) for shard in shards} == {23 // (3 * world)}
     seen = [index for shard in shards for batch in shard for _, index in batch]
     assert len(seen) == len(set(seen))
+
+
+def test_the_order_is_another_in_each_epoch_and_the_same_again_for_its_number():
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = list(EpochSampler(12, 4, seed, epoch=epoch))
+        assert {number for batch in batches for number, _ in batch} == {epoch}
+        return [index for batch in batches for _, index in batch]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in range(3)]
+    assert all(sorted(each) == [*range(12)] for each in orders)
+    assert len({*map(tuple, orders)}) == 6
+    assert order(1, 2) == orders[5]
+
+
+def test_a_sample_is_augmented_by_seed_epoch_and_index_alone():
+    samples = [(torch.zeros(1), torch.zeros(1))] * 3
+    keys = [(epoch, index) for epoch in range(3) for index in range(3)]
+
+    def drawn(seed: int) -> list[float]:
+        augmented = AugmentedSamples(samples, lambda *_: torch.rand(()).item(), seed)
+        return [augmented[key] for key in keys]
+
+    assert len({*drawn(0), *drawn(1)}) == 2 * len(keys)
+    torch.rand(5)
+    assert drawn(0) == drawn(0)
 
 
 @pytest.mark.promise(27)

@@ -13,8 +13,9 @@ from PIL import Image
 
 from seg_torch import datasets
 from seg_torch.data.module import SegmentationDataModule
-from seg_torch.datasets.base import read_classes
+from seg_torch.datasets.base import read_classes, read_index_mask
 from seg_torch.errors import InputError
+from seg_torch.labels import VOC_PALETTE
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
 
@@ -218,6 +219,177 @@ def test_without_classes_txt_black_and_white_masks_get_the_same_advice(own):
         InputError, match=r"values 0, 255 .*\nbackground 0 0 0\nobject 255 255 255$"
     ):
         datasets.folder(own, "train")
+
+
+# Palettes and formats that say something else than the classes
+
+
+def quantised(root: Path) -> dict[str, np.ndarray]:
+    """Store coloured masks with fewer colours, as pngquant does; the masks as they are meant."""
+    colour_the_masks(root)
+    meant = {}
+    for path in (root / "masks").rglob("*.png"):
+        rgb = Image.open(path)
+        meant[path.stem] = (np.asarray(rgb)[..., None, :] == COLOURS).all(-1).argmax(-1)
+        image = Image.fromarray(np.uint8([2, 0, 1])[meant[path.stem]])
+        image.putpalette(COLOURS[[1, 2, 0]].tobytes())
+        image.save(path)
+        assert (np.asarray(Image.open(path).convert("RGB")) == np.asarray(rgb)).all()
+    return meant
+
+
+def test_e05_a_palette_that_contradicts_classes_txt_is_refused_with_the_way_out(own):
+    meant = quantised(own)
+    lines = ["background 0 0 0", "traffic light 255 0 0", "car 0 0 255"]
+    make_data.write_lines(own / "classes.txt", lines)
+    with pytest.raises(InputError) as error:
+        check_folder(own)
+    assert len(error.value.problems) == 10
+    assert "value 0 have the colour (255, 0, 0), which stands for class 1" in str(error.value)
+    assert "save the masks as RGB" in str(error.value)
+    for path in (own / "masks").rglob("*.png"):
+        Image.open(path).convert("RGB").save(path)
+    dataset = datasets.folder(own, "train")
+    for i, pair in enumerate(dataset.pairs):
+        assert (dataset.mask(i) == meant[pair.mask.stem]).all()
+
+
+def test_e05_a_palette_for_viewing_alone_is_no_contradiction(own):
+    """That of VOC, and a grey ramp, with colours of the user's own in classes.txt."""
+    expected = datasets.folder(own, "val").mask(0)
+    make_data.write_lines(own / "classes.txt", ["a 10 20 30", "b 255 0 0", "c 0 0 255"])
+    for palette in (bytes(VOC_PALETTE), bytes(i // 3 for i in range(768))):
+        for path in (own / "masks").rglob("*.png"):
+            image = Image.open(path)
+            image = Image.fromarray(np.asarray(image))
+            image.putpalette(palette)
+            image.save(path)
+        check_folder(own)
+        assert (datasets.folder(own, "val").mask(0) == expected).all()
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 1), (1, 0)])
+def test_e05_black_and_white_palette_masks_are_read_by_black_and_white(own, values):
+    expected = datasets.folder(own, "val").mask(0) == 1
+    for path in (own / "masks").rglob("*.png"):
+        white = np.asarray(Image.open(path)) == 1
+        image = Image.fromarray(np.where(white, values[1], values[0]).astype(np.uint8))
+        palette = np.zeros((256, 3), np.uint8)
+        palette[values[1]] = 255
+        image.putpalette(palette.tobytes())
+        image.save(path)
+    make_data.write_lines(own / "classes.txt", ["background 0 0 0", "cat 255 255 255"])
+    check_folder(own)
+    assert (datasets.folder(own, "val").mask(0) == expected).all()
+
+
+def test_e05_labelme_voc_compares_the_palette_with_that_of_the_script(tmp_path):
+    make_data.make_labelme_voc(tmp_path)
+    for path in (tmp_path / "SegmentationClass").glob("*.png"):
+        mask = np.asarray(Image.open(path))
+        image = Image.fromarray(np.where(mask == 255, 0, (mask + 1) % 3).astype(np.uint8))
+        image.putpalette(np.roll(VOC_PALETTE[:3], 1, axis=0).tobytes())
+        image.save(path)
+    with pytest.raises(InputError, match="palette contradicts the classes"):
+        SegmentationDataModule(datasets.labelme_voc, str(tmp_path)).check_files()
+
+
+@pytest.mark.parametrize("kind", ["ids", "colours", "no classes.txt"])
+def test_e25_e52_masks_saved_as_jpeg_are_refused_as_lossy(own, kind):
+    """Ids that lie close together come back as other ids that are classes, too."""
+    if kind == "colours":
+        colour_the_masks(own)
+        lines = ["background 0 0 0", "traffic light 255 0 0", "car 0 0 255"]
+        make_data.write_lines(own / "classes.txt", lines)
+    for path in list((own / "masks").rglob("*.png")):
+        image = Image.open(path)
+        image = image if kind == "colours" else Image.fromarray(np.asarray(image) % 255)
+        image.save(path.with_suffix(".jpg"), quality=75)
+        path.unlink()
+    if kind == "no classes.txt":
+        (own / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"photo_\d\.jpg: .*JPEG is lossy.*as PNG") as error:
+        check_folder(own)
+    assert len(str(error.value)) < 2000
+
+
+def test_e25_a_tiff_of_masks_that_is_compressed_as_jpeg_is_refused(tmp_path):
+    Image.new("L", (32, 32), 1).save(tmp_path / "a.tif", compression="jpeg")
+    with pytest.raises(InputError, match="JPEG is lossy"):
+        read_index_mask(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("ids", "hint"),
+    [
+        ([1, 2, 3], "Ids count from 0: if these count from 1, subtract 1"),
+        ([0, 2, 3], "if 0 is the background, it is named first"),
+        ([0, 100, 200], "classes.txt gives each class its own, such as 200 200 200"),
+        ([*range(120)], "resizing or smoothing"),
+    ],
+)
+def test_e52_the_likeliest_mistake_is_named(own, ids, hint):
+    mask = np.resize(np.uint8(ids), (48, 64))
+    make_data.save(mask, own / "masks/photo_0.png")
+    with pytest.raises(InputError, match=hint) as error:
+        check_folder(own)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("mode", ["LA", "F", "I"])
+def test_e85_masks_of_ids_with_alpha_or_as_numbers_of_32_bits_are_read(own, mode):
+    expected = datasets.folder(own, "val").mask(0)
+    for path in list((own / "masks").rglob("*.png")):
+        ids = np.asarray(Image.open(path))
+        if mode == "LA":
+            Image.fromarray(np.stack([ids, ids * 0], 2)).save(path)
+            continue
+        ids = ids.astype(np.float32 if mode == "F" else np.int32)
+        if mode == "F":
+            ids[ids == 255] = np.nan  # as raster calculators mark pixels without a value
+        Image.fromarray(ids).save(path.with_suffix(".tif"))
+        path.unlink()
+    assert (datasets.folder(own, "val").mask(0) == expected).all()
+    check_folder(own)
+
+
+def test_e85_fractions_are_no_ids(own):
+    probabilities = np.full((48, 64), 1, np.float32)
+    probabilities[0, :3] = 0.25
+    (own / "masks/photo_0.png").unlink()
+    Image.fromarray(probabilities).save(own / "masks/photo_0.tif")
+    with pytest.raises(InputError, match=r"photo_0\.tif: 3 pixels are no whole numbers"):
+        check_folder(own)
+
+
+@pytest.mark.parametrize(
+    ("lines", "names", "colours"),
+    [
+        (["0 background", "1 car"], ("background", "car"), None),
+        (["1: car", "0: background"], ("background", "car"), None),
+        (["0 a 1 2 3", "1 b 4 5 6"], ("a", "b"), [[1, 2, 3], [4, 5, 6]]),
+        (["1 b 4 5 6", "0 a 1 2 3"], ("a", "b"), [[1, 2, 3], [4, 5, 6]]),
+        (["a #0A0B0C", "b #FF0000 # red"], ("a", "b"), [[10, 11, 12], [255, 0, 0]]),
+        (["a (1, 2, 3)", "b [4,5,6]"], ("a", "b"), [[1, 2, 3], [4, 5, 6]]),
+        (["1 euro", "2 euro"], ("1 euro", "2 euro"), None),
+        (["4x4", "car"], ("4x4", "car"), None),
+        (["0.5 mm", "1.0 mm"], ("0.5 mm", "1.0 mm"), None),
+        (["cup #1", "plate # flat"], ("cup", "plate"), None),
+    ],
+)
+def test_e84_numbers_and_colours_of_classes_txt_are_understood(tmp_path, lines, names, colours):
+    make_data.write_lines(tmp_path / "classes.txt", lines)
+    labels, has_colours = read_classes(tmp_path / "classes.txt")
+    assert labels.names == names
+    assert has_colours == (colours is not None)
+    if has_colours:
+        assert labels.palette.tolist() == colours
+
+
+def test_e84_lines_that_are_numbered_from_1_are_refused(tmp_path):
+    make_data.write_lines(tmp_path / "classes.txt", ["1 cat", "2 dog"])
+    with pytest.raises(InputError, match=r"classes\.txt: .*numbered from 1 to 2.*0 background"):
+        read_classes(tmp_path / "classes.txt")
 
 
 @pytest.mark.parametrize(

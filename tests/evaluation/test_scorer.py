@@ -1,14 +1,18 @@
 """Scoring: what it leaves as it was, and what it returns."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from hydra.utils import instantiate
 
+from seg_torch.commands.train import train
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
+from seg_torch.metrics.counts import COUNTS
 from seg_torch.models import unet
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings
@@ -71,3 +75,26 @@ def test_what_is_returned_is_what_is_written(scored, tmp_path):
     assert arrays["names"].tolist() == results.names
     for name, values in results.images.items():
         assert np.array_equal(arrays[name], values, equal_nan=True)
+
+
+def test_e65_a_score_that_an_image_does_not_have_is_blank_in_the_table(scored, tmp_path):
+    results, _ = scored("32-true")
+    for name in COUNTS:
+        results.images[name][1, 2] = 0  # the third class is not in the second image
+    results.write(tmp_path / "again", "test")
+    with (tmp_path / "again/test_images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = results.labels.names
+    blank = [(i, name) for i, row in enumerate(rows) for name in names if row[f"iou {name}"] == ""]
+    assert blank == [(1, names[2])]
+
+
+def test_e22_a_run_without_test_batches_ends_without_a_test(small, tmp_path):
+    """After its training; a command that only scores says that there is nothing to do."""
+    settings = ("trainer.limit_test_batches=0", "trainer.max_epochs=1")
+    train(small("train", *settings, "trainer.limit_train_batches=1"))
+    assert (tmp_path / "run/checkpoints/best.ckpt").is_file()
+    assert not list((tmp_path / "run").glob("test_*"))
+    line = "evaluate run trainer.accelerator=cpu trainer.limit_test_batches=0 output_dir=scores"
+    assert run_command(line, tmp_path) == 2
+    assert not list((tmp_path / "scores").glob("test_*"))

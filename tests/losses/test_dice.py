@@ -11,6 +11,12 @@ from seg_torch.errors import InputError
 from seg_torch.losses import DiceLoss, TverskyLoss
 
 
+def dice(p: np.ndarray, t: np.ndarray) -> float:
+    present = t.any(1)
+    index = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+    return (1 - index)[present].mean()
+
+
 def tversky(p: np.ndarray, t: np.ndarray, gamma: float = 1) -> float:
     present = t.any(1)
     true, false = (p * t).sum(1)[present], (p * (1 - t)).sum(1)[present]
@@ -20,6 +26,7 @@ def tversky(p: np.ndarray, t: np.ndarray, gamma: float = 1) -> float:
 
 
 REFERENCES = {
+    "dice": (lambda c: DiceLoss(), dice),
     "tversky": (lambda c: TverskyLoss(), tversky),
     "focal tversky": (lambda c: TverskyLoss(gamma=4 / 3), lambda p, t: tversky(p, t, 4 / 3)),
 }
@@ -28,7 +35,7 @@ REFERENCES = {
 @pytest.mark.promise(10)
 @pytest.mark.parametrize("num_classes", [2, NUM_CLASSES, 150])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_tversky_losses_are_their_papers_formulas_in_float64(name, num_classes):
+def test_dice_and_tversky_losses_are_their_papers_formulas_in_float64(name, num_classes):
     assert_formula(*REFERENCES[name], num_classes)
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from seg_torch.errors import InputError
 from seg_torch.models import transformers
+from seg_torch.models.masks import semantic_logits
 
 
 def library_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -31,6 +33,19 @@ def regions(*shape: int) -> Tensor:
     """Labels of three classes, in squares of 16 pixels."""
     coarse = torch.randint(3, (shape[0], shape[1] // 16, shape[2] // 16))
     return coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+
+def test_a_pixels_score_of_a_class_adds_up_over_the_queries():
+    """Of Cheng et al. (2021): by hand, and "no object", the last class, has none."""
+    classes = torch.log(torch.tensor([[[0.7, 0.1, 0.2], [0.05, 0.15, 0.8]]]))
+    masks = torch.tensor([[[[0.0, 2.0]], [[-1.0, 3.0]]]])
+    inside = [[0.5, 1 / (1 + math.exp(-2))], [1 / (1 + math.e), 1 / (1 + math.exp(-3))]]
+    expected = [
+        [0.7 * inside[0][pixel] + 0.05 * inside[1][pixel] for pixel in (0, 1)],
+        [0.1 * inside[0][pixel] + 0.15 * inside[1][pixel] for pixel in (0, 1)],
+    ]
+    found = semantic_logits(classes, masks)[0, :, 0].exp()
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", MASK_MODELS)

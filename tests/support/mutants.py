@@ -206,7 +206,7 @@ MUTANTS = [
         "upsample.py",
         'mode="bilinear", align_corners=False)',
         'mode="bilinear", align_corners=True)',
-        "tests/prediction/test_inference.py tests/losses/test_upsampled.py",
+        "tests/prediction/test_inference.py -k 'd09 or torchvisions'",
     ),
     Mutant(
         "upsample.py",
@@ -230,25 +230,25 @@ MUTANTS = [
         "prediction/inference.py",
         "mirrored.softmax(1).flip(-1)",
         "mirrored.softmax(1)",
-        "tests/prediction/test_inference.py",
+        "tests/prediction/test_inference.py -k 'flip or scales'",
     ),
     Mutant(
         "prediction/inference.py",
         "max(1, round(side * scale))",
         "max(1, round(side / scale))",
-        "tests/prediction/test_inference.py",
+        "tests/prediction/test_inference.py -k 'flip or scales'",
     ),
     Mutant(
         "prediction/inference.py",
         "masked_fill_(highest < min_confidence, IGNORE_INDEX)",
         "masked_fill_(highest > min_confidence, IGNORE_INDEX)",
-        "tests/prediction/test_inference.py",
+        "tests/runs/test_self_training.py -k less_probable",
     ),
     Mutant(
         "prediction/inference.py",
         "highest.mul_(255).round_()",
         "highest.mul_(255)",
-        "tests/prediction/test_inference.py",
+        "tests/runs/test_self_training.py -k less_probable",
     ),
     Mutant(
         "models/base.py",
@@ -347,7 +347,7 @@ MUTANTS = [
         "evaluation/results.py",
         '"" if np.isnan(v) else',
         '"0" if np.isnan(v) else',
-        "tests/evaluation/test_scorer.py tests/drawing/test_fonts.py",
+        "tests/evaluation/test_scorer.py -k e65",
     ),
     Mutant(
         "evaluation/results.py",
@@ -365,7 +365,7 @@ MUTANTS = [
         "drawing/templates/report.html",
         '"absent" if value is none',
         '"0.0000" if value is none',
-        "tests/evaluation/test_report.py",
+        "tests/evaluation/test_report.py -k e22",
     ),
     Mutant(
         "drawing/curves.py",

@@ -12,7 +12,7 @@ import os
 import posixpath
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -145,7 +145,7 @@ class AnnotatedFolder:
         common = [_common_parts(image, wanted) for image in named]
         named = [image for image, parts in zip(named, common, strict=True) if parts == max(common)]
         split = base.split_of(beside)
-        of_split = [i for i in named if base.split_of(posixpath.dirname(i)) == split]
+        of_split = [i for i in named if base.split_of(f"{posixpath.dirname(i)}/") == split]
         candidates = of_split or named
         if len(candidates) == 1:
             return candidates[0]
@@ -381,7 +381,7 @@ def choose_split(
         by_split.setdefault(sample.split, []).append(sample)
     if "" in by_split and len(by_split) > 1:
         names = ", ".join(sample.name for sample in by_split[""][:3])
-        log.info("%s: %d images are in no split of its own: %s", home, len(by_split[""]), names)
+        log.info("%s: %d images are in no split: %s", home, len(by_split[""]), names)
         if "train" not in by_split:
             by_split["train"] = by_split.pop("")
     if (split == "test" and "test" in by_split) or {"train", "val"} <= by_split.keys():
@@ -396,6 +396,12 @@ def _common_parts(first: str, second: str) -> int:
     """Return in how many of their last parts two paths agree."""
     parts = zip(reversed(first.split("/")), reversed(second.split("/")), strict=False)
     return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
+
+
+def refuse_empty(path: str | Path, split: str, images: Collection[object]) -> None:
+    """Raise InputError if what stands for train or val has no images: chance would fill it."""
+    if split in ("train", "val") and not images:
+        raise InputError(f"{path}: no images for {split} here; fill it, or remove it")
 
 
 def same_name(name: str) -> str:

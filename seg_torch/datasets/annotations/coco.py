@@ -209,11 +209,12 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     found: dict[tuple[str, str], _Image] = {}
     united: dict[str, str] = {}
     for file, (images, annotations, categories) in contents.items():
+        annotated.refuse_empty(folder.home / file, base.split_of(file), images)
         of_file: dict[str, _Image] = {}
         for number, image in images.items():
             with folder.part(file, f"image {number}: "):
                 path, size = folder.find_image(image["file_name"], file), _size(image)
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 each = found.setdefault((path, split), _Image(path, file, size, []))
                 if (0, 0) != size != each.size:
                     if each.size != (0, 0):
@@ -257,6 +258,8 @@ def _number(value: Any, what: str) -> float:
 
 def _object(annotation: Mapping[str, Any], categories: Mapping[int, str]) -> tuple[float, str, Any]:
     """Return what an annotation's place is sorted by, crowds and then by area, class and shape."""
+    if "segments_info" in annotation:
+        raise InputError("it has segments_info, so this is data=coco_panoptic")
     category, shape = _id(annotation["category_id"]), annotation["segmentation"]
     if category not in categories:
         raise InputError(f"category {category} is not in the categories {[*categories]}")
@@ -333,12 +336,15 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
     for file, content in contents.items():
         for number, annotation in enumerate(content.annotations):
             with folder.part(file, f"image {annotation.get('image_id')}: "):
+                if "segments_info" not in annotation:
+                    raise InputError("it has no segments_info, so this may be data=coco")
                 maps[file, number] = _find_map(folder, file, annotation["file_name"])
     # An image may be a PNG file of the same name.
     pngs = {*maps.values()}
     for name, paths in folder.images.items():
         folder.images[name] = [path for path in paths if path not in pngs]
     for file, (images, annotations, categories) in contents.items():
+        annotated.refuse_empty(folder.home / file, base.split_of(file), images)
         for number, annotation in enumerate(annotations):
             with folder.part(file, f"image {annotation.get('image_id')}: "):
                 if (file, number) not in maps:
@@ -347,7 +353,7 @@ def _read_panoptic(folder: annotated.AnnotatedFolder) -> list[str]:
                 if image not in images:
                     raise InputError(f"image {image} is not in the images")
                 path = folder.find_image(images[image]["file_name"], file)
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 segments = _segments(annotation["segments_info"], categories)
                 folder.add(path, path, maps[file, number], segments, split)
     return names

@@ -95,7 +95,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
                 first = tasks.setdefault(path, f"{number} of {file}")
                 if first != f"{number} of {file}":
                     raise InputError(f"{path} is annotated in {first}, too; delete one of the two")
-                split = base.split_of(file) or base.split_of(posixpath.dirname(path))
+                split = base.split_of(file) or base.split_of(f"{posixpath.dirname(path)}/")
                 folder.add(path, path, file, shapes, split, _size(regions))
                 names |= {name for name, _ in shapes}
                 without_area |= lost

@@ -103,7 +103,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             with suppress(InputError) if content.get("imageData") else nullcontext():
                 image = folder.find_image(content["imagePath"], file)
             size = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
-            folders = posixpath.dirname(file), posixpath.dirname(image)
+            folders = [f"{posixpath.dirname(path)}/" for path in (file, image)]
             split = base.split_of(folders[0]) or base.split_of(folders[1])
             folder.add(file, image, file, shapes, split, size)
             names |= used

@@ -13,6 +13,7 @@ import numpy as np
 
 from seg_torch.datasets import base
 from seg_torch.datasets.annotations import annotated
+from seg_torch.datasets.folder import read_palette_mask
 from seg_torch.errors import InputError
 from seg_torch.files import is_hidden
 from seg_torch.images.read import IMAGE_SUFFIXES, image_size
@@ -53,15 +54,23 @@ def roboflow(
         if read_csv(home / file) != classes:
             raise InputError(f"{home / file}: other classes than in {home / files[0]}")
     masks = [file.removesuffix(MASK) for file in base.list_files(home, (MASK,))]
+    for place in map(posixpath.dirname, files):
+        there = [name for name in masks if name.startswith(f"{place}/")]
+        annotated.refuse_empty(home / place, base.split_of(place), there)
     others = [f for f in base.list_files(home, IMAGE_SUFFIXES) if not f.lower().endswith(MASK)]
     images, with_mask = _by_name(home, others), {normalize("NFC", name): name for name in masks}
-    missing = [f"{home}/{masks}{MASK}" for name, masks in with_mask.items() if name not in images]
-    base.raise_problems(missing, "masks have no image of their name beside them")
+    missing = [f"{home}/{mask}{MASK}" for name, mask in with_mask.items() if name not in images]
+    what = "no image of its name beside it"
+    base.raise_problems(missing, f"masks have {what}", what)
     missing = [image for name, image in images.items() if name not in with_mask]
-    base.raise_problems(missing, f"images have no mask NAME{MASK} beside them")
+    what = f"no mask NAME{MASK} beside "
+    base.raise_problems(missing, f"images have {what}them", f"{what}it")
     samples = [
         annotated.Annotated(
-            mask, images[name], f"{home}/{mask}{MASK}", split=base.split_of(posixpath.dirname(name))
+            mask,
+            images[name],
+            f"{home}/{mask}{MASK}",
+            split=base.split_of(f"{posixpath.dirname(name)}/"),
         )
         for name, mask in with_mask.items()
     ]
@@ -173,7 +182,8 @@ def labelme_voc(
     with base.parsing(classes):
         labels = Labels(tuple(names))
     pairs = _pairs(images, masks, split, val_fraction, seed)
-    return base.SegmentationDataset(pairs, labels)
+    read_mask = partial(read_palette_mask, palette=labels.palette)  # the script's colours are VOC's
+    return base.SegmentationDataset(pairs, labels, read_mask)
 
 
 def read_labelmap(path: Path) -> Labels:
@@ -243,7 +253,8 @@ def _pairs(
         } | mask_files
     missing = [f"{masks / name}.png" for name in splits if name not in mask_files]
     missing += [f"{images / name}.jpg" for name in splits if name not in image_files]
-    base.raise_problems(missing, "files are missing; an image and its mask have one name")
+    what = "files are missing; an image and its mask have one name"
+    base.raise_problems(missing, what, "no such file")
     samples = [
         annotated.Annotated(name, image_files[name], mask_files[name], split=of_split)
         for name, of_split in sorted(splits.items())
@@ -268,12 +279,14 @@ def _listed_splits(home: Path, masks: Iterable[str], images: Iterable[str]) -> d
     twice = []
     for path in paths:
         names = [normalize("NFC", line) for line in base.read_list(path)]
+        annotated.refuse_empty(path, lists[path.name], names)
         if "train" in lists.values() and not lists[path.name]:
             unknown.update(names)  # such as those of VOC's trainval.txt
             continue
         for name in names:
-            if splits.setdefault(name, lists[path.name]) != lists[path.name]:
-                twice.append(f"{name}: in {path.name}, and in the list of {splits[name] or 'none'}")
+            splits[name] = splits.get(name) or lists[path.name]
+            if lists[path.name] not in ("", splits[name]):
+                twice.append(f"{name}: in {path.name}, and in the list of {splits[name]}")
     base.raise_problems(twice, f"names are in two lists of {home / LISTS}")
     unused = sorted(unknown.union(masks, images) - splits.keys())
     if unused:

@@ -1,6 +1,5 @@
 """YOLO's polygons, as Ultralytics, CVAT and Roboflow write them."""
 
-import os
 import posixpath
 import re
 from contextlib import suppress
@@ -114,6 +113,7 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
     images = [
         (split, image) for key, split in keys.items() for image in _images(config, content, key)
     ]
+    images = [each for split in base.SPLITS for each in _annotated(config, images, split)]
     has_val = {"train", "val"} <= {split for split, _ in images}
     home = f"{posixpath.normpath(folder.home.absolute().as_posix())}/"
     texts: dict[str, str] = {}
@@ -126,16 +126,30 @@ def _read(folder: annotated.AnnotatedFolder) -> list[str]:
             shapes = _polygons(text, classes) if text.exists() else []
             file = text.as_posix().removeprefix(home) if text.exists() else folder.files[0]
             folder.add(name, name, file, shapes, split if has_val or split == "test" else "")
-    if texts and not any(map(os.path.exists, texts)):
-        raise InputError(
-            f"{config}: none of {len(images)} images has a text file: of {image} it is {text}"
-        )
     for parent in sorted({Path(text).parent for text in texts}):
         if "labels" in parent.parts:
             there = {str(parent / file) for file in base.list_files(parent, (".txt",))}
             for other in sorted(there - texts.keys()):
                 folder.leave_out("text files without an image", other)
     return list(dict.fromkeys(classes.values()))
+
+
+def _annotated(config: Path, images: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
+    """Return the images of a split, none for a test set without text files, which has no labels.
+
+    Raises:
+        InputError: No image for training or validation has a text file.
+    """
+    chosen = [each for each in images if each[0] == split]
+    if not chosen or any(_text_of(image).exists() for _, image in chosen):
+        return chosen
+    if split == "test":
+        return []
+    image = chosen[0][1]
+    raise InputError(
+        f"{config}: none of {len(chosen)} images of {split} has a text file: of {image} it is "
+        f"{_text_of(image)}"
+    )
 
 
 def _text_of(image: str) -> Path:
@@ -160,8 +174,11 @@ def _images(config: Path, content: dict[str, Any], key: str) -> list[str]:
         else:
             paths = {line: _find_listed(config, content, line) for line in base.read_list(path)}
             missing = [line for line, image in paths.items() if image is None]
-            base.raise_problems(missing, f"images that {path} lists do not exist")
+            what = f"images that {path} lists do not exist"
+            base.raise_problems(missing, what, f"{path} lists this image, but it does not exist")
             images += [image.as_posix() for image in paths.values() if image is not None]
+    if entries:
+        annotated.refuse_empty(f"{config}: {key}: {entries}", base.split_of(key), images)
     return images
 
 

@@ -41,9 +41,11 @@ def camvid(root: str | Path, split: str) -> base.SegmentationDataset:
         # "/SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png"
         lines = [line.split() for line in base.read_list(listing)]
         wrong = [" ".join(line) for line in lines if len(line) != 2]
-        base.raise_problems(wrong, f"lines in {listing} are not the paths of an image and a mask")
+        what = "not the paths of an image and a mask"
+        base.raise_problems(wrong, f"lines in {listing} are {what}", f"{what}, in {listing}")
         paths = [[folder.joinpath(*Path(path).parts[-2:]) for path in line] for line in lines]
         pairs = base.Pairs((image.stem, image, mask) for image, mask in paths)
         missing = [str(path) for line in paths for path in line if not path.exists()]
-        base.raise_problems(missing, f"files that {listing} names do not exist")
+        what = f"files that {listing} names do not exist"
+        base.raise_problems(missing, what, f"{listing} names it, but it does not exist")
     return base.SegmentationDataset(pairs, CAMVID_LABELS, read_mask)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from seg_torch.datasets import base
-from seg_torch.datasets.folder import read_split_lists
+from seg_torch.datasets.layout import read_split_lists
 from seg_torch.errors import InputError
 
 CAMVID32_LABELS = base.published_labels("camvid32")

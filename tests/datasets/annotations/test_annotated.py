@@ -306,6 +306,8 @@ def test_points_a_little_outside_are_cut_off(make):
         ("annotations/instances_default.json", ""),
         ("instances_train_val.json", ""),
         ("test/train_1/photo.jpg", "train"),
+        *(("test_drive/", ""), ("train_station/a.json", ""), ("val_images/", "val")),
+        *(("my_train/a.json", "train"), ("train_val/", ""), ("train/test_photo/", "train")),
     ],
 )
 def test_which_split_a_path_stands_for(path, split):

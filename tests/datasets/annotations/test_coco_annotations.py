@@ -505,3 +505,14 @@ def test_objects_of_the_first_class_alone_are_no_white_masks(make):
     dataset = partial(datasets.coco, background=None)
     assert dataset(root, "train").labels.names == ("car", "traffic light")
     assert not inspect_data(SegmentationDataModule(dataset, str(root)))["problems"]
+
+
+def test_e74_the_task_of_the_other_format_is_named(make):
+    root = make("coco_panoptic")
+    with pytest.raises(InputError, match="it has segments_info, so this is data=coco_panoptic"):
+        datasets.coco(root, "train")
+    root = make("coco")
+    for path in (root / "annotations").glob("panoptic_*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match="it has no segments_info, so this may be data=coco"):
+        datasets.coco_panoptic(root, "train")

@@ -254,3 +254,11 @@ def test_e70_labelme2voc_images_without_a_mask_are_counted(make, caplog):
     with caplog.at_level(logging.INFO, "seg_torch"):
         datasets.labelme_voc(root, "train")
     assert "left out: 1 names that are in no split (lost)" in caplog.text
+
+
+def test_e72_a_list_of_val_and_one_of_all_leave_the_others_to_train(make):
+    root = make("cvat")
+    make_data.write_lines(root / "ImageSets" / "Segmentation" / "val.txt", ["photo_0", "photo_4"])
+    names = {s: [p.name for p in datasets.cvat(root, s).pairs] for s in ("train", "val")}
+    expected = {"train": ["more/photo_3", "photo_1", "photo_2"], "val": ["photo_0", "photo_4"]}
+    assert names == expected

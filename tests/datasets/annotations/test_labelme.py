@@ -101,7 +101,7 @@ def test_labelme_folders_make_the_split(make, caplog):
     with caplog.at_level(logging.INFO, "seg_torch"):
         splits = {s: datasets.labelme(root, s) for s in ("train", "val", "test")}
     names = {split: [pair.name for pair in dataset.pairs] for split, dataset in splits.items()}
-    assert "2 images are in no split of its own" in caplog.text
+    assert "2 images are in no split" in caplog.text
     assert names == {
         "train": ["train/photo_0", "train/photo_1"],
         "val": ["val/photo_2"],
@@ -192,3 +192,14 @@ def test_e12_points_on_the_photo_as_it_is_stored_are_turned_with_it(make):
             image.getexif()[0x0112] = orientation
             assert masks[name].tolist() == np.asarray(ImageOps.exif_transpose(image)).tolist()
         shutil.rmtree(root)
+
+
+def test_e07_folders_that_are_called_after_their_photos_are_no_splits(make):
+    root = make("labelme")
+    for i, folder in enumerate(["test_drive", "test_drive", "train_station", "city"]):
+        (root / folder).mkdir(exist_ok=True)
+        for suffix in ("jpg", "json"):
+            (root / f"photo_{i}.{suffix}").rename(root / folder / f"photo_{i}.{suffix}")
+    train, val, test = (datasets.labelme(root, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val)) == (5, 1)
+    assert test.pairs == val.pairs

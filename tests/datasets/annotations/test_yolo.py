@@ -158,7 +158,7 @@ def test_e06_two_images_of_one_text_file_are_refused(make):
 def test_e18_images_without_any_text_file_are_refused(make):
     root = make("yolo")
     (root / "labels").rename(root / "annotations")
-    message = r"none of 5 images has a text file: of .*/images/val/photo_4\.jpg it is .*/labels/val"
+    message = r"none of 3 images of train has a text file: of .*/photo_0\.jpg it is .*/labels/train"
     with pytest.raises(InputError, match=message):
         datasets.yolo(root, "train")
 
