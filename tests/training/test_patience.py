@@ -65,7 +65,7 @@ def test_a_run_stops_early_and_says_so_also_one_that_was_killed(
     train(small("train", f"output_dir={whole}", *NOISY))
     scores = [float(row["val_mean_iou"]) for row in history(whole)]
     assert 3 <= len(scores) == scores.index(max(scores)) + 1 + 2 < 8
-    text = f"val mean_iou has not been better than {max(scores):.4f} in the last 2 validations"
+    text = f"no validation has been better since val mIoU {max(scores):.4f}"
     assert [text in message for message in caplog.messages].count(True) == 1
     with pytest.raises(InputError, match="complete"):
         resume(whole)
