@@ -97,27 +97,6 @@ def test_a_mistake_that_only_the_command_can_find_is_answered_too(command, line,
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("data=ade20k data.root=nowhere", "ADE20K (SceneParsing) was not found in "),
-        ("data=cityscapes data.root=nowhere", "Cityscapes was not found in "),
-        ("data=camvid", "CamVid was not found in "),
-    ],
-)
-def test_e52_where_a_published_dataset_is_missing_it_is_said_how_to_get_it(
-    command, monkeypatch, line, expected
-):
-    monkeypatch.setenv("SEG_TORCH_DATA", "nowhere")
-    code, message = command(f"train {line} logger=none trainer.accelerator=cpu")
-    assert code == 2
-    assert expected in message
-    assert "\nExpected there: " in message
-    assert "\nTo get it: " in message
-    code, message = command("train data=pet")
-    assert "data.root=nowhere: no such file or folder; data.download=true fetches" in message
-
-
-@pytest.mark.parametrize(
     "arguments",
     [
         "data.augment.jitter=[0.1,0.2,0]",  # the function takes one number or three
