@@ -540,6 +540,16 @@ def test_e35_a_name_too_long_for_an_output_fails_that_file_alone(
     assert predict(cfg) == 0
 
 
+def test_a_link_to_nothing_fails_alone(compose, threshold, tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    RGB.save(tmp_path / "in/a.png")
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    cfg = compose("predict", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}")
+    assert predict(cfg) == 1
+    assert [row["file"] for row in table(tmp_path / "out")] == ["a.png"]
+    assert f"failed: {tmp_path / 'in/b.png'}: no such file" in caplog.text
+
+
 def test_e44_packages_of_the_outputs_are_looked_for_first(compose, tmp_path, monkeypatch):
     RGB.save(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "tifffile", None)
