@@ -17,6 +17,7 @@ from seg_torch.training import run
 
 # Settings below the top level that null would break.
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
+NOT_NULL += ["trainer.max_steps"]  # -1 is no limit
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 # What models need besides what is always installed: the extra, and the package.
