@@ -272,19 +272,20 @@ def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(
     text = (CONFIG_FOLDER / "model/unet_random.yaml").read_text()
     text = text.replace("resnet18", "mobilenetv3_small_050")
     (tmp_path / "mine/model/own.yaml").write_text(text)
+    sweep = "Läufe,(a)='1'"  # which has to reach the other processes, too: e45
     line = "train.py -m --config-dir mine model=own loss=ce,dice trainer.devices=2"
-    result = run_as(f"{line} output_dir=sweep {TINY}")
+    result = run_as(f"{line} output_dir={sweep} {TINY}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "sweep"]
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [sweep, "mine"]
+    assert sorted(p.name for p in (tmp_path / sweep).iterdir() if p.is_dir()) == ["0", "1"]
     for job, loss in (("0", "CrossEntropyLoss"), ("1", "DiceLoss")):
-        config = OmegaConf.load(tmp_path / "sweep" / job / "config.yaml")
+        config = OmegaConf.load(tmp_path / sweep / job / "config.yaml")
         assert config.loss._target_ == f"seg_torch.losses.{loss}"
 
     # Five images on two processes give the same counts as on one.
     for job in ("0", "1"):
-        folder = tmp_path / "sweep" / job
+        folder = tmp_path / sweep / job
         best = folder / "checkpoints/best.ckpt"
         code, _ = command(
             f"evaluate checkpoint={best} output_dir=alone{job} data.num_workers=0 "
