@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import PYTHONPATH
 from make_data import blocks, picture
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import csc_matrix
@@ -36,6 +37,7 @@ from seg_torch.images.read import read_image
 from seg_torch.labels import Labels, palette_image
 from seg_torch.models.network import Network
 from seg_torch.prediction.segmenter import Segmenter
+from seg_torch.training.run import COLUMNS, read_table, resumed_config
 
 FILES = 1000
 SECONDS = 10  # for one file
@@ -311,6 +313,22 @@ def test_damaged_images_in_a_folder_are_named_and_the_others_segmented(
     failures = [r.getMessage() for r in caplog.records if r.getMessage().startswith("failed: ")]
     assert len(failures) == len(names) - len(sizes)
     assert all(any(str(source / name) in f for f in failures) for name in names - sizes.keys())
+
+
+@pytest.mark.parametrize("content", [b"", b"a: 1\na: 2", b"\xb4", b"[1", b"seed: 1"])
+def test_the_damaged_settings_of_a_run_that_is_resumed_are_named(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged: "):
+        resumed_config(OmegaConf.create({"resume": str(tmp_path)}), [])
+
+
+@pytest.mark.parametrize("content", [b"epoch,step\n1,x", b"ep\xb4ch\n1", b"epoch,st\n1,2"])
+def test_the_damaged_table_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"metrics\.csv is damaged: "):
+        read_table(tmp_path / "metrics.csv", COLUMNS)
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries, of damaged files

@@ -1,11 +1,20 @@
 """What the check of a dataset finds doubtful about its images, and train reads all the same."""
 
+import os
+
 import numpy as np
 
 from seg_torch.data.check import TURNED, UNCLEAR, DatasetStatistics, Problem
 from seg_torch.datasets.base import BaseDataset
+from seg_torch.files import by_suffix, is_hidden
 from seg_torch.images.convert import likely_white
 from seg_torch.images.format import DARK
+
+# Photos, arrays and videos that no reader takes, which may lie between images that one does.
+UNREAD = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".psd", ".raf"),
+    *(".rw2", ".dcm", ".npy", ".npz", ".avi", ".m4v", ".mkv", ".mov", ".mp4"),
+)
 
 
 def too_dark(statistics: DatasetStatistics, dataset: BaseDataset) -> list[Problem]:
@@ -24,8 +33,8 @@ def too_dark(statistics: DatasetStatistics, dataset: BaseDataset) -> list[Proble
 
 
 def describe(split: str, statistics: DatasetStatistics, dataset: BaseDataset) -> list[str]:
-    """Return notes: on pixels without data, bands that are left out, dark and turned images."""
-    notes, count = [], len(statistics.digests)
+    """Return notes: on what is left out of files and folders, dark and turned images."""
+    notes, count = _left_out(split, dataset), len(statistics.digests)
     total = int(statistics.pixels.sum())
     if total > statistics.measured:
         share = 100 * (1 - int(statistics.measured) / total)
@@ -46,6 +55,22 @@ def describe(split: str, statistics: DatasetStatistics, dataset: BaseDataset) ->
             f"{likely_white(largest):g} makes them as bright as images of 8 bits."
         )
     return notes + _turned(split, statistics, dataset)
+
+
+def _left_out(split: str, dataset: BaseDataset) -> list[str]:
+    """Return a note on files beside the images that look like images, and are not read."""
+    if dataset.pairs is None:
+        return []
+    paths = (dataset.pairs.strings(i)[1] for i in range(len(dataset.pairs)))
+    folders = {os.path.dirname(path) for path in paths}
+    names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
+    left = [n for n in names if n.lower().endswith(UNREAD) and not is_hidden(n)]
+    if not left:
+        return []
+    return [
+        f"Left out beside the images of {split}, since these formats are not read: "
+        f"{by_suffix(left)}. Converted to PNG or JPEG they would count."
+    ]
 
 
 def _turned(split: str, statistics: DatasetStatistics, dataset: BaseDataset) -> list[str]:

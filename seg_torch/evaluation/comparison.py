@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.moved import with_current_names
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.evaluation import bootstrap
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.metrics.counts import COUNTS, class_scores, mean_scores
@@ -93,8 +93,11 @@ def _read_run(folder: Path, split: str) -> ScoredRun | None:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         history = read_table(folder / "metrics.csv", COLUMNS)
         times = read_table(folder / "times.csv", TIMES)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}: cannot be read as a run: {error}") from None
+        if not {"mean_iou", "pixel_accuracy", "per_class"} <= scores.keys():
+            raise ValueError(f"{path.name} lacks scores")
+        settings = _settings(with_current_names(config))
+    except Exception as error:  # there is no end to what damaged files raise
+        raise InputError(f"{folder}: cannot be read as a run: {reason(error)}") from None
     counts = None
     if images.is_file():
         counts = bootstrap.read_image_counts(images)
@@ -102,7 +105,7 @@ def _read_run(folder: Path, split: str) -> ScoredRun | None:
         log.warning("%s holds no %s: it is not compared image by image", folder, images.name)
     return ScoredRun(
         folder,
-        _settings(with_current_names(config)),
+        settings,
         scores,
         _best_validation(folder, history),
         statistics.fmean(row["seconds"] for row in times) if times else np.nan,

@@ -24,13 +24,12 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.checkpoints import checkpoint
-from seg_torch.datasets.base import list_files
 from seg_torch.datasets.folder import write_classes
 from seg_torch.distributed import Processes
 from seg_torch.drawing.regions import write_coco
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, by_suffix, write_text
+from seg_torch.files import PARTIAL, by_suffix, identity, list_files, write_text
 from seg_torch.folders import claimed
 from seg_torch.images.read import IMAGE_SUFFIXES
 from seg_torch.labels import Labels
@@ -213,14 +212,16 @@ class OutputFolder:
         Raises:
             InputError: Names the first such file.
         """
-        inputs = {_identity(path) for path in self.files.values()}
+        inputs = {identity(path) for path in self.files.values() if path.exists()}
         is_ours = (self.folder / JOURNAL).is_dir()
         places = [output_path(self.folder, o, name) for name in self.files for o in self.outputs]
         for place in (*places, *(self.folder / name for name in self.of_all)):
-            identity = _identity(place)
-            if identity is None or (is_ours and identity not in inputs):
+            if not os.path.exists(place):
                 continue
-            what = "an input" if identity in inputs else "there already, and not from predict"
+            is_input = identity(place) in inputs
+            if is_ours and not is_input:
+                continue
+            what = "an input" if is_input else "there already, and not from predict"
             raise InputError(
                 f"output={self.folder}: {place} is {what}; it would be replaced: choose another "
                 "folder"
@@ -350,14 +351,6 @@ def read_journals(folder: Path) -> Iterator[Record]:
                 record = json.loads(line)
                 if record.keys() >= NOTED and ("error" in record or record.keys() >= MEASURED):
                     yield record
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from all others whatever its name, `None` where there is none."""
-    with suppress(OSError):
-        found = path.stat()
-        return found.st_dev, found.st_ino
-    return None
 
 
 def stamp(path: Path) -> list[int]:

@@ -672,3 +672,20 @@ def test_real_camvid_is_clean_and_its_splits_share_no_frame(tmp_path):
         assert report["mean"][channel] == pytest.approx(values.mean(), rel=1e-9)
         assert report["std"][channel] == pytest.approx(values.std(), rel=1e-9)
     assert len(Page((tmp_path / "inspect.html").read_text()).pictures) == 2 * 2 * 6
+
+
+def test_e54_photos_that_are_not_read_are_counted_by_inspect_and_train(own, caplog):
+    for name in ("a.HEIC", "b.heic", "more/c.mov", "notes.txt", "._d.heic"):
+        (own / "images" / name).touch()
+    module = SegmentationDataModule(datasets.folder, str(own))
+    expected = (
+        "Left out beside the images of train, since these formats are not read: 2 .heic. "
+        "Converted to PNG or JPEG they would count."
+    )
+    assert expected in inspect_dataset(datasets.folder, own)["notes"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        module.check_files()
+    told = [record.getMessage() for record in caplog.records]
+    assert told.count(expected) == 1
+    assert expected.replace("train", "test").replace("2 .heic", "1 .mov") in told

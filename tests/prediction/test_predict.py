@@ -223,7 +223,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
 
 
 def transparent() -> Image.Image:
-    """All black, the right half transparent: white, on paper."""
+    """All black, the right half transparent: no data."""
     image = Image.new("RGBA", (60, 40), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (30, 0, 60, 40))
     return image
@@ -253,7 +253,7 @@ ODD_FILES = [
     ("rgb.jpg", lambda path: RGB.save(path, quality=95), RIGHT),
     ("grey.png", lambda path: Image.fromarray(GREY).save(path), RIGHT),
     ("black and white.png", lambda path: Image.fromarray(RIGHT == 1).save(path), RIGHT),
-    ("transparent.png", lambda path: transparent().save(path), RIGHT),
+    ("transparent.png", lambda path: transparent().save(path), RIGHT * np.uint8(255)),
     ("cmyk.jpg", lambda path: RGB.convert("CMYK").save(path, quality=95), RIGHT),
     ("palette.png", lambda path: with_palette().save(path), RIGHT),
     # Clipped at 255, both halves would be white.
@@ -538,6 +538,16 @@ def test_e35_a_name_too_long_for_an_output_fails_that_file_alone(
     assert f"{long}: the name of its output is too long: " in failure
     cfg.save = ["mask"]
     assert predict(cfg) == 0
+
+
+def test_a_link_to_nothing_fails_alone(compose, threshold, tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    RGB.save(tmp_path / "in/a.png")
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    cfg = compose("predict", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}")
+    assert predict(cfg) == 1
+    assert [row["file"] for row in table(tmp_path / "out")] == ["a.png"]
+    assert f"failed: {tmp_path / 'in/b.png'}: no such file" in caplog.text
 
 
 def test_e44_packages_of_the_outputs_are_looked_for_first(compose, tmp_path, monkeypatch):
