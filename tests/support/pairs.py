@@ -14,7 +14,9 @@ if __name__ == "__main__":
     outcomes = []
     for number in range(int(sys.argv[4])):
         (root / f"{number}-{mine}").touch()
+        end = time.monotonic() + 30
         while not (root / f"{number}-{other}").exists():
+            assert time.monotonic() < end, "the other process has ended"
             time.sleep(0.0001)
         outcome = {"new": new_folder(str(root / f"new-{number}")), "refused": ""}
         try:
