@@ -196,7 +196,7 @@ class SegmentationTask(LightningModule):
 
     def on_validation_start(self) -> None:
         torch.backends.cudnn.benchmark = False  # the images have several sizes
-        # Anew: those of Trainer.validate, in its inference mode, can only be changed in that.
+        # Also after a validation that was interrupted.
         self.confusion.reset()
         self.validation_loss.reset()
         if self.trainer.world_size > 1:

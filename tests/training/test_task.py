@@ -49,6 +49,20 @@ def test_e40_validate_comes_before_fit_and_gives_what_a_validation_in_fit_gives(
     assert before["val/loss"] != pytest.approx(after["val/loss"])
 
 
+class Interrupt(Callback):
+    def on_validation_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("interrupted")
+
+
+def test_a_validation_that_was_interrupted_counts_for_no_other():
+    task, data = counted_task(), data_of_numbers()
+    (expected,) = plain_trainer().validate(counted_task(), datamodule=data, verbose=False)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        plain_trainer(callbacks=[Interrupt()]).validate(task, datamodule=data, verbose=False)
+    (found,) = plain_trainer().validate(task, datamodule=data, verbose=False)
+    assert found == expected
+
+
 def test_e40_loaders_do_without_a_data_module():
     data, trainer = data_of_numbers(), plain_trainer()
     trainer.fit(counted_task(), data.train_dataloader(), data.val_dataloader())
