@@ -241,7 +241,7 @@ class SegmentationDataModule(LightningDataModule):
         base.raise_problems(problems + overlaps, "problems in the files of the dataset")
         originals = {split: self.dataset(split).base_dataset for split in statistics}
         for note in self.describe(statistics, notes.find_duplicates(statistics, originals)):
-            log.info("%s", note)
+            log.warning("%s", note)
 
     def _training_statistics(self) -> DatasetStatistics:
         statistics = self.checked("train")
