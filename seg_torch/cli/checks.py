@@ -17,6 +17,7 @@ from seg_torch.training import run
 
 # Settings below the top level that null would break.
 NOT_NULL = ["data.dataset", "data.batch_size", "optimizer.lr", "trainer.devices"]
+NOT_NULL += ["trainer.max_steps"]  # -1 is no limit
 FILES = ["checkpoint", "init_from", "input", "data.root", "model.weights"]
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 # What models need besides what is always installed: the extra, and the package.
@@ -46,8 +47,6 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
         name = str(HydraConfig.get().job.config_name)
         defaults, comments = _defaults(call, overrides, name)
         cfg, defaults = _with_current_names(cfg), _with_current_names(defaults)
-        if _says_how_to_get_it(defaults):
-            files = [key for key in files if key != "data.root"]
     if "callbacks" in defaults and cfg.get("callbacks") is None:
         OmegaConf.update(cfg, "callbacks", {}, force_add=True)
     for key in [*map(str, defaults), *NOT_NULL]:
@@ -104,15 +103,6 @@ def _with_current_names(cfg: DictConfig) -> DictConfig:
     """Return the configuration with the names of today; a user's own files may have older ones."""
     renamed = with_current_names(OmegaConf.to_container(cfg))
     return OmegaConf.merge(cfg, renamed)  # type: ignore[return-value]
-
-
-def _says_how_to_get_it(defaults: DictConfig) -> bool:
-    """Return whether the dataset, where it does not find its files, says how to get them.
-
-    Those do that have a place of their own, without a setting that downloads them.
-    """
-    root = OmegaConf.select(defaults, "data.root")  # None where the user has to give it
-    return root is not None and "download" not in defaults.data
 
 
 def _check_file(cfg: DictConfig, key: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.cli.messages import as_text, did_you_mean, print_error
 from seg_torch.cli.overrides import Call, groups
+from seg_torch.cli.paths import quoted
 from seg_torch.commands import COMMANDS
 from seg_torch.files import CONFIG_FOLDER
 
@@ -62,7 +63,7 @@ def compose(
     folders = [CONFIG_FOLDER]
     if folder:
         folders.append(Path(folder).absolute())
-        overrides = [*overrides, f"hydra.searchpath=['file://{folders[-1]}']"]
+        overrides = [*overrides, f"hydra.searchpath=[{quoted(f'file://{folders[-1]}')}]"]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = hydra.compose(command, overrides)

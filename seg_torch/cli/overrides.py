@@ -184,6 +184,8 @@ def _with_keys(
         raise InputError(f"{command} is about one {what.format(len(bare))}")
     if key in map(run.key_of, rest):
         raise InputError(f"{bare[0]} and {key}= are two; give one of them")
+    if key == "data.root" and Path(bare[0], "checkpoints").is_dir():
+        raise InputError(f"{bare[0]} is a run: resume={bare[0]} goes on with it")
     if key == "data.root" and bare[0] in choices["data"] and not os.path.lexists(bare[0]):
         return [f"data={bare[0]}", *rest]
     return [f"{key}={paths.as_typed(bare) if about.takes_several else bare[0]}", *rest]

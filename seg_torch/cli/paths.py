@@ -44,7 +44,12 @@ def expanded(text: str) -> str:
 
 def literal(text: str) -> str:
     """Return a text as Hydra's grammar has to see it to take every character for itself."""
-    return QuotedString(escaped(text), Quote.single).with_quotes()
+    return quoted(escaped(text))
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes of Hydra's grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def as_override(key: str, text: str, sweep: bool) -> str:

@@ -26,7 +26,7 @@ class Command:
     packages: tuple[str, ...] = ()
 
 
-SERVER = ("fastapi", "uvicorn")
+SERVER = ("fastapi", "uvicorn", "python_multipart")
 COMMANDS = {
     "inspect": Command("data.root", ("output_dir",)),
     "train": Command("data.root", ("output_dir", "resume", "init_from")),

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seg_torch.data import doubts
 from seg_torch.data.check import DatasetStatistics, Problem
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.data.notes import Duplicate, Statistics, find_duplicates, percent
@@ -72,7 +71,6 @@ def inspect_data(
                 continue
             statistics[split] = data.checked(split)
             of_split = statistics[split].problems
-            notes += doubts.describe(split, statistics[split], data.dataset(split).base_dataset)
         except InputError as error:
             of_split = [Problem("", text, {}) for text in error.problems or [str(error)]]
         problems |= {problem.message: problem for problem in of_split}

@@ -209,8 +209,9 @@ class SegmentationDataModule(LightningDataModule):
         if not statistics:
             return []
         found = notes.describe(statistics, self.labels, duplicates)
-        for split in statistics:
-            found += notes.listed_twice(split, self.dataset(split).base_dataset)
+        for split, measured in statistics.items():
+            dataset = self.dataset(split).base_dataset
+            found += notes.listed_twice(split, dataset) + doubts.describe(split, measured, dataset)
         if "train" in statistics:
             steps = getattr(self.augment, "transforms", [])
             crop = next((s.size for s in steps if isinstance(s, RandomScaleCrop)), None)
@@ -233,8 +234,6 @@ class SegmentationDataModule(LightningDataModule):
             if self.check and dataset.pairs and not (split == "test" and self.test_is_val):
                 statistics[split] = self.checked(split)
                 problems += [problem.message for problem in statistics[split].problems]
-                for note in doubts.describe(split, statistics[split], dataset):
-                    log.warning("%s", note)
         overlaps = [problem.message for problem in self.overlaps()]
         if overlaps and not self.check:
             log.warning("%d images are in two splits; the first: %s", len(overlaps), overlaps[0])

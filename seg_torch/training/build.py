@@ -152,6 +152,11 @@ def _weight_average(cfg: DictConfig, processes: Processes) -> WeightAverage:
         raise InputError(f"ema is {cfg.ema}; it is a decay between 0 and 1, such as 0.999, or null")
     if cfg.trainer.strategy == "fsdp":
         raise InputError("ema needs whole weights: use trainer.strategy=ddp, or ema=null")
+    if str(cfg.trainer.precision) in hardware.TRUE_PRECISIONS:
+        raise InputError(
+            f"ema needs weights in float32, not trainer.precision={cfg.trainer.precision}: use "
+            "bf16-mixed, or ema=null"
+        )
     return WeightAverage(cfg.ema, processes.device)
 
 

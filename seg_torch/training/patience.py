@@ -32,8 +32,8 @@ class StopWithoutImprovement(EarlyStopping):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.wait_count >= self.patience and trainer.is_global_zero:
+            name = self.monitor.replace("/", " ").replace("mean_iou", "mIoU")
             log.info(
-                "patience=%d: training ends, since %s has not been better than %.4f in the last %d "
-                "validations",
-                *(self.patience, self.monitor.replace("/", " "), self.best_score, self.wait_count),
+                "patience=%d ends the training: no validation has been better since %s %.4f",
+                *(self.patience, name, self.best_score),
             )

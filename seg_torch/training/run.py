@@ -174,7 +174,7 @@ def what_ended(state: dict[str, Any] | None, trainer: DictConfig) -> str:
     if state is None:
         return ""
     epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    if epochs >= trainer.max_epochs >= 0:
+    if trainer.max_epochs is not None and epochs >= trainer.max_epochs >= 0:
         return f"trainer.max_epochs={trainer.max_epochs}"
     if state["global_step"] >= trainer.max_steps > 0:
         return f"trainer.max_steps={trainer.max_steps}"

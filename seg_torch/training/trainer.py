@@ -160,6 +160,11 @@ def build_trainer(
             raise InputError(
                 "trainer.strategy=fsdp on a CPU needs PyTorch 2.14: 2.8 trains wrongly"
             )
+        if options["precision"] in hardware.TRUE_PRECISIONS:
+            raise InputError(
+                f"trainer.strategy=fsdp shares out weights in float32, not trainer.precision="
+                f"{options['precision']}: use 32-true or bf16-mixed"
+            )
         options["strategy"] = FullySharded()
     # TensorFloat-32 for what stays in float32: as precise as bfloat16 and several times faster.
     torch.set_float32_matmul_precision("high")

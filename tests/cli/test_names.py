@@ -28,6 +28,7 @@ from seg_torch.cli.overrides import complete_overrides
         ("train workers=8", "write data.num_workers=8"),
         ("train classes=3", "no setting classes; the classes are those of the data"),
         ("train resume=true", "say which run goes on: resume=runs/new"),
+        ("train runs/old", "runs/old is a run: resume=runs/old goes on with it"),
         ("predict source=photo.jpg", "write input=photo.jpg"),
         ("predict model=best.ckpt input=photo.jpg", "a file of weights is checkpoint=best.ckpt"),
         ("train encoder=resnet50", "write model.encoder=resnet50"),

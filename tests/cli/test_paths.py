@@ -191,7 +191,7 @@ def test_e45_paths_in_yaml_files_are_taken_as_they_are_and_a_tilde_is_the_home(
     command, stub, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    experiments = tmp_path / "Meine Ordner (1), #2/experiment"
+    experiments = tmp_path / "Mia's Ordner (1), #2 ${x}/experiment"
     experiments.mkdir(parents=True)
     for name in ("Übung", "2024", "a, b: #c"):
         (tmp_path / name).mkdir()

@@ -82,10 +82,12 @@ def folder(tmp_path_factory, samples) -> Path:
     """Holds `run`, its data, and `report`."""
     folder = tmp_path_factory.mktemp("report")
     names = ("background", "<script>alert(1)</script>", "square & co", "triangle", "star", "ring")
-    write_folder(samples, Labels(names, shapes("test").labels.palette), folder / "data")
-    for split in ("train", "val", "test"):
-        numbers = range(IMAGES) if split == "test" else range(4)
-        (folder / f"data/{split}.txt").write_text("\n".join(f"{i:04d}" for i in numbers))
+    others = [shapes(split, size=48)[i] for split in ("train", "val") for i in range(4)]
+    labels = Labels(names, shapes("test").labels.palette)
+    write_folder([*samples, *others], labels, folder / "data")
+    for split, first, last in (("test", 0, 12), ("train", 12, 16), ("val", 16, 20)):
+        listed = "\n".join(f"{i:04d}" for i in range(first, last))
+        (folder / f"data/{split}.txt").write_text(listed)
     options = (
         "data=folder",
         f"data.root={folder / 'data'}",

@@ -324,7 +324,7 @@ def test_a_channel_without_contrast_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.channels=0", "data.channels=0: expected 1 to"),
+        ("data.channels=0", "data.channels=0: expected at least 1"),
         ("data.channels=4 data.bits=12", "data.bits=12: expected 8 or 16"),
         ("data.channels=4 data.rgb=[4,1,0]", "expected three channels of 0 to 3"),
         ("data.channels=4 data=shapes", "this dataset is RGB; use data=folder"),

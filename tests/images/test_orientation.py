@@ -21,6 +21,12 @@ from seg_torch.images.read import image_size, read_image
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
 
+
+@pytest.fixture(autouse=True)
+def everything_is_logged(caplog):
+    caplog.set_level("INFO")
+
+
 STORED = np.random.default_rng(0).integers(0, 4, (20, 30), np.uint8)
 
 

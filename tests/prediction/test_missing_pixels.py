@@ -26,6 +26,12 @@ from seg_torch.models.network import Network
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
 
+
+@pytest.fixture(autouse=True)
+def everything_is_logged(caplog):
+    caplog.set_level("INFO")
+
+
 ALL = "mask,overlay,colour,probabilities,confidence,coco,polygons,geotiff,dataset,side_by_side"
 FOUR = Labels(tuple(f"class {i}" for i in range(4)))
 

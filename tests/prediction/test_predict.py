@@ -223,7 +223,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
 
 
 def transparent() -> Image.Image:
-    """All black, the right half transparent: white, on paper."""
+    """All black, the right half transparent: no data."""
     image = Image.new("RGBA", (60, 40), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (30, 0, 60, 40))
     return image
@@ -253,7 +253,7 @@ ODD_FILES = [
     ("rgb.jpg", lambda path: RGB.save(path, quality=95), RIGHT),
     ("grey.png", lambda path: Image.fromarray(GREY).save(path), RIGHT),
     ("black and white.png", lambda path: Image.fromarray(RIGHT == 1).save(path), RIGHT),
-    ("transparent.png", lambda path: transparent().save(path), RIGHT),
+    ("transparent.png", lambda path: transparent().save(path), RIGHT * np.uint8(255)),
     ("cmyk.jpg", lambda path: RGB.convert("CMYK").save(path, quality=95), RIGHT),
     ("palette.png", lambda path: with_palette().save(path), RIGHT),
     # Clipped at 255, both halves would be white.

@@ -85,7 +85,8 @@ RIGHT[:, 30:] = True
 
 
 def transparent(grey: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.dstack([grey, grey, grey, np.where(RIGHT, 0, 255)]).astype(np.uint8))
+    alpha = np.where(RIGHT, 1, 255)  # with 0 there would be no data
+    return Image.fromarray(np.dstack([grey, grey, grey, alpha]).astype(np.uint8))
 
 
 def with_palette(grey: np.ndarray) -> Image.Image:

@@ -35,6 +35,7 @@ def trainer_stub(device="cpu", num_devices=1, local_rank=0, barrier=lambda: None
         local_rank=local_rank,
         global_rank=local_rank,
         world_size=num_devices,
+        overfit_batches=0,
         strategy=SimpleNamespace(
             root_device=torch.device(device), barrier=barrier, broadcast=lambda name: "a-name"
         ),

@@ -277,7 +277,7 @@ MUTANTS = [
     ),
     Mutant(
         "data/sampling.py",
-        "np.random.default_rng([self.seed, self.epoch])",
+        "np.random.default_rng([self.seed, epoch])",
         "np.random.default_rng([self.seed])",
         "tests/data/test_sampling.py",
     ),

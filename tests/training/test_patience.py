@@ -14,6 +14,7 @@ from seg_torch.commands.train import train
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.training.patience import StopWithoutImprovement
+from seg_torch.training.run import what_ended
 
 # With these the second epoch is better than the first, and the next two are worse.
 NOISY = ("optimizer.lr=1e-2", "scheduler=none", "patience=2", "trainer.max_epochs=8")
@@ -65,7 +66,7 @@ def test_a_run_stops_early_and_says_so_also_one_that_was_killed(
     train(small("train", f"output_dir={whole}", *NOISY))
     scores = [float(row["val_mean_iou"]) for row in history(whole)]
     assert 3 <= len(scores) == scores.index(max(scores)) + 1 + 2 < 8
-    text = f"val mean_iou has not been better than {max(scores):.4f} in the last 2 validations"
+    text = f"no validation has been better since val mIoU {max(scores):.4f}"
     assert [text in message for message in caplog.messages].count(True) == 1
     with pytest.raises(InputError, match="complete"):
         resume(whole)
@@ -95,3 +96,12 @@ def test_an_impossible_patience_is_refused_before_anything_is_written(small, tmp
     with pytest.raises(InputError, match=f"patience={patience}: expected a number of validations"):
         train(small("train", f"patience={patience}"))
     assert not Path(tmp_path, "run", "config.yaml").exists()
+
+
+@pytest.mark.parametrize("max_epochs", [None, -1])
+def test_without_a_number_of_epochs_the_steps_end_a_run(max_epochs):
+    trainer = OmegaConf.create({"max_epochs": max_epochs, "max_steps": 10})
+    progress = {"epoch_progress": {"current": {"processed": 3}}}
+    state = {"loops": {"fit_loop": progress}, "callbacks": {}}
+    assert what_ended({**state, "global_step": 9}, trainer) == ""
+    assert what_ended({**state, "global_step": 10}, trainer) == "trainer.max_steps=10"

@@ -416,6 +416,7 @@ def test_batches_of_another_shape_are_not_compiled_nor_is_a_copy(compiler):
         ({"benchmark": "auto"}, "trainer.benchmark is 'auto'"),
         ({"compile": "default", "deterministic": True}, "bit for bit.*trainer.compile=default"),
         ({"benchmark": True, "deterministic": True}, "bit for bit.*trainer.benchmark=True"),
+        ({"strategy": "fsdp", "precision": "bf16-true"}, "fsdp .* not trainer.precision=bf16-true"),
     ],
 )
 def test_what_cannot_be_compiled_or_repeated_is_refused(wrong, message):

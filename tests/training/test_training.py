@@ -450,6 +450,8 @@ def test_a_run_with_ema_that_diverges_keeps_the_average_before(small, tmp_path, 
 def test_an_impossible_ema_is_refused(small):
     with pytest.raises(InputError, match=r"ema is 1; it is a decay between 0 and 1"):
         train(small("train", "ema=1"))
+    with pytest.raises(InputError, match=r"ema needs weights in float32.*use bf16-mixed"):
+        train(small("train", "ema=0.9", "trainer.precision=bf16-true"))
 
 
 def test_a_full_disk_ends_the_run_but_loses_no_checkpoint(undisturbed, tmp_path):
