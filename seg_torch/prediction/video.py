@@ -135,7 +135,7 @@ class _Reader:
                 continue
             try:
                 for frame in packet.decode():
-                    # A recording may begin with the rest of a picture.
+                    # A recording may begin with the rest of a frame.
                     self.damaged += bool(frame.is_corrupt and self.count)
                     yield frame
             except av.FFmpegError:

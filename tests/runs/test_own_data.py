@@ -60,7 +60,9 @@ class Threshold(nn.Module):
         if not x.is_meta:
             on = torch.is_autocast_enabled("cpu")
             dtype = torch.get_autocast_dtype("cpu") if on else torch.float32
-            SHOWN.extend(Shown(self.training, dtype, image.numpy(force=True)) for image in x)
+            shown = [Shown(self.training, dtype, image.numpy(force=True)) for image in x]
+            # The network's answer to a black image is looked at before the first step.
+            SHOWN.extend(image for image in shown if np.ptp(image[2], axis=(1, 2)).any())
         out = logits(255 * (x[:, 0] * STD[0] + MEAN[0]), self.threshold)
         return {"out": out, "aux": 0.3 * out} if self.training else {"out": out}
 
