@@ -103,7 +103,7 @@ class EpochLine(Callback):
         self.history = history
         self.table = folder / "times.csv"
         self.rows: list[dict[str, Any]] = []
-        self.line = ""  # about the epoch that has just ended
+        self.line = self.note = ""  # about the epoch that has just ended
         self.watch = Stopwatch()
 
     def on_train_start(self, trainer: Any, task: Any) -> None:
@@ -139,12 +139,11 @@ class EpochLine(Callback):
             values[-1] += " (best so far)"
         waited, worked = trainer.train_dataloader.waited, self.watch.worked
         share = waited / max(waited + worked, 1e-9)
-        if share > 0.1:
-            values.append(f"{share:.0%} of the time waiting for data")
         of = f" of {trainer.max_epochs}" * (trainer.max_epochs > 0)
         self.line = f"epoch {row['epoch']}{of}: {', '.join(values)}"
+        self.note = f"; {share:.0%} of the time waiting for data" * (share > 0.1)
         if share > 0.1 and waited > 1:  # else it is the start of the workers
-            self.line += f"; {how_to_wait_less(trainer.datamodule)}"
+            self.note += f": {how_to_wait_less(trainer.datamodule)}"
 
     def on_train_end(self, trainer: Any, task: Any) -> None:
         self.log_epoch(trainer, task.device)
@@ -165,7 +164,7 @@ class EpochLine(Callback):
         if not self.line:
             return
         seconds = time.perf_counter() - self.watch.started
-        log.info("%s (%.1f s%s)", self.line, seconds, self.time_left(trainer))
+        log.info("%s, %.1f s%s%s", self.line, seconds, self.time_left(trainer), self.note)
         row = {"epoch": self.history.rows[-1]["epoch"], "seconds": round(seconds, 2)}
         if device.type == "cuda":
             row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)

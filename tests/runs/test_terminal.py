@@ -77,7 +77,7 @@ def test_e46_e53_a_terminal_shows_one_bar_a_line_per_epoch_and_what_comes_next(t
     assert [match[1] for match in epochs if match] == ["1", "2", "3"], "\n".join(last)
     text = re.sub(r"\s+", " ", " ".join(last))
     assert "(best so far)" in text
-    assert len(re.findall(r" s, \d:\d\d:\d\d left\)", text)) == 2, "none after the last"
+    assert len(re.findall(r" s, \d:\d\d:\d\d left", text)) == 2, "none after the last"
     assert not any("% |" in line for line in last), "the bar is gone"
     best, score = re.search(r"best epoch: (\d), with a val mIoU of (0\.\d+)", text).groups()
     line = next(

@@ -243,7 +243,9 @@ np.savez(sys.argv[3], mask=result.mask, confidence=result.confidence_map)
 """
 
 
-def test_a_tap_shows_the_class_and_its_probability(open_page, photos, segmenter, weights, tmp_path):
+def test_e66_a_tap_shows_the_class_and_its_probability(
+    open_page, photos, segmenter, weights, tmp_path
+):
     page = open_page(**PHONE)
     upload(page, photos[0])
     arguments = [weights, photos[0], tmp_path / "result.npz"]
@@ -286,7 +288,9 @@ def clip(page) -> float:
     return float(re.search(r"([\d.]+)%", page.locator("canvas").get_attribute("style"))[1])
 
 
-def test_arrow_keys_move_the_line_by_a_hundredth_and_the_mouse_to_where_it_is(open_page, photos):
+def test_e66_arrow_keys_move_the_line_by_a_hundredth_and_the_mouse_to_where_it_is(
+    open_page, photos
+):
     page = open_page()
     upload(page, photos[0])
     page.locator(".divider").focus()
@@ -307,7 +311,7 @@ def test_arrow_keys_move_the_line_by_a_hundredth_and_the_mouse_to_where_it_is(op
 
 @pytest.mark.parametrize("phone", [False, True])
 @pytest.mark.parametrize("size", [(3000, 40), (40, 3000)])
-def test_panoramas_and_towers_can_be_looked_at(open_page, segmenter, tmp_path, size, phone):
+def test_e66_panoramas_and_towers_can_be_looked_at(open_page, segmenter, tmp_path, size, phone):
     small = np.random.default_rng(1).integers(0, 256, (30, 30, 3), np.uint8)
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "long.png")
     page = open_page(**(PHONE if phone else {}))
@@ -335,7 +339,9 @@ def test_panoramas_and_towers_can_be_looked_at(open_page, segmenter, tmp_path, s
     page.locator(".probe", has_text=result.labels.names[result.mask[y, x]]).wait_for()
 
 
-def test_the_empty_page_says_what_the_model_finds_and_what_it_takes(open_page, server, segmenter):
+def test_e66_the_empty_page_says_what_the_model_finds_and_what_it_takes(
+    open_page, server, segmenter
+):
     page = open_page()
     page.locator(".classes li").first.wait_for()
     assert page.locator(".classes li").all_inner_texts() == list(segmenter.labels.names)
@@ -348,7 +354,7 @@ def test_the_empty_page_says_what_the_model_finds_and_what_it_takes(open_page, s
     assert "/" not in page.locator(".model").inner_text() + page.title(), "no path of the server"
 
 
-def test_something_moves_while_an_image_is_worked_on(open_page, photos):
+def test_e66_something_moves_while_an_image_is_worked_on(open_page, photos):
     page = open_page()
     held = []
     page.route("**/view", lambda route: held.append(route))
@@ -368,7 +374,7 @@ def test_something_moves_while_an_image_is_worked_on(open_page, photos):
     assert re.fullmatch(r"\d+ . \d+", state(page, photos[0]))
 
 
-def test_of_several_files_the_good_ones_are_shown_and_the_others_stay_marked(
+def test_e66_of_several_files_the_good_ones_are_shown_and_the_others_stay_marked(
     open_page, photos, segmenter, server, tmp_path
 ):
     (tmp_path / "text.jpg").write_text("no image")
