@@ -18,23 +18,39 @@ WORDS = ("save", "trust", "data.band_files")
 SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 # What settings are like that are null by default.
 SAMPLES = {
-    **{"data.resize": [256, 256], "data.augment.crop": [352, 480], "data.channels": 4},
-    **{"data.rgb": [0, 1, 2], "data.eval_batch_size": 4, "data.num_workers": 4, "ema": 0.999},
-    **{"batch_size": 8, "max_batch_size": 8, "max_pixels": 1e9, "port": 7860, "patience": 10},
-    **{"data.dataset.limit": 1000, "data.dataset.unlabelled": 0},
+    "data.resize": [256, 256],
+    "data.augment.crop": [352, 480],
+    "data.channels": 4,
+    "data.rgb": [0, 1, 2],
+    "data.eval_batch_size": 4,
+    "data.num_workers": 4,
+    "data.dataset.limit": 1000,
+    "data.dataset.unlabelled": 0,
+    "ema": 0.999,
+    "batch_size": 8,
+    "max_batch_size": 8,
+    "max_pixels": 1e9,
+    "port": 7860,
 }
 # Settings, and of lists each item: the smallest and the largest value.
 RANGES = {
-    **{"data.resize": (1, 8192), "data.augment.crop": (1, math.inf), "data.augment.flip": (0, 1)},
-    **{"data.augment.jitter": (0, math.inf), "data.augment.hue": (0, 0.5)},
-    **{f"data.{name}": (1, math.inf) for name in ("batch_size", "eval_batch_size", "channels")},
-    **{"data.num_workers": (0, math.inf), "data.rgb": (0, math.inf)},
-    **{
-        "data.dataset.val_fraction": (0, 1),
-        "min_confidence": (0, 1),
-        "warmup_steps": (0, math.inf),
-    },
-    **dict.fromkeys(("batch_size", "max_batch_size", "max_pixels", "workers"), (1, math.inf)),
+    "data.resize": (1, 8192),
+    "data.augment.crop": (1, math.inf),
+    "data.augment.flip": (0, 1),
+    "data.augment.jitter": (0, math.inf),
+    "data.augment.hue": (0, 0.5),
+    "data.batch_size": (1, math.inf),
+    "data.eval_batch_size": (1, math.inf),
+    "data.channels": (1, math.inf),
+    "data.num_workers": (0, math.inf),
+    "data.rgb": (0, math.inf),
+    "data.dataset.val_fraction": (0, 1),
+    "min_confidence": (0, 1),
+    "warmup_steps": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "max_batch_size": (1, math.inf),
+    "max_pixels": (1, math.inf),
+    "workers": (1, math.inf),
 }
 
 
