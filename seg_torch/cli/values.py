@@ -27,6 +27,7 @@ SAMPLES = {
     "data.dataset.limit": 1000,
     "data.dataset.unlabelled": 0,
     "ema": 0.999,
+    "patience": 10,
     "batch_size": 8,
     "max_batch_size": 8,
     "max_pixels": 1e9,
