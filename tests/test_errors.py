@@ -73,5 +73,5 @@ def test_e47_every_install_line_is_one_that_works():
         assert not re.search(r"pip install '?segwright('|\[|$)", text), file
         if file.name != "version.py":
             assert REPOSITORY not in text, f"{file}: the address is in seg_torch/version.py alone"
-    assert "https://download.pytorch.org/whl/cpu" in (ROOT / "README.md").read_text("utf-8")
+    assert "https://pytorch.org/get-started/locally/" in (ROOT / "README.md").read_text("utf-8")
     assert Path(ROOT, "seg_torch/version.py").read_text().count(REPOSITORY) == 1
