@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from seg_torch.data.sampling import AugmentedSamples
+from seg_torch.errors import InputError
 from seg_torch.hardware import available_cpus, reuse_memory, total_memory
 
 
@@ -53,7 +54,10 @@ def largest_sample(dataset: Any, batch_size: int) -> int:
         batch_size: Of several images in a batch of training all are like the first one.
     """
     if isinstance(dataset, AugmentedSamples) and batch_size > 1:
-        return sum(part.nbytes for part in dataset[0, 0])
+        try:
+            return sum(part.nbytes for part in dataset[0, 0])
+        except InputError:
+            return 0  # the worker that comes to it names the file
     samples = dataset.samples
     return max(samples.nbytes(index) or 0 for index in range(len(samples)))
 

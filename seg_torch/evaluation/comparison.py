@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, reason
 from seg_torch.evaluation import bootstrap
@@ -107,23 +106,30 @@ def _read_run(folder: Path, split: str) -> ScoredRun | None:
         folder,
         settings,
         scores,
-        _best_validation(folder, history),
+        _best_validation(folder, config, history),
         statistics.fmean(row["seconds"] for row in times) if times else np.nan,
         max((row["memory_gb"] for row in times if "memory_gb" in row), default=np.nan),
         counts,
     )
 
 
-def _best_validation(folder: Path, history: Sequence[dict[str, Any]]) -> float:
+def _best_validation(
+    folder: Path, config: dict[str, Any], history: Sequence[dict[str, Any]]
+) -> float:
     """Return the mean IoU of the validation that chose `best.ckpt`, or nan.
 
-    Where an epoch has several validations, `metrics.csv` holds the last one. It has to do where the
-    checkpoint was deleted.
+    Where an epoch has several validations, `metrics.csv` holds the last one, and the best one is in
+    the checkpoint. The table has to do where that was deleted.
     """
     best = folder / "checkpoints" / "best.ckpt"
-    score = checkpoint.best_score(checkpoint.read(best)) if best.is_file() else None
-    scores = [row["val_mean_iou"] for row in history if "val_mean_iou" in row]
-    return max(scores, default=np.nan) if score is None else score
+    several = config.get("trainer", {}).get("val_check_interval") is not None
+    if several and best.is_file():
+        from seg_torch.checkpoints import checkpoint  # takes PyTorch, and reads all weights
+
+        score = checkpoint.best_score(checkpoint.read(best))
+        if score is not None:
+            return score
+    return max((row["val_mean_iou"] for row in history if "val_mean_iou" in row), default=np.nan)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:

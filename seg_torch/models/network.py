@@ -56,7 +56,7 @@ class Network(nn.Module):
         _size_lazy_layers(model, len(mean))
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.ndim == 4:  # convolutions: faster on CPU and GPU alike
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """Compute logits, or the model's own loss.

@@ -180,7 +180,7 @@ def test_two_nodes_score_as_one_process_and_write_one_folder(nodes, weights, com
         node.end() for node in nodes("torchrun", "evaluate", *line)
     )
     assert (code, other_code) == (0, 0), output + other_output
-    for line_of_the_first in ("test: 5 images", "pixel accuracy", "test_metrics.json"):
+    for line_of_the_first in ("5 images of test", "pixel accuracy", "test_metrics.json"):
         assert output.count(line_of_the_first) == 1
         assert line_of_the_first not in other_output
     (folder,) = (tmp_path / "runs").iterdir()

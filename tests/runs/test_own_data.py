@@ -331,8 +331,9 @@ def test_a_checkpoint_is_not_scored_on_data_with_other_classes(run, capsys):
 
 
 def test_tensorboard_finds_loss_rate_and_scores_in_the_folder_of_the_run(run):
-    (file,) = (run.home / "run").rglob("events.out.tfevents*")
-    tags = set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
+    tags = set()
+    for file in (run.home / "run").rglob("events.out.tfevents*"):
+        tags.update(EventAccumulator(str(file)).Reload().Tags()["scalars"])
     assert {"train/loss", "val/mean_iou", "val/loss", "lr-SGD"} <= tags
 
 
