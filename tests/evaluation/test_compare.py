@@ -113,7 +113,7 @@ def test_e57_the_best_validation_is_that_of_the_checkpoint_where_an_epoch_has_se
 ):
     """`metrics.csv` has the last one of each epoch, here 0.5; it has to do without a checkpoint."""
     for name, score in (("a", 0.75), ("b", None)):
-        make_run(tmp_path / name, seed=len(name))
+        make_run(tmp_path / name, seed=len(name), trainer={"val_check_interval": 0.5})
         path = tmp_path / name / "checkpoints/best.ckpt"
         path.parent.mkdir()
         random_checkpoint(path)
