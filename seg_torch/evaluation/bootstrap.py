@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seg_torch.errors import InputError
+from seg_torch.errors import InputError, reason
 from seg_torch.metrics.counts import stack_counts
 
 RESAMPLES = 2000
@@ -38,8 +38,8 @@ def read_image_counts(path: Path) -> ImageCounts:
         with np.load(path) as file:
             order = np.argsort(file["names"], kind="stable")
             return ImageCounts(file["names"][order].tolist(), stack_counts(file)[order])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as scores of images: {error}") from None
+    except Exception as error:  # there is no end to what damaged files raise
+        raise InputError(f"{path}: cannot be read as scores of images: {reason(error)}") from None
 
 
 def resampled_sums(counts: np.ndarray, seed: int = 0) -> np.ndarray:

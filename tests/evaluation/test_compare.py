@@ -266,6 +266,14 @@ def other_labels(run: Path) -> None:
     np.savez(run / "test_images.npz", **arrays)
 
 
+def damaged(run: Path) -> None:
+    """Its names, which are read first, are not what was written."""
+    content = bytearray((run / "test_images.npz").read_bytes())
+    start = content.index("image_".encode("utf-32-le"))
+    content[start : start + 400] = bytes(400)
+    (run / "test_images.npz").write_bytes(content)
+
+
 def other_classes(run: Path) -> None:
     write_scores(run, np.ones((1, 3, 3)), ("road", "van", "sky"))
 
@@ -276,6 +284,7 @@ def other_classes(run: Path) -> None:
         (other_image, "different images; 2 are in one of the two only, such as image_04"),
         (other_labels, "their labels of image image_07 differ"),
         (other_classes, "they have different classes"),
+        (damaged, "test_images.npz: cannot be read as scores of images"),
         (lambda run: (run / "test_metrics.json").write_text("{"), "b: cannot be read as a run"),
         (
             lambda run: (run / "test_metrics.json").write_text("{}"),

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import yaml
 from annotation_copies import saved_table
-from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image, ImageOps
 from predictions import random_checkpoint
@@ -36,6 +35,7 @@ from scipy.io import loadmat
 from seg_torch import Segmenter
 from seg_torch.cli.main import main
 from seg_torch.files import PARTIAL
+from seg_torch.folders import LOCK
 
 SECONDS = 120  # for one command
 DATA = ("folder", "coco", "coco_panoptic", "labelme", "labelme_voc", "cvat", "yolo", "roboflow")
@@ -274,17 +274,11 @@ def is_sound(path: Path) -> bool:
 
 
 def leftovers(home: Path) -> list[str]:
-    """Half-written files, locks that are held, and temporary files."""
+    """Half-written files, locks, and temporary files."""
     found = [str(p.relative_to(home)) for p in home.rglob(f"{PARTIAL}*")]
     # ONNX Runtime has a file of its own there.
     found += [f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name != ".ses"]
-    for path in home.rglob("*lock*"):
-        if path.is_file() and path.stat().st_size == 0:
-            try:
-                with FileLock(path, timeout=0):
-                    pass
-            except Timeout:
-                found.append(f"locked {path.relative_to(home)}")
+    found += [str(p.relative_to(home)) for p in home.rglob(LOCK)]
     return found
 
 
