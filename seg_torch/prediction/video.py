@@ -63,7 +63,8 @@ def predict_video(
     if Path(target).exists() and Path(target).samefile(source):
         raise InputError(f"{source}: its overlay would take its place; give another folder")
     try:
-        with av.open(str(source)) as video, segmenter.inference.autocast():  # as for images
+        opened = av.open(str(source), metadata_errors="replace")  # notes of any bytes
+        with opened as video, segmenter.inference.autocast():  # as for images
             reader = _Reader(video)
             first = next(reader.frames, None)
             if first is None:

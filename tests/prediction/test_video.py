@@ -76,6 +76,15 @@ def test_every_frame_has_its_overlay_at_its_time(segmenter, tmp_path, height, wi
         assert np.abs(drawn.astype(int) - expected).mean() < 4  # what compression loses
 
 
+def test_notes_of_a_video_in_no_encoding_are_no_matter(segmenter, tmp_path):
+    """FFmpeg writes its name into the file, as cameras do."""
+    make_video(tmp_path / "a.mkv", 48, 64)
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert b"Lavf" in content
+    (tmp_path / "b.mkv").write_bytes(content.replace(b"Lavf", b"L\xe6vf"))
+    assert predict_video(segmenter, tmp_path / "b.mkv", tmp_path / "c.mp4") == (7, None)
+
+
 def test_predict_takes_a_video(compose, threshold, tmp_path):  # noqa: F811
     make_video(tmp_path / "a.MP4", 48, 64)
     inputs = (f"input={tmp_path / 'a.MP4'}", f"output={tmp_path / 'out'}")
