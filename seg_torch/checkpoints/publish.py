@@ -182,27 +182,14 @@ def _card(
     """Return README.md."""
     architecture = _last_name(description["model"])
     dataset = _last_name(description["data"].get("dataset", {}))
-    split = scores.get("split", "test") if scores else "test"
     shown = {key: scores[key] for key in SHOWN if scores and scores.get(key) is not None}
-    results = [
-        EvalResult(
-            task_type="image-segmentation",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type=key,
-            metric_name=SHOWN[key],
-            metric_value=value,
-            dataset_split=split,
-        )
-        for key, value in shown.items()
-    ]
     data = ModelCardData(
         license=license,
         library_name=KEY,
         pipeline_tag="image-segmentation",
         tags=["semantic-segmentation", "pytorch", architecture],
         model_name=name,
-        eval_results=results or None,
+        eval_results=_results(dataset, scores or {}, shown) or None,
     )
     iou = None
     if scores is not None:
@@ -224,6 +211,22 @@ def _card(
         iou=iou,
         repository=REPOSITORY,
     )
+
+
+def _results(dataset: str, scores: dict[str, Any], shown: dict[str, Any]) -> list[EvalResult]:
+    """Return scores as the Hub shows them beside a model."""
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=key,
+            metric_name=SHOWN[key],
+            metric_value=value,
+            dataset_split=scores.get("split", "test"),
+        )
+        for key, value in shown.items()
+    ]
 
 
 def _scored_on(scores: dict[str, Any]) -> str:
