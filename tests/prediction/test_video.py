@@ -268,8 +268,11 @@ def test_e61_a_video_that_is_cut_off_is_told_and_ends_with_1(compose, tmp_path, 
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     assert predict(compose("predict", *arguments)) == 1
     (failure,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("failed")]
-    assert re.search(rf"a{suffix}: cut off( or damaged)?: (17 of 30 frames|it ends after)", failure)
-    assert len(frames(tmp_path / "out/a.mp4")) == 17
+    written = len(frames(tmp_path / "out/a.mp4"))
+    # FFmpeg's threads decide whether the frame that is cut is one that can be read.
+    assert written in (17, 18)
+    told = rf"a{suffix}: cut off( or damaged)?: ({written}( of 30)? frames|it ends after)"
+    assert re.search(told, failure)
 
 
 def test_e61_what_a_killed_run_has_left_is_deleted(compose, segmenter, tmp_path, monkeypatch):
