@@ -45,9 +45,7 @@ class Forked:
         run = ([*map(str, arguments)], str(folder or Path.cwd()), environment)
         run = (*run, terminal or self.file.name)
         self.process: Any = SERVER.Process(target=_run, args=run)
-        with mock.patch.dict(
-            os.environ, PYTHONPATH=paths
-        ):  # of the server: it has to find this file
+        with mock.patch.dict(os.environ, PYTHONPATH=paths):  # the server has to find this file
             self.process.start()
         self.pid: int = self.process.pid
 
