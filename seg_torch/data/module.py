@@ -340,7 +340,7 @@ class SegmentationDataModule(LightningDataModule):
             return batches[batch], [samples[index] for index in batches[batch]]
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
         draws = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
-        return [draw.index for draw in draws], [augmented[draw] for draw in draws]
+        return [draw.image for draw in draws], [augmented[draw] for draw in draws]
 
     def _epoch_sampler(
         self, length: int, rank: int, world: int, epoch: int, start: int = 0

@@ -36,7 +36,7 @@ class Draw(NamedTuple):
     """A training sample: which image, and for which time in which epoch, counted from 0."""
 
     epoch: int
-    index: int
+    image: int
     copy: int = 0
 
 

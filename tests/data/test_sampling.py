@@ -24,7 +24,7 @@ def test_training_shards_have_equal_full_batches_and_share_no_sample(world):
     shards = [list(EpochSampler(23, 3, 0, rank, world)) for rank in range(world)]
     assert {len(batch) for shard in shards for batch in shard} == {3}
     assert {len(shard) for shard in shards} == {23 // (3 * world)}
-    seen = [draw.index for shard in shards for batch in shard for draw in batch]
+    seen = [draw.image for shard in shards for batch in shard for draw in batch]
     assert len(seen) == len(set(seen))
 
 
@@ -32,7 +32,7 @@ def test_the_order_is_another_in_each_epoch_and_the_same_again_for_its_number():
     def order(seed: int, epoch: int) -> list[int]:
         batches = list(EpochSampler(12, 4, seed, epoch=epoch))
         assert {draw.epoch for batch in batches for draw in batch} == {epoch}
-        return [draw.index for batch in batches for draw in batch]
+        return [draw.image for batch in batches for draw in batch]
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in range(3)]
     assert all(sorted(each) == [*range(12)] for each in orders)
@@ -112,7 +112,7 @@ def test_order_and_augmentation_are_those_of_a_run_from_before_there_was_repeat(
         for batch in EpochSampler(7, 2, 3, rank, 2, epoch=epoch):
             for draw in batch:
                 image, mask = augmented[draw]
-                digest.update(repr((draw.epoch, draw.index)).encode())
+                digest.update(repr((draw.epoch, draw.image)).encode())
                 digest.update(b"" if scale else image.numpy().tobytes())
                 digest.update(mask.numpy().tobytes())
     assert digest.hexdigest() == expected
@@ -129,7 +129,7 @@ def test_an_epoch_takes_each_image_so_many_times_each_in_another_order():
     draws = [draw for batch in batches for draw in batch]
     assert len(batches) == len(EpochSampler(12, 4, 0, repeat=3)) == 9
     assert {*draws} == {Draw(2, index, copy) for index in range(12) for copy in range(3)}
-    orders = [[draw.index for draw in draws if draw.copy == copy] for copy in range(3)]
+    orders = [[draw.image for draw in draws if draw.copy == copy] for copy in range(3)]
     assert len({*map(tuple, orders)}) == 3
     assert draws[:12] == [draw for batch in EpochSampler(12, 4, 0, epoch=2) for draw in batch]
 
