@@ -26,6 +26,7 @@ from seg_torch.data.workers import (
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
+from seg_torch.images.resize import Resize
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; by default as many as there are CPUs for each
             device, at most 8, but none for images that are kept where the network runs on the CPU.
         resize: (height, width) at which the network sees every image; `None` for its own size.
+        max_side: Images are reduced, never enlarged, so that no side is longer, and keep their
+            shape, see `seg_torch.images.resize.seen_size`; not together with `resize`.
         augment: Transform of the training samples, see `seg_torch.data.transforms.augment`.
         cache: Where the decoded and resized samples are kept, once per machine: "none", "ram", or
             "disk" for a file in `~/.cache/seg_torch/samples` (or below `XDG_CACHE_HOME`), which
@@ -64,12 +67,13 @@ class SegmentationDataModule(LightningDataModule):
         white: Value of white in images of more than 8 bits, see there; of RGB, too.
 
     Attributes:
+        resize: The size at which the network sees images; a number is their longest side.
         test_split: The split that `test_dataloader` loads, `test` until it is set.
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size or `repeat` is below 1, there is no such `cache`, or `ImageFormat`
-            raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache`, both `resize` and
+            `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class SegmentationDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         resize: Sequence[int] | None = None,
+        max_side: int | None = None,
         augment: Callable[..., Any] | None = None,
         cache: str | bool | None = None,
         check: bool = True,
@@ -105,7 +110,12 @@ class SegmentationDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 4
         self.num_workers = num_workers
-        self.resize = resize
+        if resize is not None and max_side is not None:
+            raise InputError(
+                f"data.max_side={max_side} together with data.resize={list(resize)}: images are "
+                "reduced and keep their shape, or all get the same; set one of them to null"
+            )
+        self.resize: Resize = resize if max_side is None else max_side
         self.augment = augment
         self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))

@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from seg_torch.data.transforms import leaves_its_input
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
-from seg_torch.images.resize import resize_image, resize_mask
+from seg_torch.images.resize import Resize, resize_image, resize_mask, seen_size
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 NumberedSample = tuple[torch.Tensor, torch.Tensor, int]
@@ -41,12 +41,10 @@ class Draw(NamedTuple):
 
 
 class ResizedSamples(Dataset):
-    """Checked samples at the size that the network is to see."""
+    """Checked samples at the size that the network is to see, see `seen_size`."""
 
-    def __init__(
-        self, dataset: base.BaseDataset, size: Sequence[int] | None, resize_labels: bool
-    ) -> None:
-        self.dataset, self.size, self.resize_labels = dataset, size, resize_labels
+    def __init__(self, dataset: base.BaseDataset, resize: Resize, resize_labels: bool) -> None:
+        self.dataset, self.resize, self.resize_labels = dataset, resize, resize_labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,17 +54,18 @@ class ResizedSamples(Dataset):
         stored = self.dataset.image_size(index)
         if stored is None:
             return None
-        seen = stored if self.size is None else self.size
+        seen = seen_size(self.resize, *stored)
         label = seen if self.resize_labels else stored
         channels = self.dataset.format.channels * (4 if self.dataset.format.bits > 8 else 1)
         return channels * math.prod(seen) + math.prod(label)
 
     def __getitem__(self, index: int) -> Sample:
         image, mask = base.checked_sample(self.dataset, index)
-        if self.size is not None:
-            image = tv_tensors.Image(resize_image(image, self.size))
+        if self.resize is not None:
+            size = seen_size(self.resize, *image.shape[-2:])
+            image = tv_tensors.Image(resize_image(image, size))
             if self.resize_labels:
-                mask = tv_tensors.Mask(resize_mask(mask, self.size))
+                mask = tv_tensors.Mask(resize_mask(mask, size))
         return image, mask
 
 
