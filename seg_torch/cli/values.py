@@ -44,6 +44,7 @@ RANGES = {
     "data.augment.hue": (0, 0.5),
     "data.batch_size": (1, math.inf),
     "data.eval_batch_size": (1, math.inf),
+    "data.repeat": (1, math.inf),
     "data.channels": (1, math.inf),
     "data.num_workers": (0, math.inf),
     "data.rgb": (0, math.inf),

@@ -54,6 +54,8 @@ class SegmentationDataModule(LightningDataModule):
             same. `False` and `True` mean "none" and "ram". By default the validation images are
             kept in memory where one process trains on the CPU, unless they take a 16th of it.
         check: Whether `check_files` does anything.
+        repeat: How many times an epoch takes each training image, each time in another order and
+            augmented in another way.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
         name: What the dataset is called, for those that are looked up by name.
@@ -70,8 +72,8 @@ class SegmentationDataModule(LightningDataModule):
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size is below 1, there is no such `cache`, both `resize` and `max_side`
-            are given, or `ImageFormat` raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache`, both `resize` and
+            `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
         white: float | None = None,
+        repeat: int = 1,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
-        for setting, size in sizes.items():
+        for setting, size in {**sizes, "repeat": repeat}.items():
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"data.{setting}={size}: expected at least 1")
         self.make_dataset = dataset
@@ -118,6 +121,7 @@ class SegmentationDataModule(LightningDataModule):
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
+        self.repeat = repeat
         self.format = any_image(white)
         if channels is not None:
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
@@ -345,8 +349,8 @@ class SegmentationDataModule(LightningDataModule):
             batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
             return batches[batch], [samples[index] for index in batches[batch]]
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        keys = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
-        return [index for _, index in keys], [augmented[key] for key in keys]
+        draws = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
+        return [draw.image for draw in draws], [augmented[draw] for draw in draws]
 
     def _epoch_sampler(
         self, length: int, rank: int, world: int, epoch: int, start: int = 0
@@ -354,9 +358,9 @@ class SegmentationDataModule(LightningDataModule):
         # Lightning repeats the batches of a loader that has a `sampler`, not those of a batch
         # sampler.
         trainer: Any = self.trainer
-        repeat = trainer is not None and trainer.overfit_batches > 0
+        overfit = trainer is not None and trainer.overfit_batches > 0
         return sampling.EpochSampler(
-            length, self.batch_size, self.seed, rank, world, epoch, start, repeat
+            *(length, self.batch_size, self.seed, rank, world, epoch, start, overfit, self.repeat)
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
