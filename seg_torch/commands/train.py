@@ -43,6 +43,7 @@ def train(cfg: DictConfig) -> float | None:
         # The first look at the data downloads them.
         processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
+        processes.first(data.tell_sampling)
         processes.first_of_each_machine(data.fetch)
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network)
