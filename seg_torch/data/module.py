@@ -25,6 +25,7 @@ from seg_torch.data.workers import (
     start_worker,
 )
 from seg_torch.datasets import base
+from seg_torch.datasets.class_map import RESTS, Groups, MappedDataset
 from seg_torch.drawing.table import print_table
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
@@ -69,6 +70,9 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
         white: Value of white in images of more than 8 bits, see there; of RGB, too.
+        classes: Groups of the dataset's classes that are the classes here, by their new names; see
+            `seg_torch.datasets.class_map.map_classes`. By default they are as they are.
+        rest: What becomes of classes in no group: "keep", "background" or "ignore".
 
     Attributes:
         resize: The size at which the network sees images; a number is their longest side.
@@ -76,8 +80,8 @@ class SegmentationDataModule(LightningDataModule):
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size or `repeat` is below 1, there is no such `cache`, both `resize` and
-            `max_side` are given, or `ImageFormat` raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache` or `rest`, both
+            `resize` and `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -102,6 +106,8 @@ class SegmentationDataModule(LightningDataModule):
         white: float | None = None,
         repeat: int = 1,
         sample: str | None = None,
+        classes: Groups | None = None,
+        rest: str = "keep",
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
@@ -119,6 +125,7 @@ class SegmentationDataModule(LightningDataModule):
         self.augment = augment
         self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
+        self.group_classes(classes, rest)
         self.check = check
         self.seed = seed
         self.repeat = repeat
@@ -130,6 +137,17 @@ class SegmentationDataModule(LightningDataModule):
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
         self.start = 0, 0
+
+    def group_classes(self, classes: Groups | None = None, rest: str = "keep") -> None:
+        """Set the classes, before the first look at the dataset; the arguments are those above.
+
+        Raises:
+            InputError: There is no such `rest`, or a rest of nothing.
+        """
+        check_choice("data.rest", rest, RESTS)
+        if classes is None and rest != "keep":
+            raise InputError(f"data.rest={rest} needs data.classes: without it there is no rest")
+        self.classes, self.rest = classes, rest
 
     def dataset(self, split: str) -> base.BaseDataset:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -150,8 +168,11 @@ class SegmentationDataModule(LightningDataModule):
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
-            self._datasets[split] = base.as_dataset(samples)
-            self._datasets[split].base_dataset.read_as(self.format)
+            dataset = base.as_dataset(samples)
+            dataset.base_dataset.read_as(self.format)
+            if self.classes is not None:
+                dataset = MappedDataset(dataset, self.classes, self.rest)
+            self._datasets[split] = dataset
         return self._datasets[split]
 
     @cached_property
@@ -226,6 +247,9 @@ class SegmentationDataModule(LightningDataModule):
         if not statistics:
             return []
         found = notes.describe(statistics, self.labels, duplicates)
+        mapped = self.dataset(next(iter(statistics)))
+        if isinstance(mapped, MappedDataset) and mapped.dropped:
+            found.append(f"Not labelled by data.rest=ignore: {', '.join(mapped.dropped)}.")
         for split, measured in statistics.items():
             dataset = self.dataset(split).base_dataset
             found += notes.listed_twice(split, dataset) + doubts.describe(split, measured, dataset)
