@@ -52,8 +52,9 @@ class Donors:
         place += (after - before) * (place >= before)
         row = min(int(np.searchsorted(ends, place, "right")) - 1, len(images) - 1)
         first, last = np.searchsorted(images, (images[row], images[row] + 1))
-        count = int(torch.randint(MOST, ()))
-        others = (first + torch.randperm(last - first)[:count]).tolist()
+        count = min(int(torch.randint(MOST, ())), last - first)
+        chances = torch.from_numpy(self.regions.chances[first:last])
+        others = [first + i for i in torch.multinomial(chances, count).tolist()] if count else []
         donor, mask = self.samples[int(images[row])]
         rows = dict.fromkeys([row, *others])
         return donor, mask, [self.regions.box(each, mask.shape) for each in rows]
