@@ -85,7 +85,7 @@ class PasteRegions(nn.Module):
 
     def __init__(self, probability: float, scale: Sequence[float] | None, flip: float) -> None:
         super().__init__()
-        if not 0 <= probability <= 1:
+        if not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise InputError(f"augment.paste={probability}: expected 0 to 1")
         self.probability, self.flip = float(probability), float(flip)
         self.scale = (1.0, 1.0) if scale is None else (float(scale[0]), float(scale[1]))
