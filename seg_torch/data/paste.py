@@ -52,8 +52,9 @@ class Donors:
         place += (after - before) * (place >= before)
         row = min(int(np.searchsorted(ends, place, "right")) - 1, len(images) - 1)
         first, last = np.searchsorted(images, (images[row], images[row] + 1))
-        count = int(torch.randint(MOST, ()))
-        others = (first + torch.randperm(last - first)[:count]).tolist()
+        count = min(int(torch.randint(MOST, ())), last - first)
+        chances = torch.from_numpy(self.regions.chances[first:last])
+        others = [first + i for i in torch.multinomial(chances, count).tolist()] if count else []
         donor, mask = self.samples[int(images[row])]
         rows = dict.fromkeys([row, *others])
         return donor, mask, [self.regions.box(each, mask.shape) for each in rows]
@@ -84,7 +85,7 @@ class PasteRegions(nn.Module):
 
     def __init__(self, probability: float, scale: Sequence[float] | None, flip: float) -> None:
         super().__init__()
-        if not 0 <= probability <= 1:
+        if not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise InputError(f"augment.paste={probability}: expected 0 to 1")
         self.probability, self.flip = float(probability), float(flip)
         self.scale = (1.0, 1.0) if scale is None else (float(scale[0]), float(scale[1]))
@@ -97,7 +98,7 @@ class PasteRegions(nn.Module):
         donor, donor_mask, boxes = self.draw()
         for kind, top, left, height, width in boxes:
             place = slice(top, top + height), slice(left, left + width)
-            pixels = donor.as_subclass(torch.Tensor)[(..., *place)]
+            pixels = donor.as_subclass(torch.Tensor)[:, place[0], place[1]]
             region = donor_mask.as_subclass(torch.Tensor)[place] == kind
             self._paste(image, mask, kind, *self._changed(pixels, region))
         return tv_tensors.Image(image), tv_tensors.Mask(mask)
@@ -122,13 +123,15 @@ class PasteRegions(nn.Module):
         region: torch.Tensor,
     ) -> None:
         """Write a region to a random place of an image and its mask; what is outside is cut off."""
-        inside, part = [], []
+        inside: list[slice] = []
+        part: list[slice] = []
         for full, side, share in zip(mask.shape, region.shape, torch.rand(2).tolist(), strict=True):
             slack = full - side  # negative: the region is larger than the image
             first = min(0, slack) + int(share * (abs(slack) + 1))
             inside.append(slice(max(first, 0), min(first + side, full)))
             part.append(slice(inside[-1].start - first, inside[-1].stop - first))
-        below = mask[tuple(inside)]
-        written = region[tuple(part)] & (self.shares[below.long()] >= self.shares[kind])
+        rows, columns = inside
+        below = mask[rows, columns]
+        written = region[part[0], part[1]] & (self.shares[below.long()] >= self.shares[kind])
         below[written] = kind
-        image[(..., *inside)][:, written] = pixels[(..., *part)][:, written]
+        image[:, rows, columns][:, written] = pixels[:, part[0], part[1]][:, written]

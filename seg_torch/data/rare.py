@@ -15,6 +15,8 @@ import numpy as np
 
 from seg_torch.data.check import DatasetStatistics
 
+TIMES = 4  # an epoch draws an image of a class, aiming at that; LVIS' largest factor is about 8
+
 
 class Regions(NamedTuple):
     """Connected regions of the training masks, each with the chance that a draw takes it.
@@ -47,25 +49,33 @@ def regions_of(found: DatasetStatistics) -> Regions:
     """Return the regions of the training masks, with the chances of draws that aim at a class."""
     table = found.regions[np.argsort(found.regions[:, 0], kind="stable")]
     shares = np.append(found.pixels[:255] / max(1, found.pixels[:255].sum()), -1.0)
-    return Regions(table, region_chances(table, shares), found.sizes, shares)
+    chances = region_chances(table, shares, len(found.sizes))
+    return Regions(table, chances, found.sizes, shares)
 
 
-def region_chances(table: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def region_chances(table: np.ndarray, shares: np.ndarray, length: int) -> np.ndarray:
     """Return the chance of each region: of its class, of the image then, of the region then.
 
     Args:
         table: The regions, int32 [R, 7], see `Regions`.
-        shares: Of the pixels, float64 [256]. A class is drawn in proportion to 1 / sqrt(share);
-            of the images that hold it, and of its regions there, each is as likely.
+        shares: Of the pixels, float64 [256]. A class is drawn in proportion to 1 / sqrt(share), but
+            not so often that its images come more than `TIMES` times in an epoch, before what that
+            leaves goes to all classes; of the images that hold it each is as likely; and its
+            regions there are drawn in proportion to the square root of their pixels: most are
+            specks, most of its pixels in a few.
+        length: Number of images.
 
     Returns:
         float64 [R], of sum 1.
     """
-    pairs, pair, regions = np.unique(table[:, :2], axis=0, return_inverse=True, return_counts=True)
+    pairs, pair = np.unique(table[:, :2], axis=0, return_inverse=True)
+    pair = pair.reshape(-1)
     classes, kind, images = np.unique(pairs[:, 1], return_inverse=True, return_counts=True)
     of_class = 1 / np.sqrt(shares[classes])
-    chances = (of_class / of_class.sum() / images)[kind] / regions
-    return chances[pair.reshape(-1)]
+    of_class = np.minimum(of_class / of_class.sum(), 2 * TIMES * images / length)
+    of_pair = (of_class / of_class.sum() / images)[kind]
+    sides = np.sqrt(table[:, 2])
+    return of_pair[pair] * sides / np.bincount(pair, sides)[pair]
 
 
 def rare_classes(shares: np.ndarray) -> list[int]:

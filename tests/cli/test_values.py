@@ -20,6 +20,8 @@ import pytest
         ("train data.augment.scale=0.5", "scale=0.5: expected two numbers, such as [0.5,2.0]"),
         ("train data.augment.flip=2", "data.augment.flip=2: expected 0 to 1"),
         ("train data.augment.flip=nan", "data.augment.flip=NaN: expected a number"),
+        ("train data.augment.paste=2", "data.augment.paste=2: expected 0 to 1"),
+        ("train data.repeat=0", "data.repeat=0: expected at least 1"),
         ("train data.augment.hue=1", "data.augment.hue=1: expected 0 to 0.5"),
         ("train data.augment.jitter=-1", "data.augment.jitter=-1: expected at least 0"),
         ("train data.num_workers=-1", "data.num_workers=-1: expected at least 0"),
