@@ -107,13 +107,14 @@ def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], st
                 return coco_panoptic, f"the segments_info in {file}"
             return coco, f"the images, annotations and categories in {file}"
     where, parts = find_parts(home)
+    inside = "" if where == home else f" in {where.relative_to(home).as_posix()}/"
     if any(images == masks for images, masks in parts.values()):
-        return folder, "its images beside masks of the same names with _mask or the like"
+        return folder, f"its images beside masks of the same names with _mask or the like{inside}"
     if parts:
-        pairs = [path.relative_to(where).as_posix() for pair in parts.values() for path in pair]
-        names = ", ".join(sorted({f"{path}/" for path in pairs if path != "."}))
-        inside = "" if where == home else f" in {where.relative_to(home).as_posix()}/"
-        return folder, f"its folders {names}{inside} of images and masks"
+        paths = {path.relative_to(where).as_posix() for pair in parts.values() for path in pair}
+        names = ", ".join(sorted(f"{path}/" for path in paths if path != "."))
+        what = "masks beside its images" if "." in paths else "images and masks"
+        return folder, f"its folders {names} of {what}{inside}"
     raise InputError(
         f"data=auto: {home} holds {base.first_names(home)} and is in none of the formats that "
         f"are known:\n{FORMATS}\n{_likeliest(home)}If it is a dataset that has a name of its own, "

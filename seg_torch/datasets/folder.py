@@ -84,14 +84,15 @@ def folder(
             or contradicts the folders, pairs are incomplete or ambiguous, or an extra folder has
             other classes.
     """
-    home, parts, endings = _paired(Path(root).expanduser(), format)
+    given = Path(root).expanduser()
+    home, parts, endings = _paired(given, format)
     _refuse_empty_folders(parts, endings)
     splits, reason = _splits(home, list(endings), val_fraction, seed)
     chosen = splits[base.val_for_test(split, home, "test" in splits)]
     if split == "train":  # which train, inspect and plan read first
-        base.say(_found_files(home, parts, endings))
+        base.say(_found_files(given, parts, endings))
         counts = ", ".join(f"{name} {len(names):,}" for name, names in splits.items())
-        base.say(f"splits: {counts} pairs, {reason}")
+        base.say(f"splits: {counts}, {reason}")
     labels, has_colours = _classes(home, parts, endings)
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     pairs = _pairs(chosen, endings, parts)
@@ -143,27 +144,28 @@ def _classes(home: Path, parts: Parts, endings: Endings) -> tuple[Labels, bool]:
     labels, has_colours = base.labels_of(lines, path)
     text = f"classes: {len(labels)}, found in the masks since there is no classes.txt: "
     if remembered is None:
-        names = f"write to {path}, with other names:\n" + "\n".join(lines)
+        way = f"write this to {path} and change the names:\n" + "\n".join(lines)
     else:
-        names = f"change them in a copy:\n  cp {remembered} {shlex.quote(str(path))}"
-    base.say(f"{text}{_listed(labels.names)}. To name them, {names}")
+        copy = shlex.join(["cp", str(remembered), str(path)])
+        way = f"change them in a copy of the list:\n  {copy}"
+    base.say(f"{text}{_listed(labels.names)}. For other names, {way}")
     return labels, has_colours
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join([*names[:10], *["..."][: len(names) > 10]])
+    return ", ".join([*names[:12], *["..."][: len(names) > 12]])
 
 
-def _found_files(home: Path, parts: Parts, endings: Endings) -> str:
+def _found_files(root: Path, parts: Parts, endings: Endings) -> str:
     """Say which files are taken for images and which for masks."""
     kinds = []
     for number, kind in enumerate(("images", "masks")):
         counts = Counter(ending[number] for ending in endings.values()).most_common(3)
         files = ", ".join(f"{count:,} *{ending}" for ending, count in counts)
-        places = [folders[number].relative_to(home).as_posix() for folders in parts.values()]
-        where = " and ".join(f"{place}/" for place in places if place != ".")
-        kinds.append(f"{kind}: {files}{where and ' in '}{where}")
-    return f"{home}: {'; '.join(kinds)}"
+        places = [folders[number].relative_to(root).as_posix() for folders in parts.values()]
+        where = " and ".join("the folder itself" if p == "." else f"{p}/" for p in places)
+        kinds.append(f"{kind}: {files} in {where}")
+    return "; ".join(kinds)
 
 
 def _pairs(names: Iterable[str], endings: Endings, parts: Parts) -> Iterator[tuple[str, str, str]]:
@@ -214,7 +216,7 @@ def _splits(
         if not by_folder.keys() & {"", "train"} or "val" in by_folder:
             found = ", ".join(sorted(filter(None, by_folder)))
             raise InputError(f"{home}: there is a folder {found}, but none for training images")
-        reason = f"by chance (data.dataset.val_fraction={val_fraction:g} data.dataset.seed={seed})"
+        reason = f"by chance (data.dataset.val_fraction={val_fraction:g})"
         if "test" in by_folder and "test" not in lists:
             names = [name for name in names if split_of_name(name) != "test"]
             lists["test"] = by_folder["test"]
@@ -391,17 +393,17 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
     if images == masks or not any(name in mask_endings for name in image_endings):
         image_endings, mask_endings = without_words(image_endings, mask_endings)
+    usual = next(iter(mask_endings.values()), ".png")
     for name, ending in image_endings.items():
         if name not in mask_endings:
-            problems.append(f"{images / name}{ending}: no mask")
+            image, mask = f"{images / name}{ending}", f"{masks / name}{usual}"
+            problems.append(f"{image}: no mask; add {mask}, or move the image away")
         others = [f"{images / name}{ending}" for ending in format.files]
         problems += [f"{file}: no such file" for file in others if not os.path.exists(file)]
     for name in mask_endings.keys() - image_endings.keys():
-        problems.append(f"{masks / name}{mask_endings[name]}: no image")
-    what = (
-        "files cannot be paired; a mask is named like its image, or all are with _mask behind it. "
-        "Move what has no partner to another folder"
-    )
+        mask = f"{masks / name}{mask_endings[name]}"
+        problems.append(f"{mask}: no image; add it, or move the mask away")
+    what = "files cannot be paired; a mask is named like its image, or all are with _mask behind it"
     base.raise_problems(sorted(problems), what)
     intern = sys.intern
     return {

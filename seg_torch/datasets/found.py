@@ -199,7 +199,7 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
     most = []
     for value in sorted(counts, key=lambda value: -counts[value].pixels)[:5]:
         share = f"{100 * counts[value].pixels / pixels.sum():.2g} %"
-        most.append(f"{_shown(value) if kind == 'colours' else value} {share}")
+        most.append(f"{_shown(value) if kind == 'colours' else value}: {share}")
     if squares.sum() < pixels.sum() / 2:
         reason = "Most neighbouring pixels differ, as in a photograph: are these the masks?"
     elif edges > len(counts) / 2:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
@@ -64,10 +65,10 @@ def find_parts(home: Path, depth: int = DEPTH) -> tuple[Path, Parts]:
         return below[0] if below else (home, {})
     if all(images == masks for _, parts in below for images, masks in parts.values()):
         return home, {"": (home, home)}
-    choices = " or ".join(f"data.root={folder}" for folder, _ in below[:5])
+    choices = [f"data.root={quote(str(folder))}" for folder, _ in below[:5]]
     raise InputError(
-        f"{home}: {len(below)} folders hold images and masks of their own; say which one is meant: "
-        f"{choices}"
+        f"{home}: {len(below)} folders hold images and masks of their own; say which one is meant:"
+        "\n  " + "\n  ".join(choices)
     )
 
 
@@ -125,9 +126,10 @@ def _only_one(home: Path, kind: str) -> Path | None:
     found = [folder for folder in found if folder.name == kind] or found
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
+        moves = [f"mv {quote(str(folder))} {quote(str(home / kind))}" for folder in found]
         raise InputError(
             f"{home}: each of the folders {names} could hold the {kind}; rename the one that is "
-            f"meant to {kind}"
+            f"meant:\n  " + "\n  ".join(moves)
         )
     return found[0] if found else None
 
