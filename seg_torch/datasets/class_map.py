@@ -112,7 +112,8 @@ def _colours(labels: Labels, groups: Mapping[str, Sequence[int]]) -> np.ndarray:
     for name, ids in groups.items():
         new = name == BACKGROUND and name not in labels.names
         wanted = [[0, 0, 0]] if new else [old[i] for i in ids]
-        chosen.append(next(colour for colour in [*wanted, *free] if colour not in chosen))
+        left = (colour for colour in [*wanted, *free] if colour not in chosen)
+        chosen.append(next(left, free[0]))  # which only 256 groups have to share
     return np.array(chosen)
 
 

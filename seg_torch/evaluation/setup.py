@@ -144,7 +144,7 @@ def _how_to_match(model: Model, dataset: BaseDataset, given: Mapping[str, Any]) 
         groups[name] = [left.pop(n.casefold()) for n in names if n.casefold() in left]
     if not any(groups.values()):
         return "; data.classes='{NEW: [OLD, OLD]}' says which of them are the same"
-    rest = "background" if "background" in groups else "ignore"
+    rest = "background" if "background" in map(str.casefold, groups) else "ignore"
     setting = shlex.quote(f"data.classes={as_text(groups)}")
     return f". Those of the same names are scored with\n  {setting} data.rest={rest}"
 
