@@ -96,26 +96,26 @@ def open_split(name: str, data: Path, split: str) -> Any:
     return folder(data / name, split)
 
 
-def prepare(name: str, data: Path, root: Path) -> None:
+def prepare(open_split: Callable[[str], Any], root: Path) -> None:
     """Copy a dataset into a folder for `data=folder`: its image files, PNG masks and splits."""
     if (root / "val.txt").exists():
         return
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
-        samples = open_split(name, data, split)
+        samples = open_split(split)
         names = [f"{split}{i:04d}" for i in range(len(samples))]
-        for i, file in enumerate(names):
+        for i, name in enumerate(names):
             image, mask = samples[i]
-            if name == "shapes":
-                pixels = image.permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(root / "images" / f"{file}.png")
-            else:
+            if hasattr(samples, "pairs"):
                 source = samples.pairs[i].image
-                shutil.copyfile(source, root / "images" / f"{file}{source.suffix}")
-            palette_image(mask.numpy(), samples.labels).save(root / "masks" / f"{file}.png")
+                shutil.copyfile(source, root / "images" / f"{name}{source.suffix}")
+            else:
+                pixels = image.permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+            palette_image(mask.numpy(), samples.labels).save(root / "masks" / f"{name}.png")
         write_classes(samples.labels, root)
-        write_text(root / f"{split}.txt", "".join(f"{file}\n" for file in names))
+        write_text(root / f"{split}.txt", "".join(f"{name}\n" for name in names))
 
 
 def run(command: Sequence[object], log: Path, environment: Mapping[str, str] = {}) -> dict:
@@ -250,7 +250,7 @@ def main() -> None:
     results: dict = json.loads(file.read_text()) if file.exists() else {}
     for name in given.only:
         root = output / "data" / name
-        prepare(name, given.data, root)
+        prepare(partial(open_split, name, given.data), root)
         sides: dict[str, Callable[[Path], dict]] = {"ours": partial(ours, root, weights, minutes)}
         for number, recipe in enumerate(RECIPES[name], 1):
             sides[f"recipe {number}"] = partial(by_hand, recipe, root, weights, minutes)

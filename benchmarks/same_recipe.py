@@ -1,6 +1,6 @@
 """`python train.py` on CamVid against SMP in a plain loop with the same recipe: equal scores?
 
-    python benchmarks/camvid.py DATA/camvid [--epochs 12] [--seeds 3]
+    python benchmarks/same_recipe.py DATA/camvid [--epochs 12] [--seeds 3]
 
 Trains both with each seed, benchmarks/plain_loop.py for the peer, and prints the scores of the last
 epoch at the training size, the time of both as whole processes, and the mean and range over seeds.

@@ -21,7 +21,6 @@ import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -64,8 +63,6 @@ def main() -> None:
     model = smp.Unet(f"tu-{ENCODER}", encoder_weights=None, classes=classes)
     missing, _ = model.encoder.model.load_state_dict(load_file(weights), strict=False)
     assert not missing, missing
-    config = get_pretrained_cfg(ENCODER)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     loader = DataLoader(Samples(root, "train"), batch_size=32, shuffle=True)
     criterion = smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
@@ -74,7 +71,7 @@ def main() -> None:
         for images, masks in loader:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-5 + (2e-4 - 1e-5) * (1 + math.cos(math.pi * gone)) / 2
-            loss = criterion(model((images / 255 - mean) / std), masks.long())
+            loss = criterion(model(images / 127.5 - 1), masks.long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -87,7 +84,7 @@ def main() -> None:
     for file in Samples(root, "val").files:
         pixels = v2.functional.pil_to_tensor(Image.open(file).convert("RGB"))
         height, width = pixels.shape[-2:]
-        padded = F.pad((pixels / 255 - mean) / std, (0, -width % 32, 0, -height % 32))
+        padded = F.pad(pixels / 127.5 - 1, (0, -width % 32, 0, -height % 32))
         with torch.inference_mode():
             found = model(padded[None])[0, :, :height, :width].argmax(0)
         Image.fromarray(found.to(torch.uint8).numpy()).save(output / f"{file.stem}.png")
