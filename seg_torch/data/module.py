@@ -439,14 +439,15 @@ class SegmentationDataModule(LightningDataModule):
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
-        if self.cache == "disk":
-            return on_disk(samples)
-        keep = self.cache == "ram"
+        keep = self.cache in ("ram", "disk")
         if self.cache is None and split == "val" and self._device == "cpu":
             # In each epoch they would be decoded by the cores that the network needs.
             alone = self.trainer is not None and self.trainer.world_size == 1
             keep = alone and fits_memory(samples)
-        return in_memory(samples, self.trainer) if keep else samples
+        return self._kept(samples) if keep else samples
+
+    def _kept(self, samples: sampling.ResizedSamples) -> CachedSamples:
+        return on_disk(samples) if self.cache == "disk" else in_memory(samples, self.trainer)
 
     def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
         workers, ahead = self.num_workers, None
