@@ -122,7 +122,7 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     files = samples.dataset.fingerprint()
     if files is None:
         raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-    sizes = samples.size, samples.size is not None and samples.resize_labels
+    sizes = samples.resize, samples.resize is not None and samples.resize_labels
     key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
     folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
     if not folder.exists():

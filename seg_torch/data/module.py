@@ -28,6 +28,7 @@ from seg_torch.data.workers import (
 from seg_torch.datasets import base
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
+from seg_torch.images.resize import Resize
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; by default as many as there are CPUs for each
             device, at most 8, but none for images that are kept where the network runs on the CPU.
         resize: (height, width) at which the network sees every image; `None` for its own size.
+        max_side: Images are reduced, never enlarged, so that no side is longer, and keep their
+            shape, see `seg_torch.images.resize.seen_size`; not together with `resize`.
         augment: Transform of the training samples, see `seg_torch.data.transforms.augment`.
         cache: Where the decoded and resized samples are kept, once per machine: "none", "ram", or
             "disk" for a file in `~/.cache/seg_torch/samples` (or below `XDG_CACHE_HOME`), which
@@ -53,6 +56,8 @@ class SegmentationDataModule(LightningDataModule):
             same. `False` and `True` mean "none" and "ram". By default the validation images are
             kept in memory where one process trains on the CPU, unless they take a 16th of it.
         check: Whether `check_files` does anything.
+        repeat: How many times an epoch takes each training image, each time in another order and
+            augmented in another way.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
         name: What the dataset is called, for those that are looked up by name.
@@ -64,11 +69,13 @@ class SegmentationDataModule(LightningDataModule):
         white: Value of white in images of more than 8 bits, see there; of RGB, too.
 
     Attributes:
+        resize: The size at which the network sees images; a number is their longest side.
         test_split: The split that `test_dataloader` loads, `test` until it is set.
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size is below 1, there is no such `cache`, or `ImageFormat` raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache`, both `resize` and
+            `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class SegmentationDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         resize: Sequence[int] | None = None,
+        max_side: int | None = None,
         augment: Callable[..., Any] | None = None,
         cache: str | bool | None = None,
         check: bool = True,
@@ -90,13 +98,11 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
         white: float | None = None,
-        repeat=1,
-        max_side=None,
-        sample=None,
+        repeat: int = 1,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
-        for setting, size in sizes.items():
+        for setting, size in {**sizes, "repeat": repeat}.items():
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"data.{setting}={size}: expected at least 1")
         self.make_dataset = dataset
@@ -106,12 +112,18 @@ class SegmentationDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 4
         self.num_workers = num_workers
-        self.resize = resize
+        if resize is not None and max_side is not None:
+            raise InputError(
+                f"data.max_side={max_side} together with data.resize={list(resize)}: images are "
+                "reduced and keep their shape, or all get the same; set one of them to null"
+            )
+        self.resize: Resize = resize if max_side is None else max_side
         self.augment = augment
         self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
         self.check = check
         self.seed = seed
+        self.repeat = repeat
         self.format = any_image(white)
         if channels is not None:
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
@@ -351,8 +363,8 @@ class SegmentationDataModule(LightningDataModule):
             batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
             return batches[batch], [samples[index] for index in batches[batch]]
         augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        keys = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
-        return [index for _, index in keys], [augmented[key] for key in keys]
+        draws = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
+        return [draw.image for draw in draws], [augmented[draw] for draw in draws]
 
     def _epoch_sampler(
         self, length: int, rank: int, world: int, epoch: int, start: int = 0
@@ -360,9 +372,9 @@ class SegmentationDataModule(LightningDataModule):
         # Lightning repeats the batches of a loader that has a `sampler`, not those of a batch
         # sampler.
         trainer: Any = self.trainer
-        repeat = trainer is not None and trainer.overfit_batches > 0
+        overfit = trainer is not None and trainer.overfit_batches > 0
         return sampling.EpochSampler(
-            length, self.batch_size, self.seed, rank, world, epoch, start, repeat
+            *(length, self.batch_size, self.seed, rank, world, epoch, start, overfit, self.repeat)
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader:

@@ -124,6 +124,7 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
         cache=cache,
         num_workers=0,
         resize=(40, 40),
+        repeat=2,
     )
     rank = 1
     module.trainer = trainer_stub(num_devices=2, local_rank=rank)

@@ -283,9 +283,15 @@ MUTANTS = [
     ),
     Mutant(
         "data/sampling.py",
-        "np.random.SeedSequence([self.seed, epoch, index])",
-        "np.random.SeedSequence([self.seed, index])",
+        "np.random.SeedSequence([self.seed, epoch, index, copy])",
+        "np.random.SeedSequence([self.seed, 0, index, copy])",
         "tests/data/test_sampling.py tests/data/test_module.py",
+    ),
+    Mutant(
+        "data/sampling.py",
+        "np.arange(len(values)) - np.searchsorted(ordered, ordered)",
+        "np.arange(len(values)) * 0",
+        "tests/data/test_sampling.py",
     ),
     Mutant(
         "data/sampling.py",
