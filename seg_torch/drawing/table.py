@@ -19,7 +19,9 @@ def print_table(
     rows = list(rows)
     filled = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
     # A Text is shown as it is: neither [brackets] nor :colons: mean anything.
-    table = Table(title=Text(title) if title else None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(
+        title=Text(title) if title else None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     for i in filled:
         header_lines = header[i].replace(" ", "\n", 1)
         table.add_column(Text(header_lines), justify="right" if i and numbers else "left")

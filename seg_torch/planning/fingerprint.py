@@ -82,9 +82,9 @@ def fingerprint(data: SegmentationDataModule) -> Fingerprint:
     splits = [
         split for split in ("train", "val", "test") if split != "test" or not data.test_is_val
     ]
-    pixels, edges = found.pixels[:classes], found.edges[:classes]
+    pixels, outlines = found.pixels[:classes], found.outlines[:classes]
     with np.errstate(divide="ignore", invalid="ignore"):
-        thickness = np.where(edges > 0, 2 * pixels / edges, np.inf)
+        thickness = np.where(outlines > 0, 2 * pixels / outlines, np.inf)
     return Fingerprint(
         names=data.labels.names,
         images={split: len(data.dataset(split)) for split in splits},

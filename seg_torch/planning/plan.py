@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +20,7 @@ from seg_torch.planning import rules
 from seg_torch.planning.budget import as_time, seconds_of
 from seg_torch.planning.fingerprint import Fingerprint, fingerprint
 from seg_torch.planning.rules import Decision, Rule, Situation, is_given
-from seg_torch.planning.trial import Trial, batch_size_that_fits, trial
+from seg_torch.planning.trial import batch_size_that_fits, trial
 
 log = logging.getLogger(__name__)
 
