@@ -25,8 +25,10 @@ from seg_torch.planning.trial import batch_size_that_fits, trial
 log = logging.getLogger(__name__)
 
 # What makes a run end; where the user sets some of it and no budget, the length is the user's.
-LENGTH = ("max_epochs", "max_steps", "max_time", "limit_train_batches", "val_check_interval")
-LENGTH += ("check_val_every_n_epoch", "overfit_batches")
+LENGTH = (
+    *("max_epochs", "max_steps", "max_time", "limit_train_batches", "overfit_batches"),
+    *("val_check_interval", "check_val_every_n_epoch"),
+)
 SIDE = 256  # of the images with which the speed of the network is measured
 SAFE = 0.96  # share of the budget that is planned with
 
@@ -107,8 +109,8 @@ def make_plan(
     validation = images["val"] * measured.val_seconds + measured.epoch_seconds
     test = images.get("test", images["val"]) * measured.test_seconds
     if budget is not None or (cfg.recipe and not _ends(cfg)):
-        times = dict(step=measured.step_seconds, validation=validation, rest=spent + test)
-        decide([partial(rules.length, **times)], now)
+        times = (measured.step_seconds, validation, spent + test)
+        decide([partial(rules.length, times=times)], now)
     steps, validations = _length(cfg, images["train"], processes.count)
     total = spent + steps * measured.step_seconds + validations * validation + test
     plan = Plan(now.data, decisions, steps, total, measured.peak_bytes)

@@ -131,7 +131,7 @@ def size(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     sides = height, width
     fixed = is_given("data.resize", given) or is_given("data.max_side", given)
     if scale < 0.9 and not fixed:
-        sides = tuple(_rounded(side * scale) for side in (height, width))
+        sides = _rounded(height * scale), _rounded(width * scale)
         why = f"{width_now}, {detail * scale:.0f} then"
         if data.one_shape:
             yield Decision("data.resize", [*sides], f"of {height} x {width}: {why}")
@@ -244,20 +244,20 @@ EMA_STEPS = 5000
 
 
 def length(
-    cfg: DictConfig, now: Situation, step: float, validation: float, rest: float
+    cfg: DictConfig, now: Situation, times: tuple[float, float, float]
 ) -> Iterator[Decision]:
     """Choose how many optimizer steps there are, and how often their result is validated.
 
     Args:
         cfg: All other settings.
         now: The situation.
-        step: Seconds of an optimizer step.
-        validation: Seconds of a validation, with what else an epoch takes once.
-        rest: Seconds of the start and of the test at the end.
+        times: Seconds of an optimizer step, of a validation with what else an epoch takes once,
+            and of the start and the test at the end together.
 
     Raises:
         InputError: Not one step fits into the budget.
     """
+    step, validation, rest = times
     images, accumulate = now.data.images["train"], cfg.trainer.accumulate_grad_batches
     batch = cfg.data.batch_size * now.processes * accumulate
     if now.seconds is None:

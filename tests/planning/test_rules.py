@@ -180,7 +180,7 @@ def test_batches_that_do_not_fit_are_added_up(cfg):
 
 
 def length(cfg, now, step=1.0, validation=5.0, rest=10.0) -> dict[str, Any]:
-    rule = partial(rules.length, step=step, validation=validation, rest=rest)
+    rule = partial(rules.length, times=(step, validation, rest))
     return {setting: d.value for setting, d in decided(rule, cfg, now).items()}
 
 
@@ -194,7 +194,7 @@ def test_a_budget_is_spent(cfg):
 
 def test_a_budget_that_is_too_short_is_refused_with_one_that_is_not(cfg):
     cfg.budget = "15s"
-    with pytest.raises(InputError, match="budget=15s.*15 s.*give at least 65 s"):
+    with pytest.raises(InputError, match=r"budget=15s.*15 s.*give at least 65 s"):
         length(cfg, situation(made(), seconds=15.0))
 
 
