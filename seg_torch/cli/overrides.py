@@ -251,6 +251,9 @@ def _literal(command: str, override: str, sweep: bool) -> str:
         return f"{name}={paths.as_override(key, value, sweep)}"
     if isinstance(_page(command).get(key), list) and "," in value and value[0] != "[" and not sweep:
         return f"{name}=[{value}]"
+    if key == "data.classes" and value.startswith("{") and not sweep:
+        # Hydra would take no umlaut in a name, and merge this with what a YAML file has.
+        return f"{name}={paths.literal(value)}"
     try:
         OverridesParser.create().parse_overrides([override])
     except OverrideParseException:

@@ -43,6 +43,7 @@ def train(cfg: DictConfig) -> float | None:
         # The first look at the data downloads them.
         processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
+        processes.first(data.tell_sampling)
         processes.first_of_each_machine(data.fetch)
         if state is None and plan.is_wanted(cfg):
             data = plan.follow(cfg, data, processes, started)

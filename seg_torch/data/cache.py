@@ -21,11 +21,10 @@ from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.data.check import cache_folder
 from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.files import PARTIAL, cache_folder, write_atomically
 from seg_torch.folders import locked
 from seg_torch.hardware import total_memory
 from seg_torch.version import __version__

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -27,7 +26,7 @@ from seg_torch.datasets.base import (
     without_missing,
 )
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
+from seg_torch.files import cache_folder, write_atomically
 from seg_torch.images.format import as_array
 from seg_torch.images.missing import missing
 from seg_torch.images.read import doubts, orientation
@@ -242,8 +241,3 @@ def _remembered(dataset: BaseDataset) -> Path | None:
     source = inspect.getsource(_measure) + inspect.getsource(sys.modules[regions.__module__])
     digest = hashlib.sha256((files + source).encode()).hexdigest()
     return cache_folder() / "checked" / f"{digest}.npz"
-
-
-def cache_folder() -> Path:
-    """Return the folder of what can be made anew: `~/.cache/seg_torch`, or in `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seg_torch"

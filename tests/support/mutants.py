@@ -307,8 +307,8 @@ MUTANTS = [
     ),
     Mutant(
         "data/transforms.py",
-        "int(share * (abs(slack) + 1))",
-        "int(share * abs(slack))",
+        "int(share * (highest - lowest + 1))",
+        "int(share * (highest - lowest))",
         "tests/data/test_transforms.py",
     ),
     # Training
