@@ -8,8 +8,9 @@ from seg_torch.data.check import DatasetStatistics
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.labels import IGNORE_INDEX
 
-# Upper and lower half differ by less than this in images without a fixed upright direction.
-UPRIGHT = 0.1
+# Images are upright where so much of the pixels has another class in the upper half than in the
+# lower one, or the mean brightness differs by so much of its standard deviation.
+OTHER_CLASSES, OTHER_BRIGHTNESS = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -109,4 +110,4 @@ def _is_upright(found: DatasetStatistics, classes: int) -> bool:
     half = thumbnails.shape[1] // 2
     change = thumbnails[:, :half].mean((1, 2)) - thumbnails[:, half:].mean((1, 2))
     contrast = max(1.0, float(thumbnails.std((1, 2)).mean()))
-    return bool(moved > UPRIGHT or abs(change.mean()) / contrast > 2 * UPRIGHT)
+    return bool(moved > OTHER_CLASSES or abs(change.mean()) / contrast > OTHER_BRIGHTNESS)

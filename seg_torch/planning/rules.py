@@ -90,20 +90,19 @@ def is_given(setting: str, given: Sequence[str]) -> bool:
 def encoder(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     """Choose an encoder by the device, whose weights can be had."""
     model = cfg.model
-    if model.get("_target_") != UNET:
+    if model.get("_target_") != UNET or model.weights is None:
         return
     weights = model.weights
     wanted = ENCODERS["cpu" if now.device == "cpu" else "gpu"]
-    if weights not in (None, "imagenet"):
+    if weights != "imagenet":
         name = encoder_of_file(weights, [*ENCODERS["cpu"], *ENCODERS["gpu"]])
         if name is not None:
             yield Decision("model.encoder", name, f"{weights} holds its weights")
         return
     why = "small enough for a CPU" if now.device == "cpu" else "a GPU has time for it"
-    name = next((name for name in wanted if weights and is_at_hand(name)), wanted[0])
-    at_hand = "at hand" if weights and is_at_hand(name) else "downloaded"
-    why += f"; its weights are {at_hand}" if weights else ""
-    yield Decision("model.encoder", name, why)
+    name = next((name for name in wanted if is_at_hand(name)), wanted[0])
+    at_hand = "are here already" if is_at_hand(name) else "will be downloaded"
+    yield Decision("model.encoder", name, f"{why}; its weights {at_hand}")
 
 
 def size(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
