@@ -1,5 +1,7 @@
 """Datasets to batches."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -136,6 +138,7 @@ class SegmentationDataModule(LightningDataModule):
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
+        self._statistics: DatasetStatistics | None = None  # of train
         self.start = 0, 0
 
     def group_classes(self, classes: Groups | None = None, rest: str = "keep") -> None:
@@ -174,6 +177,10 @@ class SegmentationDataModule(LightningDataModule):
                 dataset = MappedDataset(dataset, self.classes, self.rest)
             self._datasets[split] = dataset
         return self._datasets[split]
+
+    def take_over(self, other: SegmentationDataModule) -> None:
+        """Use the datasets that another module of the same data has read, and what is in them."""
+        self._datasets, self._statistics = other._datasets, other._statistics
 
     @cached_property
     def labels(self) -> Labels:
@@ -284,11 +291,18 @@ class SegmentationDataModule(LightningDataModule):
         for note in self.describe(statistics, notes.find_duplicates(statistics, originals)):
             log.warning("%s", note)
 
-    def _training_statistics(self) -> DatasetStatistics:
-        statistics = self.checked("train")
-        problems = [problem.message for problem in statistics.problems]
-        base.raise_problems(problems, "problems in the training files")
-        return statistics
+    def statistics(self) -> DatasetStatistics:
+        """Return what a pass over the training samples finds.
+
+        Raises:
+            InputError: Files cannot be used.
+        """
+        if self._statistics is None:
+            statistics = self.checked("train")
+            problems = [problem.message for problem in statistics.problems]
+            base.raise_problems(problems, "problems in the training files")
+            self._statistics = statistics
+        return self._statistics
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -300,7 +314,7 @@ class SegmentationDataModule(LightningDataModule):
         """
         dataset = self.dataset("train")
         if dataset.pairs is not None:
-            counts = self._training_statistics().pixels
+            counts = self.statistics().pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
             counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
@@ -312,7 +326,7 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
-        mean, std = self._training_statistics().mean_and_std()
+        mean, std = self.statistics().mean_and_std()
         if 0 in std:
             raise InputError(
                 f"channel {std.index(0)}, counted from 0, has the same value in all training images"
