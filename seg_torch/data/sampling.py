@@ -21,7 +21,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
-from seg_torch.data.transforms import leaves_its_input
+from seg_torch.data.paste import Donors
+from seg_torch.data.rare import Regions
+from seg_torch.data.transforms import for_sample, leaves_its_input
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.images.resize import Resize, resize_image, resize_mask, seen_size
@@ -33,11 +35,19 @@ EvaluationGroup = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
 class Draw(NamedTuple):
-    """A training sample: which image, and for which time in which epoch, counted from 0."""
+    """A training sample.
+
+    Attributes:
+        epoch: Counted from 0.
+        image: Its number in the dataset.
+        copy: How often the epoch has drawn it before.
+        region: What the crop is placed over, a row of `Regions`; -1: it may be anywhere.
+    """
 
     epoch: int
     image: int
     copy: int = 0
+    region: int = -1
 
 
 class ResizedSamples(Dataset):
@@ -84,24 +94,44 @@ class AugmentedSamples(Dataset):
 
     An augmentation of somebody else's may work in place: it is given a copy, since what it is made
     from may be kept for the next epochs.
+
+    Args:
+        samples: (image, mask) of each number.
+        augment: Transform of a sample.
+        seed: Seed of the augmentation.
+        regions: Those that draws aim at.
+        donors: Give what is pasted.
     """
 
-    def __init__(self, samples: Any, augment: Callable[..., Any] | None, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Any,
+        augment: Callable[..., Any] | None,
+        seed: int,
+        regions: Regions | None = None,
+        donors: Donors | None = None,
+    ) -> None:
         self.samples, self.augment, self.seed = samples, augment, seed
+        self.regions, self.donors = regions, donors
         self.copy = augment is not None and not leaves_its_input(augment)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, index, copy = Draw(*key)
+        epoch, index, copy, region = Draw(*key)
         sample = self.samples[index]
         if self.augment is None:
             return sample
         if self.copy:
             sample = sample[0].clone(), sample[1].clone()
+        box, augment = None, self.augment
+        if self.regions is not None and region >= 0:
+            box = self.regions.box(region, sample[1].shape)
+        if box is not None or self.donors is not None:
+            augment = for_sample(augment, index, box, self.donors)
         entropy = np.random.SeedSequence([self.seed, epoch, index, copy])
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed takes longer, for the GPUs' sake.
             torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
-            return self.augment(*sample)
+            return augment(*sample)
 
 
 @dataclass(eq=False)
@@ -121,6 +151,8 @@ class EpochSampler(Sampler):
         start: Batches of the first epoch to leave out, since a resumed run has seen them.
         overfit: Make every epoch the first one, with the same augmentation.
         repeat: How many times an epoch takes each image, each time in another order.
+        regions: What half of the draws aim at: they take the image of a region, drawn by chance, in
+            place of the one whose turn it is.
     """
 
     length: int
@@ -132,6 +164,7 @@ class EpochSampler(Sampler):
     start: int = 0
     overfit: bool = False
     repeat: int = 1
+    regions: Regions | None = None
 
     @property
     def sampler(self) -> EpochSampler:
@@ -157,10 +190,16 @@ class EpochSampler(Sampler):
             yield [Draw(epoch, *draws[i].tolist()) for i in batch]
 
     def _draws(self, epoch: int) -> np.ndarray:
-        """Return the index of each image that an epoch takes, and for which time, int64 [n, 2]."""
+        """Return image, copy and region of all draws of an epoch, int64 [n, 3]; see `Draw`."""
         generator = np.random.default_rng([self.seed, epoch])
         order = np.concatenate([generator.permutation(self.length) for _ in range(self.repeat)])
-        return np.stack([order, times_before(order)], axis=1)
+        region = np.full(len(order), -1)
+        if self.regions is not None:
+            aimed = generator.permutation(len(order))[: len(order) // 2]
+            chances = self.regions.chances
+            region[aimed] = generator.choice(len(chances), len(aimed), p=chances)
+            order[aimed] = self.regions.table[region[aimed], 0]
+        return np.stack([order, times_before(order), region], axis=1)
 
 
 def times_before(values: np.ndarray) -> np.ndarray:

@@ -307,9 +307,21 @@ MUTANTS = [
     ),
     Mutant(
         "data/transforms.py",
-        "int(share * (abs(slack) + 1))",
-        "int(share * abs(slack))",
+        "int(share * (highest - lowest + 1))",
+        "int(share * (highest - lowest))",
         "tests/data/test_transforms.py",
+    ),
+    Mutant(
+        "data/rare.py",
+        "of_class = 1 / np.sqrt(shares[classes])",
+        "of_class = 1 / shares[classes]",
+        "tests/data/test_rare.py",
+    ),
+    Mutant(
+        "data/paste.py",
+        "self.shares[below.long()] >= self.shares[kind]",
+        "self.shares[below.long()] > -2",
+        "tests/data/test_paste.py",
     ),
     # Training
     Mutant(
