@@ -212,9 +212,10 @@ def _doubts(
 
 def _measure(image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray) -> tuple:
     """Return pixels by mask value, moments and their pixels, and what else the check measures."""
-    pixels = np.bincount(mask.ravel(), minlength=256)
-    upper = np.bincount(mask[: len(mask) // 2].ravel(), minlength=256)
-    grey = bool((rgb_shown == rgb_shown[..., :1]).all())
+    halves = mask[: len(mask) // 2], mask[len(mask) // 2 :]
+    upper, lower = (np.bincount(half.ravel(), minlength=256) for half in halves)
+    red, green, blue = np.moveaxis(rgb_shown, 2, 0)
+    grey = bool((red == green).all() and (green == blue).all())
     hidden, measured = missing(image), mask.size
     rgb_image = Image.fromarray(rgb_shown)
     values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
@@ -230,7 +231,7 @@ def _measure(image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray) -> tupl
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     about_image = image.shape[:2], digest.hexdigest(), np.asarray(small), grey
-    return pixels, moments, measured, *about_image, upper, outlines(mask), regions(mask)
+    return upper + lower, moments, measured, *about_image, upper, outlines(mask), regions(mask)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:

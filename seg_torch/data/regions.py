@@ -33,32 +33,40 @@ def regions(mask: np.ndarray) -> np.ndarray:
     last, classes = np.append(first, mask.size)[1:] - 1, mask.reshape(-1)[first]
     labelled = classes != IGNORE_INDEX
     first, last, classes = first[labelled], last[labelled], classes[labelled]
-    width = mask.shape[1]
-    region = _joined(first, last, classes, width)
-    order = np.argsort(region, kind="stable")
-    _, begins = np.unique(region[order], return_index=True)
-    if not len(begins):
+    if not len(first):
         return np.zeros((0, 6), np.int32)
-    (tops, lefts), (bottoms, rights) = (np.divmod(ends[order], width) for ends in (first, last))
+    width = mask.shape[1]
+    rows, lefts = np.divmod(first, width)
+    rights = last - rows * width
+    # Those that a run touches in the row below, also with the corner of a pixel.
+    begin = np.searchsorted(last, first + width - (lefts > 0))
+    end = np.searchsorted(first, last + width + (rights < width - 1), "right")
+    region = _joined(begin, end, classes)
+    order = np.argsort(region, kind="stable")
+    rows, lefts, rights, region = rows[order], lefts[order], rights[order], region[order]
+    begins = np.flatnonzero(np.append(True, region[1:] != region[:-1]))
     pixels = np.add.reduceat(rights - lefts + 1, begins)
-    top, left = tops[begins], np.minimum.reduceat(lefts, begins)
-    bottom, right = (np.maximum.reduceat(ends, begins) + 1 for ends in (bottoms, rights))
+    top, left = rows[begins], np.minimum.reduceat(lefts, begins)
+    bottom, right = (np.maximum.reduceat(ends, begins) + 1 for ends in (rows, rights))
     found = np.stack([classes[order][begins], pixels, top, left, bottom - top, right - left], 1)
     found = found[np.lexsort((pixels, found[:, 0]))].astype(np.int32)
     return np.concatenate([_some(found[found[:, 0] == k]) for k in np.unique(found[:, 0])])
 
 
-def _joined(first: np.ndarray, last: np.ndarray, classes: np.ndarray, width: int) -> np.ndarray:
-    """Return for each run the first run of its region, int64 [runs]."""
-    from_left = first + width - (first % width > 0)  # what it touches in the row below
-    to_right = last + width + (last % width < width - 1)
-    begin, end = np.searchsorted(last, from_left), np.searchsorted(first, to_right, "right")
+def _joined(begin: np.ndarray, end: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return for each run the first run of its region, int64 [runs].
+
+    Args:
+        begin: The first run that a run touches in the row below, int64 [runs].
+        end: One after the last, int64 [runs].
+        classes: Of each run, uint8 [runs].
+    """
     count = end - begin
-    above = np.repeat(np.arange(len(first)), count)
+    above = np.repeat(np.arange(len(count)), count)
     below = np.arange(len(above)) + np.repeat(begin - (np.cumsum(count) - count), count)
     same = classes[above] == classes[below]
     above, below = above[same], below[same]
-    region = np.arange(len(first))
+    region = np.arange(len(count))
     while len(above):
         a, b = region[above], region[below]
         np.minimum.at(region, np.maximum(a, b), np.minimum(a, b))
