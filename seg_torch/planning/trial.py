@@ -231,13 +231,13 @@ def _run(
     test = 0.0
     if not steps_only and given.get("limit_test_batches") != 0:
         settings = InferenceSettings(precision="32-true")  # as train has it
-        inference = Inference(network, len(data.labels), data.resize, settings)
+        inference = Inference(network, len(part.labels), data.resize, settings)
         trainer = build.scoring_trainer(cfg, trainer, processes, folder)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if clock not in callbacks:
             callbacks.append(clock)
         with hardware.full_float32():
-            trainer.test(Scorer(inference, data.labels), datamodule=part, verbose=False)
+            trainer.test(Scorer(inference, part.labels), datamodule=part, verbose=False)
         test = clock.image_seconds()
     val, test = val / processes.count, test / processes.count
     step *= accumulated / cfg.trainer.accumulate_grad_batches
