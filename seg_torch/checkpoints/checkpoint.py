@@ -223,7 +223,9 @@ def check_description(description: dict[str, Any]) -> None:
     format = image_format(description)
     if (format != RGB and len(mean) != format.channels) or len(mean) > MOST_CHANNELS:
         raise InputError("its mean and std are not those of its channels")
-    sides = [resize, resize] if type(resize) is int else resize or (1, 1)
+    sides = (1, 1) if resize is None else resize
+    if type(resize) is int:  # no side of an image is longer
+        sides = resize, resize
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
 

@@ -131,11 +131,12 @@ def _public(description: dict[str, Any]) -> dict[str, Any]:
             )
     for key in ("augment", "download"):  # which nobody else needs
         data.pop(key, None)
+    groups = {key: data.pop(key) for key in ("classes", "rest") if key in data}
     versions = {name: version(name) for name in LIBRARIES if name in sys.modules}
     return {
         **description,
         "model": model,
-        "data": _without_texts(data),
+        "data": _without_texts(data) | groups,
         "versions": {"seg_torch": __version__, **versions},
     }
 

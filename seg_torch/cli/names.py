@@ -51,8 +51,13 @@ def instead_of(key: str, value: str, names: Collection[str]) -> str | None:
             f"write data.resize={sides} for whole images of that size, or "
             f"data.augment.crop={sides} for windows of it"
         )
+    if key.startswith("data.classes."):
+        return "write data.classes='{NEW: [OLD, OLD], NEW: OLD}', all of it in quotes"
     if key in CLASSES:
-        return "the classes are those of the data: of classes.txt, or of the annotations"
+        return (
+            "the classes are those of the data: of classes.txt, or of the annotations. "
+            "data.classes='{NEW: [OLD, OLD]}' makes others of them"
+        )
     if scores and key in ("batch", "bs", "batch_size"):
         return f"write data.eval_batch_size={value}"
     if key == "amp":

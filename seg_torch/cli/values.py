@@ -1,11 +1,15 @@
 """Whether the values of settings are of the right type and in their range."""
 
 import math
+import re
+from contextlib import suppress
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.cli.messages import as_text
+from seg_torch.configuration import escaped
 from seg_torch.errors import InputError
 from seg_torch.files import CONFIG_FOLDER
 
@@ -75,6 +79,9 @@ def check(cfg: DictConfig, defaults: DictConfig) -> None:
             OmegaConf.update(cfg, key, [value, value])
         if key in WORDS and isinstance(value, str):
             OmegaConf.update(cfg, key, [value])
+    groups = OmegaConf.select(cfg, "data.classes")
+    if isinstance(groups, str):
+        OmegaConf.update(cfg, "data.classes", escaped(_groups(groups)))
     _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(defaults))
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(cfg, key)
@@ -82,6 +89,22 @@ def check(cfg: DictConfig, defaults: DictConfig) -> None:
         if any(item is not None and not low <= item <= high for item in items):
             limits = f"{low} to {high}" if high < math.inf else f"at least {low}"
             raise InputError(f"{key}={as_text(_plain(value))}: expected {limits}")
+
+
+def _groups(text: str) -> dict[str, Any]:
+    """Return the groups of classes that a text stands for, YAML in which every value is a text."""
+    with suppress(yaml.YAMLError):
+        node = yaml.compose(text, yaml.BaseLoader)
+        if isinstance(node, yaml.MappingNode):
+            groups = yaml.load(text, yaml.BaseLoader)
+            if len(groups) < len(node.value):
+                raise InputError(f"data.classes={text}: a new class is there twice")
+            spaced = re.sub(r":(?=\S)", ": ", text)  # else road:road is one name
+            return _groups(spaced) if "" in groups.values() and spaced != text else groups
+    raise InputError(
+        f"data.classes={text}: expected groups, in quotes: "
+        "data.classes='{vehicle: [car, truck], road: road}'"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """Datasets to batches."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from seg_torch.data.workers import (
     start_worker,
 )
 from seg_torch.datasets import base
+from seg_torch.datasets.class_map import RESTS, Groups, MappedDataset
 from seg_torch.drawing.table import print_table
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
@@ -69,6 +72,9 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
         white: Value of white in images of more than 8 bits, see there; of RGB, too.
+        classes: Groups of the dataset's classes that are the classes here, by their new names; see
+            `seg_torch.datasets.class_map.map_classes`. By default they are as they are.
+        rest: What becomes of classes in no group: "keep", "background" or "ignore".
 
     Attributes:
         resize: The size at which the network sees images; a number is their longest side.
@@ -76,8 +82,8 @@ class SegmentationDataModule(LightningDataModule):
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size or `repeat` is below 1, there is no such `cache`, both `resize` and
-            `max_side` are given, or `ImageFormat` raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache` or `rest`, both
+            `resize` and `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -102,6 +108,8 @@ class SegmentationDataModule(LightningDataModule):
         white: float | None = None,
         repeat: int = 1,
         sample: str | None = None,
+        classes: Groups | None = None,
+        rest: str = "keep",
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
@@ -119,6 +127,7 @@ class SegmentationDataModule(LightningDataModule):
         self.augment = augment
         self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
+        self.group_classes(classes, rest)
         self.check = check
         self.seed = seed
         self.repeat = repeat
@@ -129,7 +138,19 @@ class SegmentationDataModule(LightningDataModule):
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
+        self._statistics: DatasetStatistics | None = None  # of train
         self.start = 0, 0
+
+    def group_classes(self, classes: Groups | None = None, rest: str = "keep") -> None:
+        """Set the classes, before the first look at the dataset; the arguments are those above.
+
+        Raises:
+            InputError: There is no such `rest`, or a rest of nothing.
+        """
+        check_choice("data.rest", rest, RESTS)
+        if classes is None and rest != "keep":
+            raise InputError(f"data.rest={rest} needs data.classes: without it there is no rest")
+        self.classes, self.rest = classes, rest
 
     def dataset(self, split: str) -> base.BaseDataset:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -150,9 +171,16 @@ class SegmentationDataModule(LightningDataModule):
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
-            self._datasets[split] = base.as_dataset(samples)
-            self._datasets[split].base_dataset.read_as(self.format)
+            dataset = base.as_dataset(samples)
+            dataset.base_dataset.read_as(self.format)
+            if self.classes is not None:
+                dataset = MappedDataset(dataset, self.classes, self.rest)
+            self._datasets[split] = dataset
         return self._datasets[split]
+
+    def take_over(self, other: SegmentationDataModule) -> None:
+        """Use the datasets that another module of the same data has read, and what is in them."""
+        self._datasets, self._statistics = other._datasets, other._statistics
 
     @cached_property
     def labels(self) -> Labels:
@@ -226,6 +254,9 @@ class SegmentationDataModule(LightningDataModule):
         if not statistics:
             return []
         found = notes.describe(statistics, self.labels, duplicates)
+        mapped = self.dataset(next(iter(statistics)))
+        if isinstance(mapped, MappedDataset) and mapped.dropped:
+            found.append(f"Not labelled by data.rest=ignore: {', '.join(mapped.dropped)}.")
         for split, measured in statistics.items():
             dataset = self.dataset(split).base_dataset
             found += notes.listed_twice(split, dataset) + doubts.describe(split, measured, dataset)
@@ -260,11 +291,18 @@ class SegmentationDataModule(LightningDataModule):
         for note in self.describe(statistics, notes.find_duplicates(statistics, originals)):
             log.warning("%s", note)
 
-    def _training_statistics(self) -> DatasetStatistics:
-        statistics = self.checked("train")
-        problems = [problem.message for problem in statistics.problems]
-        base.raise_problems(problems, "problems in the training files")
-        return statistics
+    def statistics(self) -> DatasetStatistics:
+        """Return what a pass over the training samples finds.
+
+        Raises:
+            InputError: Files cannot be used.
+        """
+        if self._statistics is None:
+            statistics = self.checked("train")
+            problems = [problem.message for problem in statistics.problems]
+            base.raise_problems(problems, "problems in the training files")
+            self._statistics = statistics
+        return self._statistics
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -276,7 +314,7 @@ class SegmentationDataModule(LightningDataModule):
         """
         dataset = self.dataset("train")
         if dataset.pairs is not None:
-            counts = self._training_statistics().pixels
+            counts = self.statistics().pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
             counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
@@ -288,7 +326,7 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
-        mean, std = self._training_statistics().mean_and_std()
+        mean, std = self.statistics().mean_and_std()
         if 0 in std:
             raise InputError(
                 f"channel {std.index(0)}, counted from 0, has the same value in all training images"
@@ -415,14 +453,15 @@ class SegmentationDataModule(LightningDataModule):
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
-        if self.cache == "disk":
-            return on_disk(samples)
-        keep = self.cache == "ram"
+        keep = self.cache in ("ram", "disk")
         if self.cache is None and split == "val" and self._device == "cpu":
             # In each epoch they would be decoded by the cores that the network needs.
             alone = self.trainer is not None and self.trainer.world_size == 1
             keep = alone and fits_memory(samples)
-        return in_memory(samples, self.trainer) if keep else samples
+        return self._kept(samples) if keep else samples
+
+    def _kept(self, samples: sampling.ResizedSamples) -> CachedSamples:
+        return on_disk(samples) if self.cache == "disk" else in_memory(samples, self.trainer)
 
     def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
         workers, ahead = self.num_workers, None

@@ -139,7 +139,8 @@ def small_crop(sizes: np.ndarray, resize: Resize, crop: Sequence[int] | None) ->
     factor = math.sqrt(share / GOOD_CROP)
     smaller = [max(32, 32 * round(side * factor / 32)) for side in (height, width)]
     setting = f"data.resize=[{smaller[0]},{smaller[1]}]"
-    if isinstance(resize, int) or (resize is None and len(np.unique(sizes, axis=0)) > 1):
+    shapes = sizes[:, 0] / sizes[:, 1]
+    if isinstance(resize, int) or (resize is None and shapes.max() > 1.05 * shapes.min()):
         setting = f"data.max_side={max(smaller)}"
     return [
         f"A training crop of {crop[1]} x {crop[0]} pixels shows {percent(share)} of an image of "
