@@ -356,8 +356,8 @@ class SegmentationDataModule(LightningDataModule):
             draws = len(self.dataset("train")) * self.repeat
             seen = rare.exposures(self.regions, draws, draws // 2)
             print_table(
-                f"Of {draws:,} images drawn, those that hold each class",
-                ("class", "% of pixels", "equally often", "data.sample=rare"),
+                f"data.sample=rare: of {draws:,} draws, those that hold a class",
+                ("class", "% of pixels", "equally often", "with rare", "aimed at"),
                 [
                     [name, f"{100 * shares[k]:.2f}", *(f"{counts[k]:,.1f}" for counts in seen)]
                     for k, name in enumerate(names)

@@ -93,7 +93,7 @@ def to_paste(regions: Regions) -> Regions:
     return regions._replace(table=regions.table[chosen], chances=chances / chances.sum())
 
 
-def exposures(regions: Regions, draws: int, aimed: int) -> tuple[np.ndarray, np.ndarray]:
+def exposures(regions: Regions, draws: int, aimed: int) -> tuple[np.ndarray, ...]:
     """Return in how many draws, on average, an image is drawn that holds a class.
 
     Args:
@@ -102,11 +102,13 @@ def exposures(regions: Regions, draws: int, aimed: int) -> tuple[np.ndarray, np.
         aimed: Those that aim at a class; the others take every image equally often.
 
     Returns:
-        By class, float64 [256]: where no draw aims at a class, and where these do.
+        By class, float64 [256]: where no draw aims at a class; where these do; and how many of them
+        aim at this one.
     """
     pairs = np.unique(regions.table[:, :2], axis=0)
     image, kind = pairs.T
     usual = np.bincount(kind, minlength=256) / len(regions.sizes)
     of_image = np.bincount(regions.table[:, 0], regions.chances, len(regions.sizes))
     aiming = np.bincount(kind, of_image[image], 256)
-    return draws * usual, (draws - aimed) * usual + aimed * aiming
+    at_it = np.bincount(regions.table[:, 1], regions.chances, 256)
+    return draws * usual, (draws - aimed) * usual + aimed * aiming, aimed * at_it

@@ -79,6 +79,8 @@ def test_exposures_are_those_of_every_draw_enumerated_and_of_a_long_simulation()
     np.testing.assert_allclose(found[0][:3], 12 * usual)
     np.testing.assert_allclose(found[1][:3], 6 * usual + 6 * aimed)
     assert not found[1][3:].any()
+    of_class = np.bincount(TABLE[:, 1], chances_by_hand(TABLE, SHARES, 4))
+    np.testing.assert_allclose(found[2][:3], 6 * of_class)
 
     draws = np.zeros((times, 3))
     for number in range(times):
@@ -223,7 +225,7 @@ def test_regions_are_those_of_the_samples_of_a_set_that_is_made_of_another():
 def test_the_table_of_exposures_fits_60_columns(capsys):
     shapes_module().tell_sampling()
     printed = capsys.readouterr().out
-    assert "Of 22 images drawn" in printed
+    assert "of 22 draws" in printed
     assert all(name in printed for name in small_shapes("train").labels.names)
     assert max(map(len, printed.splitlines())) <= 60
     shapes_module(sample=None, augment=None).tell_sampling()
