@@ -51,8 +51,8 @@ SPLITS = ("train", "val", "test")
 
 
 @cache
-def say(message: str) -> None:
-    """Log a message once, not for each split."""
+def say(message: str, about: Path | None = None) -> None:
+    """Log a message about a folder once, not for each split."""
     log.info("%s", message)
 
 

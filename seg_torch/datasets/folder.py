@@ -87,13 +87,14 @@ def folder(
     given = Path(root).expanduser()
     home, parts, endings = _paired(given, format)
     _refuse_empty_folders(parts, endings)
-    splits, reason = _splits(home, list(endings), val_fraction, seed)
+    splits, reason = _splits(folder_of_lists(home, given), list(endings), val_fraction, seed)
     chosen = splits[base.val_for_test(split, home, "test" in splits)]
     if split == "train":  # which train, inspect and plan read first
-        base.say(_found_files(given, parts, endings))
+        base.say(_found_files(given, parts, endings), given)
         counts = ", ".join(f"{name} {len(names):,}" for name, names in splits.items())
-        base.say(f"splits: {counts}, {reason}")
-    labels, has_colours = _classes(home, parts, endings)
+        base.say(f"splits: {counts}, {reason}", given)
+    own = next((f for f in (home, given) if (f / "classes.txt").exists()), home) / "classes.txt"
+    labels, has_colours = _classes(own, parts, endings)
     read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     pairs = _pairs(chosen, endings, parts)
     if split == "train":
@@ -133,9 +134,8 @@ def _paired(root: Path, format: ImageFormat) -> tuple[Path, Parts, Endings]:
     return home, parts, endings
 
 
-def _classes(home: Path, parts: Parts, endings: Endings) -> tuple[Labels, bool]:
+def _classes(path: Path, parts: Parts, endings: Endings) -> tuple[Labels, bool]:
     """Return the classes and whether they have colours: of classes.txt, or as they are found."""
-    path = home / "classes.txt"
     if path.exists():
         labels, has_colours = base.read_classes(path)
         base.say(f"classes: {len(labels)}, named in {path}: {_listed(labels.names)}")
@@ -186,9 +186,15 @@ def _refuse_empty_folders(parts: Parts, endings: Endings) -> None:
 
 
 def _splits(
-    home: Path, names: list[str], val_fraction: float, seed: int
+    place: Path, names: list[str], val_fraction: float, seed: int
 ) -> tuple[dict[str, list[str]], str]:
     """Return the names of each split, and what made it: folders, lists, or else chance.
+
+    Args:
+        place: Where lists are.
+        names: All names.
+        val_fraction: As in `split_names`.
+        seed: As in `split_names`.
 
     Raises:
         InputError: Folders and lists contradict each other, or the folders leave a split without
@@ -197,7 +203,6 @@ def _splits(
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(split_of_name(name), []).append(name)
-    place = folder_of_lists(home)
     lists = read_split_lists(place, names)
     for listed_as, listed in lists.items():
         others = [name for name in listed if split_of_name(name) not in ("", listed_as)]
@@ -215,7 +220,7 @@ def _splits(
     else:
         if not by_folder.keys() & {"", "train"} or "val" in by_folder:
             found = ", ".join(sorted(filter(None, by_folder)))
-            raise InputError(f"{home}: there is a folder {found}, but none for training images")
+            raise InputError(f"{place}: there is a folder {found}, but none for training images")
         reason = f"by chance (data.dataset.val_fraction={val_fraction:g})"
         if "test" in by_folder and "test" not in lists:
             names = [name for name in names if split_of_name(name) != "test"]

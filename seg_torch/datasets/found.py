@@ -121,10 +121,13 @@ def _look_at(files: Sequence[str], classes: Path) -> tuple[list[str], bool]:
     kind = "colours" if totals["colours"] else "values"
     _refuse_smoothed(totals[kind], kind, examples[kind], classes)
     lines = _lines(totals[kind], kind, bool(palette))
-    if len(totals[kind]) < 2:
+    if len(lines) < 2:
+        only = [
+            _shown(value) if kind == "colours" else str(value) for value in sorted(totals[kind])
+        ]
         raise InputError(
-            f"{examples[kind]} and the other masks hold nothing but {lines[0]}, so there is "
-            "nothing to learn. Are these the masks?"
+            f"{examples[kind]} and the other masks hold nothing but {' and '.join(only)}, so there "
+            "is nothing to learn; are these the masks?"
         )
     return lines, not problems
 
@@ -200,8 +203,10 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
     for value in sorted(counts, key=lambda value: -counts[value].pixels)[:5]:
         share = f"{100 * counts[value].pixels / pixels.sum():.2g} %"
         most.append(f"{_shown(value) if kind == 'colours' else value}: {share}")
-    if squares.sum() < pixels.sum() / 2:
-        reason = "Most neighbouring pixels differ, as in a photograph: are these the masks?"
+    if squares.sum() < pixels.sum() / 2 and len(counts) > 128:
+        reason = (
+            "Most neighbouring pixels differ, as in a photograph; are images and masks exchanged"
+        )
     elif edges > len(counts) / 2:
         reason = (
             f"{edges:,} of them are hardly anywhere but along edges, as JPEG, smoothing and "
@@ -213,7 +218,7 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
             "If each object has its own, these are no classes: give objects of a class the same"
         )
     number = f"more than {TOO_MANY:,}" if len(counts) > TOO_MANY else f"{len(counts):,}"
-    way_out = "" if len(counts) > 254 else f". If each is a class, name them all in {classes}"
+    way_out = "" if len(counts) > 254 else ". If each is a class, name them all there"
     raise InputError(
         f"{classes} is missing, and the masks, such as {file}, hold {number} {kind}, too many to "
         f"be taken for classes. The most frequent: {', '.join(most)}. {reason}{way_out}"

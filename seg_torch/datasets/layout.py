@@ -242,9 +242,14 @@ def split_of_name(name: str) -> str:
     return match[1].lower() if match else ""
 
 
-def folder_of_lists(home: Path) -> Path:
-    """Return where `train.txt` and `val.txt` are: in the folder itself, or where VOC has them."""
-    places = [home, home / "ImageSets/Segmentation", home / "ImageSets"]
+def folder_of_lists(home: Path, given: Path) -> Path:
+    """Return where `train.txt` and `val.txt` are: in the folder itself, or where VOC has them.
+
+    Args:
+        home: The folder of the dataset.
+        given: The one that the user named, which may lie around it.
+    """
+    places = [home, home / "ImageSets/Segmentation", home / "ImageSets", given]
     found = [place for place in places if any((place / f"{s}.txt").is_file() for s in base.SPLITS)]
     return found[0] if found else home
 
