@@ -69,7 +69,8 @@ def test_a_run_and_its_checkpoint_have_the_new_names(trained):
 def test_the_confusion_matrix_is_the_grouped_one_of_the_masks_that_predict_writes(trained):
     """A row for each class of the files, added up by NumPy."""
     line = "predict data/val/images checkpoint=run output=masks save=[dataset]"
-    assert run_command([*line.split(), "trainer.accelerator=cpu"], trained) == 0
+    line += " trainer.accelerator=cpu trainer.precision=32-true"  # as evaluate has it
+    assert run_command(line, trained) == 0
     matrix = np.zeros((5, 3), int)
     for path in sorted((trained / "data/val/masks").iterdir()):
         label = np.array(Image.open(path)).ravel()
