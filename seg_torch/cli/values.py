@@ -23,7 +23,9 @@ SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 # What settings are like that are null by default.
 SAMPLES = {
     "data.resize": [256, 256],
+    "data.max_side": 640,
     "data.augment.crop": [352, 480],
+    "data.augment.paste": 0.5,
     "data.channels": 4,
     "data.rgb": [0, 1, 2],
     "data.eval_batch_size": 4,
@@ -40,12 +42,15 @@ SAMPLES = {
 # Settings, and of lists each item: the smallest and the largest value.
 RANGES = {
     "data.resize": (1, 8192),
+    "data.max_side": (32, 8192),
     "data.augment.crop": (1, math.inf),
     "data.augment.flip": (0, 1),
     "data.augment.jitter": (0, math.inf),
     "data.augment.hue": (0, 0.5),
+    "data.augment.paste": (0, 1),
     "data.batch_size": (1, math.inf),
     "data.eval_batch_size": (1, math.inf),
+    "data.repeat": (1, math.inf),
     "data.channels": (1, math.inf),
     "data.num_workers": (0, math.inf),
     "data.rgb": (0, math.inf),

@@ -50,6 +50,12 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 
 
+@cache
+def say(message: str) -> None:
+    """Log a message once, not for each split."""
+    log.info("%s", message)
+
+
 class Pair(NamedTuple):
     """One sample on disk: its name (unique in the dataset), its image and its mask."""
 
@@ -261,7 +267,14 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             of the classes only, or lines that are numbered from 1.
     """
     with parsing(path):
-        names, colours = parse_classes(read_list(path))
+        lines = read_list(path)
+    return labels_of(lines, path)
+
+
+def labels_of(lines: Sequence[str], path: Path) -> tuple[Labels, bool]:
+    """Return the classes in the lines of a `classes.txt`, as `read_classes` does."""
+    with parsing(path):
+        names, colours = parse_classes(lines)
     if not names:
         raise InputError(f"{path}: holds no class names; write one per line")
     if 0 < len(colours) < len(names):

@@ -1,7 +1,7 @@
 """What is scored, and on what: a checkpoint or a published model, and its own or other data."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.resize import Resize, in_words
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings
@@ -35,7 +36,7 @@ class Model(NamedTuple):
         name: As the user gave it.
         network: Images to logits.
         labels: Its classes.
-        resize: (height, width) at which it sees every image; `None` for their own size.
+        resize: At which size it sees images, see `seg_torch.images.resize.seen_size`.
         format: How files become its images.
         config: Configurations of `model`, `data` and `preprocessing`, where there are any.
     """
@@ -43,7 +44,7 @@ class Model(NamedTuple):
     name: str
     network: Network
     labels: Labels
-    resize: Sequence[int] | None
+    resize: Resize
     format: ImageFormat
     config: dict[str, Any]
 
@@ -155,14 +156,17 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
         InputError: They cannot be used.
     """
     given = {key: value for key, value in plain(cfg.data).items() if value is not None}
-    if given.get("resize") not in (None, model.resize):
-        raise InputError(
-            f"data.resize={given['resize']}: the network sees images as it did in training, at "
-            f"{model.resize or 'their own size'}; a checkpoint is not evaluated at another size"
-        )
+    reduced = isinstance(model.resize, int)
+    seen = {"resize": None, "max_side": model.resize} if reduced else {"resize": model.resize}
+    for key in ("resize", "max_side"):
+        if given.get(key) not in (None, seen.get(key)):
+            raise InputError(
+                f"data.{key}={given[key]}: the network sees images as it did in training, "
+                f"{in_words(model.resize)}; a checkpoint is not evaluated at another size"
+            )
     # Without data=…: the checkpoint's own, with what was set on top.
     stored = {} if "_target_" in given else stored_settings(model.config.get("data", {}), given)
-    settings = {**stored, **given, **model.format.settings(), "resize": model.resize}
+    settings = {**stored, **given, **model.format.settings(), **seen}
     settings["augment"] = None  # which only training needs
     # Names of classes, of which none is an order to Hydra.
     groups = {key: settings.pop(key) for key in ("classes", "rest") if key in settings}
