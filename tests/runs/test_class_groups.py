@@ -27,7 +27,7 @@ ALL = ("trainer.accelerator=cpu", "data.num_workers=0")
 def samples(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     rng = np.random.default_rng(seed)
     found = []
-    for _ in range(5):
+    for _ in range(3):
         image = np.array(picture(int(rng.integers(1000)), 32, 32)).transpose(2, 0, 1)
         mask = rng.choice(np.array([0, 1, 1, 2, 3, 3, 4, 255], np.uint8), (4, 4)).repeat(8, 0)
         found.append((torch.from_numpy(image.copy()), torch.from_numpy(mask.repeat(8, 1))))
