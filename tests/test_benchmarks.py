@@ -142,8 +142,7 @@ def test_a_recipe_gets_as_many_steps_as_fit(benchmarks, tmp_path, monkeypatch, i
 
     monkeypatch.setattr(planning, "train", train)
     (tmp_path / "train.txt").write_text("name\n" * images)
-    recipe = ("null", "null", "null", "ce", 1e-3, 8)
-    planning.by_hand(recipe, tmp_path, "weights", 5, tmp_path / "place")
+    planning.by_hand(planning.RECIPES["shapes"][0], tmp_path, "weights", 5, tmp_path / "place")
     assert 0.93 * 300 <= runs[-1] <= 300
 
 
