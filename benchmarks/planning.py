@@ -107,7 +107,7 @@ def prepare(open_split: Callable[[str], Any], root: Path) -> None:
         names = [f"{split}{i:04d}" for i in range(len(samples))]
         for i, name in enumerate(names):
             image, mask = samples[i]
-            if hasattr(samples, "pairs"):
+            if samples.pairs is not None:
                 source = samples.pairs[i].image
                 shutil.copyfile(source, root / "images" / f"{name}{source.suffix}")
             else:

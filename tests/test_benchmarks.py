@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from seg_torch.datasets import camvid, folder
+from seg_torch.datasets import camvid, folder, shapes
 
 pytest.importorskip("segmentation_models_pytorch")
 
@@ -101,13 +101,15 @@ def test_scaling_draws_what_it_measures(benchmarks, tmp_path):
 def test_a_dataset_is_copied_for_all_sides(benchmarks, tmp_path):
     planning = benchmarks("planning")
     make_data.make_camvid(tmp_path / "camvid")
-    original = partial(camvid, tmp_path / "camvid")
-    planning.prepare(original, tmp_path / "copy")
-    for split in ("train", "val"):
-        copy, samples = folder(tmp_path / "copy", split), original(split)
-        assert copy.labels == samples.labels
-        for one, other in zip(list(copy), list(samples), strict=True):
-            assert all(map(torch.equal, one, other))
+    drawn = partial(shapes, size=32, train=2, val=1)
+    for name, original in {"drawn": drawn, "copy": partial(camvid, tmp_path / "camvid")}.items():
+        planning.prepare(original, tmp_path / name)
+        for split in ("train", "val"):
+            copy, samples = folder(tmp_path / name, split), original(split)
+            assert copy.labels == samples.labels
+            for i in range(len(samples)):
+                assert all(map(torch.equal, copy[i], samples[i]))
+            assert len(copy) == len(samples)
     masks = sorted((tmp_path / "copy/masks").glob("val*.png"))
     truth = np.stack([np.array(Image.open(mask)) for mask in masks])
     found = np.where((truth == 2) | (truth == 255), 0, truth)  # all of class 2 is missed
