@@ -137,7 +137,6 @@ def draw(results: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
         for number, curve in enumerate(curves.values()):
             name = None if number else side
             axes.plot(curve["minutes"], curve["mean_iou"], colour, marker=".", label=name)
-    axes.set_xscale("log")
     axes.set_xlabel("minutes of training, without validation")
     axes.set_ylabel("val mean IoU")
     axes.legend()
