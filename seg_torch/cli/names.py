@@ -46,10 +46,12 @@ def instead_of(key: str, value: str, names: Collection[str]) -> str | None:
     if key == "device" and "trainer.accelerator" in names:
         return f"write {_device(value)}"
     if key in SIZES and "data.augment.crop" in names:
-        sides = value if value.startswith("[") else f"[{value},{value}]"
+        sides, whole = f"[{value},{value}]", f"data.max_side={value}"
+        if value.startswith("["):
+            sides, whole = value, f"data.resize={value}"
         return (
-            f"write data.resize={sides} for whole images of that size, or "
-            f"data.augment.crop={sides} for windows of it"
+            f"write {whole} for whole images of that size, or data.augment.crop={sides} for "
+            "windows of it"
         )
     if key.startswith("data.classes."):
         return "write data.classes='{NEW: [OLD, OLD], NEW: OLD}', all of it in quotes"

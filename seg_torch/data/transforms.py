@@ -224,13 +224,14 @@ def colour_matrices(
 
 def leaves_its_input(transform: Any) -> bool:
     """Return whether a transform is of those of `augment`, none of which works in place."""
-    known = (RandomScaleCrop, PasteRegions, v2.RandomHorizontalFlip, ColourJitter, v2.Identity)
+    flips = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.RandomRotation)
+    known = (RandomScaleCrop, PasteRegions, *flips, ColourJitter, v2.Identity)
     return all(type(step) in known for step in steps(transform))
 
 
 def steps(transform: Any) -> Iterator[Any]:
     """Yield the steps of a transform, also of those that it is composed of."""
-    if type(transform) is v2.Compose:
+    if type(transform) in (v2.Compose, v2.RandomApply):
         for step in transform.transforms:
             yield from steps(step)
     else:
@@ -265,8 +266,9 @@ def augment(
     jitter: float | Sequence[float] | None = 0.25,
     hue: float = 0.05,
     paste: float | None = None,
+    turn: bool = False,
 ) -> v2.Transform:
-    """Return the training transform: random scale and crop, paste, horizontal flip, colour jitter.
+    """Return the training transform: random scale and crop, paste, flips, colour jitter.
 
     Args:
         crop: (height, width) of the window; `None` leaves size and scale as they are.
@@ -277,6 +279,9 @@ def augment(
         hue: Largest change of hue, as a fraction of the colour circle.
         paste: Probability that regions of rare classes from another training image are pasted into
             what the crop shows, in sizes of `scale` if there is a crop; see `PasteRegions`.
+        turn: Of images that have no upright direction: instead of `flip`, flip both ways and, where
+            the crop is square, turn by 90 degrees, each with a probability of 1/2. So all four
+            symmetries of a rectangle, or all eight of a square, are equally likely.
 
     Returns:
         A transform of (image uint8 [C, H, W] or float32 of 0 to 255, mask uint8 [H, W]), both
@@ -291,7 +296,11 @@ def augment(
         chosen.append(RandomScaleCrop(crop, scale))
     if paste:
         chosen.append(PasteRegions(paste, None if crop is None else scale, flip))
-    if flip:
+    if turn:
+        chosen += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+        if crop is not None and crop[0] == crop[1]:
+            chosen.append(v2.RandomApply([v2.RandomRotation((90, 90))]))
+    elif flip:
         chosen.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
