@@ -109,6 +109,21 @@ def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples
     return cached
 
 
+def file_on_disk(samples: ResizedSamples) -> Path:
+    """Return the file in which `on_disk` keeps samples, whether it is there or not.
+
+    Raises:
+        InputError: The samples are not decoded from files.
+    """
+    files = samples.dataset.fingerprint()
+    if files is None:
+        raise InputError("data.cache=disk: this dataset is not read from files; use ram")
+    sizes = samples.resize, samples.resize is not None and samples.resize_labels
+    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
+    folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+    return folder / "samples.bin"
+
+
 def on_disk(samples: ResizedSamples) -> CachedSamples:
     """Write all samples to a file, unless an earlier run did, and map it into memory.
 
@@ -118,15 +133,10 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     Raises:
         InputError: The samples are not decoded from files.
     """
-    files = samples.dataset.fingerprint()
-    if files is None:
-        raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-    sizes = samples.size, samples.size is not None and samples.resize_labels
-    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
-    folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+    path = file_on_disk(samples)
+    folder = path.parent
     if not folder.exists():
         log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-    path = folder / "samples.bin"
     with locked(folder, wait=True):
         if not path.exists():
             for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed

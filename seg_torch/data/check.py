@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from seg_torch.data.regions import outlines, regions
 from seg_torch.datasets.base import (
     BaseDataset,
     Pair,
@@ -63,6 +64,12 @@ class DatasetStatistics:
         turns: Of each mask whether its photo is turned by EXIF data and it is not: `UNCLEAR` where
             it may have been drawn on the photo as it is seen, `TURNED` where its size says that it
             was not, else 0; uint8 [N].
+        regions: Sample, class, number of pixels, top, left, height and width of connected regions
+            of the masks at their own size, int32 [R, 7]; see `regions`.
+        grey: Whether each image is seen in grey, with three equal channels, bool [N].
+        upper: Number of pixels of each mask value in the upper half of the masks, int64 [256]; a
+            row in the middle is of the lower one.
+        outlines: Sides of the pixels of each class that are next to other classes, int64 [256].
         problems: All of them.
     """
 
@@ -76,6 +83,10 @@ class DatasetStatistics:
     largest: np.ndarray
     bands: np.ndarray
     turns: np.ndarray
+    regions: np.ndarray
+    grey: np.ndarray
+    upper: np.ndarray
+    outlines: np.ndarray
     problems: list[Problem] = field(default_factory=list)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
@@ -119,7 +130,12 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         largest=np.zeros(count, np.int64),
         bands=np.zeros(count, bool),
         turns=np.zeros(count, np.uint8),
+        regions=np.zeros((0, 7), np.int32),
+        grey=np.zeros(count, bool),
+        upper=np.zeros(256, np.int64),
+        outlines=np.zeros(256, np.int64),
     )
+    found = [result.regions]
     with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
         progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
         for index, outcome in enumerate(progress):
@@ -130,12 +146,17 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
                 continue
             (largest, band, result.turns[index]), *outcome = outcome
             pixels, moments, measured, result.sizes[index] = outcome[:4]
-            result.digests[index], result.thumbnails[index] = outcome[4:]
+            result.digests[index], result.thumbnails[index] = outcome[4:6]
+            result.grey[index], upper, outline, in_mask = outcome[6:]
+            found.append(np.insert(in_mask, 0, index, axis=1))
+            result.upper += upper
+            result.outlines += outline
             result.largest[index], result.bands[index] = largest, bool(band)
             result.measured += measured
             result.pixels += pixels
             result.images += pixels > 0
             result.moments = result.moments + moments
+    result.regions = np.concatenate(found)
     if remembered is not None and not result.problems:
         content = {key: value for key, value in vars(result).items() if key != "problems"}
         with suppress(OSError):  # the home folder may be read-only
@@ -189,11 +210,12 @@ def _doubts(
     return int(largest), band, turns
 
 
-def _measure(
-    image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int], str, np.ndarray]:
-    """Return pixels by mask value, moments and their pixels, size, digest and thumbnail."""
-    pixels = np.bincount(mask.ravel(), minlength=256)
+def _measure(image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray) -> tuple:
+    """Return pixels by mask value, moments and their pixels, and what else the check measures."""
+    halves = mask[: len(mask) // 2], mask[len(mask) // 2 :]
+    upper, lower = (np.bincount(half.ravel(), minlength=256) for half in halves)
+    red, green, blue = np.moveaxis(rgb_shown, 2, 0)
+    grey = bool((red == green).all() and (green == blue).all())
     hidden, measured = missing(image), mask.size
     rgb_image = Image.fromarray(rgb_shown)
     values = np.linspace(0, 1, np.iinfo(image.dtype).max + 1)
@@ -208,7 +230,8 @@ def _measure(
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pixels, moments, measured, image.shape[:2], digest.hexdigest(), np.asarray(small)
+    about_image = image.shape[:2], digest.hexdigest(), np.asarray(small), grey
+    return upper + lower, moments, measured, *about_image, upper, outlines(mask), regions(mask)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:
@@ -216,5 +239,6 @@ def _remembered(dataset: BaseDataset) -> Path | None:
     files = dataset.fingerprint()
     if files is None:
         return None
-    digest = hashlib.sha256((files + inspect.getsource(_measure)).encode()).hexdigest()
+    source = inspect.getsource(_measure) + inspect.getsource(sys.modules[regions.__module__])
+    digest = hashlib.sha256((files + source).encode()).hexdigest()
     return cache_folder() / "checked" / f"{digest}.npz"

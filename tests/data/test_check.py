@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from seg_torch import datasets
+from seg_torch.data.check import check
 from seg_torch.data.module import SegmentationDataModule
 from seg_torch.errors import InputError
 
@@ -81,3 +82,49 @@ def test_d12_a_check_is_repeated_when_a_file_or_the_classes_change(
     make_data.write_lines(own / "classes.txt", ["background", "cat", "dog", "cow"])
     check_folder(own)
     assert len(read) == 8 + 10
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_regions_grey_images_and_the_upper_half_are_those_of_the_files(
+    tmp_path, monkeypatch, workers
+):
+    monkeypatch.setattr("seg_torch.datasets.base.available_cpus", lambda: workers)
+    rng, expected, grey = np.random.default_rng(0), [], []
+    make_data.write_lines(tmp_path / "classes.txt", ["background", "cat"])
+    make_data.write_lines(tmp_path / "train.txt", list("0123"))
+    make_data.write_lines(tmp_path / "val.txt", ["4"])
+    upper = np.zeros(256, int)
+    for i, height in enumerate([48, 33, 1, 40, 40]):
+        photo = rng.integers(0, 256, (height, 40, 3), np.uint8)
+        if i % 2:
+            photo[:] = photo[..., :1]
+        mask = np.full((height, 40), 255, np.uint8)
+        if i < 3:
+            mask[:, 10:] = 0
+            mask[height // 3, 20:30] = 1
+            expected += [(i, 0), (i, 1)] if height > 1 else [(i, 0), (i, 0), (i, 1)]
+        make_data.save(photo, tmp_path / "images" / f"{i}.png")
+        make_data.save(mask, tmp_path / "masks" / f"{i}.png")
+        if i < 4:
+            upper += np.bincount(mask[: height // 2].ravel(), minlength=256)
+            grey.append(i % 2 == 1)
+    dataset = datasets.folder(tmp_path, "train")
+    for _ in range(2):  # the second time as it is remembered
+        found = check(dataset)
+        assert found.regions[:, :2].tolist() == [list(row) for row in expected]
+        assert found.regions.dtype == np.int32
+        assert found.regions[:2].tolist() == [
+            [0, 0, 48 * 30 - 10, 0, 10, 48, 30],
+            [0, 1, 10, 16, 20, 1, 10],
+        ]
+        assert found.grey.tolist() == grey
+        assert found.upper.tolist() == upper.tolist()
+        assert found.upper.dtype == np.int64
+        monkeypatch.setattr("seg_torch.data.check._examine", None)
+
+
+def test_what_other_code_measured_is_not_remembered(own, monkeypatch):
+    train = datasets.folder(own, "train")
+    assert len(check(train).regions)
+    monkeypatch.setattr("seg_torch.data.check.regions", lambda mask: np.zeros((0, 6), np.int32))
+    assert check(train).regions.shape == (0, 7)
