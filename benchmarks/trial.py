@@ -100,7 +100,7 @@ def run(overrides: Sequence[str], batches: int, device: str) -> tuple[float, int
     with tempfile.TemporaryDirectory() as folder:
         limits = [f"trainer.limit_{split}_batches={BATCHES}" for split in ("val", "test")]
         limits += [f"trainer.limit_train_batches={batches}", f"trainer.max_epochs={EPOCHS}"]
-        line = [sys.executable, "-m", "seg_torch", "train", *overrides, *limits]
+        line = [sys.executable, "-m", "seg_torch", "train", "recipe=null", *overrides, *limits]
         started = time.time()
         process = subprocess.Popen([*line, f"output_dir={folder}/run"], stdout=subprocess.DEVNULL)
         while process.poll() is None:
