@@ -61,4 +61,4 @@ def test_a_command_in_a_message_stays_on_one_line_of_a_narrow_terminal(monkeypat
     terminal = StringIO()
     terminal.isatty = lambda: True
     lines = wrapped(f"For other names, change them in a copy of the list:\n{command}", terminal)
-    assert lines.splitlines()[1:] == ["  copy of the list:", command]
+    assert lines.splitlines()[1:] == ["  of the list:", command]
