@@ -183,8 +183,7 @@ class MappedDataset(base.BaseDataset):
         files = self.dataset.fingerprint()
         if files is None:
             return None
-        mapped = repr((files, self.labels.to_dict(), self.table.tolist()))
-        return hashlib.sha256(mapped.encode()).hexdigest()
+        return hashlib.sha256(files.encode() + self.table.tobytes()).hexdigest()
 
     def image_size(self, index: int) -> tuple[int, int] | None:
         """Return (height, width) of an image by its header; `None` where that takes reading it."""
