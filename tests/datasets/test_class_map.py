@@ -235,4 +235,4 @@ def test_groups_as_text_are_read_as_they_were():
     groups = {"way": ["lane", "road"], "a: b": ["it's", 'say "x"', "x,y", "Löwe 1"], "none": []}
     text = as_text(groups)
     assert yaml.load(text, yaml.BaseLoader) == groups
-    assert text.startswith('{way: [lane, road], "a: b": ["it\'s", ')
+    assert text.startswith('{way:[lane,road],"a: b":["it\'s",')
