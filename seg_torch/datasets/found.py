@@ -205,20 +205,20 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
         most.append(f"{_shown(value) if kind == 'colours' else value}: {share}")
     if squares.sum() < pixels.sum() / 2 and len(counts) > 128:
         reason = (
-            "Most neighbouring pixels differ, as in a photograph; are images and masks exchanged"
+            "Most neighbouring pixels differ, as in a photograph; are images and masks exchanged?"
         )
     elif edges > len(counts) / 2:
         reason = (
             f"{edges:,} of them are hardly anywhere but along edges, as JPEG, smoothing and "
             "resizing leave them. Export the masks anew, as PNG and without smoothed edges; masks "
-            "are resized by nearest neighbour"
+            "are resized by nearest neighbour."
         )
     else:
         reason = (
             "If each object has its own, these are no classes: give objects of a class the same"
         )
     number = f"more than {TOO_MANY:,}" if len(counts) > TOO_MANY else f"{len(counts):,}"
-    way_out = "" if len(counts) > 254 else ". If each is a class, name them all there"
+    way_out = "" if len(counts) > 254 else " If each is a class, name them all there."
     raise InputError(
         f"{classes} is missing, and the masks, such as {file}, hold {number} {kind}, too many to "
         f"be taken for classes. The most frequent: {', '.join(most)}. {reason}{way_out}"
