@@ -32,6 +32,11 @@ SYSTEM_FOLDERS = {
 PATIENCE = 30 if os.name == "nt" else 0
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: `~/.cache/seg_torch`, or in `XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seg_torch"
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of that name is none of the user's data.
 

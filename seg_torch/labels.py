@@ -118,6 +118,8 @@ class Labels:
 COLOUR = re.compile(
     r"(.+?)[\s,;:]+(?:rgb)?[(\[]?(\d{1,9})[\s,;]+(\d{1,9})[\s,;]+(\d{1,9})[)\]]?", re.IGNORECASE
 )
+# A class that is called by its colour.
+ITS_COLOUR = re.compile(r"(#[0-9a-f]{6})\s+(\d{1,3} \d{1,3} \d{1,3})", re.IGNORECASE)
 HEX_COLOUR = re.compile(r"(.+?)[\s,;:]+#([0-9a-f]{6})(?:\s+#.*)?", re.IGNORECASE)
 NUMBERED = re.compile(r"(\d+)(?:\s*[:,;)=]\s*|\s+-\s+|\.\s+|\s+)(\S.*)")
 
@@ -138,6 +140,11 @@ def parse_classes(lines: Sequence[str]) -> tuple[list[str], list[list[int]]]:
         if code and not COLOUR.fullmatch(code[1]):
             names.append(code[1])
             colours.append([*bytes.fromhex(code[2])])
+            continue
+        called = ITS_COLOUR.fullmatch(line)
+        if called and " ".join(map(str, bytes.fromhex(called[1][1:]))) == called[2]:
+            names.append(called[1])
+            colours.append([*bytes.fromhex(called[1][1:])])
             continue
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if match := COLOUR.fullmatch(line):

@@ -123,8 +123,7 @@ def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str
 @pytest.fixture(autouse=True, scope="session")
 def quiet_libraries() -> None:
     """Their loggers are as a command leaves them, whichever test comes first."""
-    # matplotlib tells of the list of fonts that it makes in a new cache folder.
-    for name, level in {**QUIET, "matplotlib": logging.WARNING}.items():
+    for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
 
 

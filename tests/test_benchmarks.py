@@ -1,13 +1,20 @@
 """The benchmarks run: one comparison of each kind, at a size of no interest."""
 
+import csv
 import importlib
+import json
 import math
 import sys
 from functools import partial
 
 import make_data
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
+
+from seg_torch.datasets import camvid, folder, shapes
 
 pytest.importorskip("segmentation_models_pytorch")
 
@@ -89,3 +96,106 @@ def test_scaling_draws_what_it_measures(benchmarks, tmp_path):
     assert all(cost.seconds > 0 and cost.memory >= 0 for cost in costs.values())
     scaling.draw({"files": costs, "processes": costs}, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_a_dataset_is_copied_for_all_sides(benchmarks, tmp_path):
+    planning = benchmarks("planning")
+    make_data.make_camvid(tmp_path / "camvid")
+    drawn = partial(shapes, size=32, train=2, val=1)
+    for name, original in {"drawn": drawn, "copy": partial(camvid, tmp_path / "camvid")}.items():
+        planning.prepare(original, tmp_path / name)
+        for split in ("train", "val"):
+            copy, samples = folder(tmp_path / name, split), original(split)
+            assert copy.labels == samples.labels
+            for i in range(len(samples)):
+                assert all(map(torch.equal, copy[i], samples[i]))
+            assert len(copy) == len(samples)
+    masks = sorted((tmp_path / "copy/masks").glob("val*.png"))
+    truth = np.stack([np.array(Image.open(mask)) for mask in masks])
+    found = np.where((truth == 2) | (truth == 255), 0, truth)  # all of class 2 is missed
+    for mask, values in zip(masks, found, strict=True):
+        Image.fromarray(values).save(tmp_path / mask.name)
+    known = truth != 255
+    both = [((truth == c) & (found == c) & known).sum() for c in range(11)]
+    either = [((truth == c) | (found == c))[known].sum() for c in range(11)]
+    expected = np.mean([b / e for b, e in zip(both, either, strict=True) if e])
+    assert planning.score(tmp_path / "copy", tmp_path) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("images", "step"), [(24, 0.6), (88, 0.3), (367, 0.9), (600, 0.07)])
+def test_a_recipe_gets_as_many_steps_as_fit(benchmarks, tmp_path, monkeypatch, images, step):
+    planning = benchmarks("planning")
+    runs = []
+
+    def train(settings, place):
+        given = dict(setting.split("=", 1) for setting in settings)
+        epochs, steps = (
+            int(given[f"trainer.{key}"]) for key in ("max_epochs", "limit_train_batches")
+        )
+        assert steps <= images // 8
+        every = int(given["trainer.check_val_every_n_epoch"])
+        times = [steps * step + 4 * (epoch % every == 0) for epoch in range(1, epochs + 1)]
+        runs.append(10 + sum(times) + 6)  # start and test
+        (place / "run").mkdir(parents=True)
+        with (place / "run/times.csv").open("w") as file:
+            writer = csv.writer(file)
+            writer.writerows([["epoch", "seconds"], *enumerate(times, 1)])
+        return {"seconds": runs[-1], "mean_iou": 0.5}
+
+    monkeypatch.setattr(planning, "train", train)
+    (tmp_path / "train.txt").write_text("name\n" * images)
+    planning.by_hand(planning.RECIPES["shapes"][0], tmp_path, "weights", 5, tmp_path / "place")
+    assert 0.93 * 300 <= runs[-1] <= 300
+
+
+def test_what_was_measured_is_not_measured_again(benchmarks, tmp_path, monkeypatch):
+    planning = benchmarks("planning")
+    done = []
+
+    def measured(name, *arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append((arguments[-1].parent.name, name))
+        return {"mean_iou": 0.1 * len(done), "seconds": 300.0, "memory_gb": 1.0}
+
+    monkeypatch.setattr(planning, "prepare", lambda *_: None)
+    for name in ("ours", "by_hand", "tutorial"):
+        monkeypatch.setattr(planning, name, partial(measured, name))
+    arguments = ["DATA", "WEIGHTS", "--only", "cracks", "shapes", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["planning.py", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        planning.main()
+    monkeypatch.setattr(planning, "tutorial", lambda *_: {**measured_again, "mean_iou": 0.4})
+    measured_again = {"seconds": 300.0, "memory_gb": 1.0}
+    for name in ("ours", "by_hand"):
+        monkeypatch.setattr(planning, name, lambda *_: {**measured_again, "mean_iou": 0.6})
+    planning.main()
+    assert done == [("cracks", "ours"), ("cracks", "by_hand"), ("cracks", "by_hand")]
+    results = json.loads((tmp_path / "results.json").read_text())
+    scores = {name: [found["mean_iou"] for found in row.values()] for name, row in results.items()}
+    assert scores["cracks"] == pytest.approx([0.1, 0.2, 0.3, 0.6, 0.4])
+    assert scores["shapes"] == [0.6, 0.6, 0.6, 0.6, 0.4]
+    line = next(line for line in (tmp_path / "results.md").open() if line.startswith("| cracks |"))
+    assert line.startswith("| cracks | 0.100 (300 s, 1.0 GB) | 0.200 ")
+    assert line.endswith(f"| {0.1 / 0.6:.3f} |\n")  # ours by the best recipe
+
+
+def test_time_to_accuracy_leaves_validation_out(benchmarks, tmp_path, monkeypatch):
+    camvid = benchmarks("camvid")
+    now = iter([0.0, 5.0, 30.0, 100.0, 101.0, 107.0])
+    clock = camvid.Clock(str(tmp_path / "seconds.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(camvid.time, "perf_counter", lambda: next(now))
+        for _ in range(2):  # a validation of 70 s between two epochs of two steps
+            clock.on_train_epoch_start()
+            clock.on_train_batch_end()
+            clock.on_train_batch_end()
+            clock.on_train_epoch_end()
+    assert json.loads((tmp_path / "seconds.json").read_text()) == [30, 37]
+    fast, slow = ({"minutes": [1, 2, 3 * k], "mean_iou": [0.3, 0.5, 0.45]} for k in (1, 2))
+    assert [camvid.minutes_until(t, fast) for t in (0.2, 0.4, 0.5, 0.6)] == [1, 2, 2, None]
+    results = {"ours": {"0": fast, "1": slow}, "peer": {"0": slow}}
+    assert "| 0.40 | 2.0, 2.0 | 2.0 |" in camvid.table(results)
+    assert "| 0.60 | not reached, not reached | not reached |" in camvid.table(results)
+    camvid.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -27,6 +27,7 @@ from seg_torch.checkpoints.hub import hub_file, read_config
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, reason
 from seg_torch.images.format import MOST_CHANNELS, RGB, ImageFormat
+from seg_torch.images.resize import Resize
 from seg_torch.labels import Labels
 from seg_torch.models import weights
 from seg_torch.models.network import Network
@@ -46,7 +47,7 @@ def describe(
     labels: Labels,
     model: dict[str, Any],
     data: dict[str, Any],
-    resize: Sequence[int] | None,
+    resize: Resize,
     format: ImageFormat = RGB,
 ) -> dict[str, Any]:
     """Return what a checkpoint says of itself, as plain data.
@@ -56,7 +57,7 @@ def describe(
         labels: The classes.
         model: Configuration of the model, plain data with `_target_`.
         data: Configuration of the data module, plain data with `_target_`.
-        resize: (height, width) at which the network sees images, or `None`.
+        resize: At which size the network sees images, see `seg_torch.images.resize.seen_size`.
         format: How files become images.
     """
     return {
@@ -67,7 +68,7 @@ def describe(
         "preprocessing": {
             "mean": network.mean.flatten().tolist(),
             "std": network.std.flatten().tolist(),
-            "resize": None if resize is None else [int(side) for side in resize],
+            "resize": [int(side) for side in resize] if isinstance(resize, Sequence) else resize,
             "bands": format.to_dict(),  # so called in all checkpoints
         },
     }
@@ -223,6 +224,8 @@ def check_description(description: dict[str, Any]) -> None:
     if (format != RGB and len(mean) != format.channels) or len(mean) > MOST_CHANNELS:
         raise InputError("its mean and std are not those of its channels")
     sides = (1, 1) if resize is None else resize
+    if type(resize) is int:  # no side of an image is longer
+        sides = resize, resize
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise InputError(f"its resize is {str(resize)[:50]}: two sides of 1 to {MAX_SIDE} pixels")
 

@@ -30,9 +30,11 @@ def compare(graph: Graph, run: GraphRunner) -> float:
     header = ("image", "pixels the same", "probabilities differ by", "network", "exported")
     rows, shares = [], []
     channels = len(graph.network.mean)
-    image, _ = shapes("val", size=max(map(max, SIZES)))[0]
+    side = graph.resize
+    sizes = [*SIZES, (1, side + 64, side + 32)] if isinstance(side, int) else SIZES
+    image, _ = shapes("val", size=max(map(max, sizes)))[0]
     scene = torch.as_tensor(image)[torch.arange(channels) % len(image)]
-    for count, height, width in SIZES:
+    for count, height, width in sizes:
         images = torch.stack([scene[:, i : i + height, :width] for i in range(count)])
         expected, before = _timed(partial(graph, images))
         size = f"{count} x " * (count > 1) + f"{height} x {width}"

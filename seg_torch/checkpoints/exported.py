@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seg_torch.checkpoints import checkpoint
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.errors import InputError, reason, require
+from seg_torch.images.resize import Resize, in_words, seen_size
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.upsample import upsample
@@ -42,24 +43,22 @@ class Graph(nn.Module):
 
     Args:
         network: Images to logits.
-        resize: (height, width) at which the network sees images; `None` for their own size.
+        resize: At which size the network sees images, see `seg_torch.images.resize.seen_size`.
         probabilities: Return them, too.
     """
 
-    def __init__(
-        self, network: Network, resize: Sequence[int] | None, probabilities: bool = False
-    ) -> None:
+    def __init__(self, network: Network, resize: Resize, probabilities: bool = False) -> None:
         super().__init__()
         self.network = network
-        self.resize = None if resize is None else list(resize)
+        self.resize = resize
         self.outputs = OUTPUTS if probabilities else OUTPUTS[:2]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the `outputs` of images uint8 [N, C, H, W]."""
         seen = images
         if self.resize is not None:  # as `resize_image` does it, which no other runtime has
-            seen = F.interpolate(images.float(), self.resize, mode="bilinear", antialias=True)
-            seen = seen.round()
+            size = seen_size(self.resize, *images.shape[-2:])
+            seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round()
         logits = self.network(seen)["out"].float()
         at_size = upsample(logits, images.shape[-2:])
         classes = at_size.argmax(1).to(torch.uint8)
@@ -281,10 +280,12 @@ class ExportedNetwork(Network):
         Raises:
             InputError: The images have another size than that to which the graph resizes them.
         """
-        if self.resize is not None and list(images.shape[-2:]) != self.resize:
+        size = tuple(images.shape[-2:])
+        if seen_size(self.resize, *size) != size:
             raise InputError(
-                f"the exported graph itself resizes every image to {self.resize}, so that scales "
-                "of tta would have no effect; leave them out, or give the checkpoint"
+                f"the exported graph itself resizes every image, to be seen {in_words(self.resize)}"
+                ", so that scales of tta would have no effect; leave them out, or give the "
+                "checkpoint"
             )
         (logits,) = self.run(images.cpu().contiguous(), ["logits"])
         return {"out": logits.to(images.device)}

@@ -23,6 +23,7 @@ from seg_torch.drawing.page import render
 from seg_torch.drawing.visualize import legend
 from seg_torch.errors import InputError, reason
 from seg_torch.files import write_atomically, write_text
+from seg_torch.images.resize import in_words
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.version import REPOSITORY, __version__
@@ -130,11 +131,12 @@ def _public(description: dict[str, Any]) -> dict[str, Any]:
             )
     for key in ("augment", "download"):  # which nobody else needs
         data.pop(key, None)
+    groups = {key: data.pop(key) for key in ("classes", "rest") if key in data}
     versions = {name: version(name) for name in LIBRARIES if name in sys.modules}
     return {
         **description,
         "model": model,
-        "data": _without_texts(data),
+        "data": _without_texts(data) | groups,
         "versions": {"seg_torch": __version__, **versions},
     }
 
@@ -201,7 +203,7 @@ def _card(
         path=f"{HUB_SCHEME}{name}" if "/" in name else name,
         architecture=architecture,
         channels=len(description["preprocessing"]["mean"]),
-        size=description["preprocessing"]["resize"],
+        seen=in_words(description["preprocessing"]["resize"]),
         labels=labels,
         example=EXAMPLE if example else None,
         colours=COLOURS,

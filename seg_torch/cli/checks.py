@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from seg_torch.checkpoints.moved import with_current_names
 from seg_torch.cli import names, paths, values
 from seg_torch.cli.help import compose, settings
-from seg_torch.cli.overrides import Call, groups
+from seg_torch.cli.overrides import Call, given_settings, groups
 from seg_torch.commands import COMMANDS
 from seg_torch.errors import InputError, require
+from seg_torch.planning.budget import seconds_of
 from seg_torch.training import run
 
 # Settings below the top level that null would break.
@@ -47,6 +48,8 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
         name = str(HydraConfig.get().job.config_name)
         defaults, comments = _defaults(call, overrides, name)
         cfg, defaults = _with_current_names(cfg), _with_current_names(defaults)
+        if "recipe" in cfg:
+            _prepare_plan(call, cfg, overrides)
     if "callbacks" in defaults and cfg.get("callbacks") is None:
         OmegaConf.update(cfg, "callbacks", {}, force_add=True)
     for key in [*map(str, defaults), *NOT_NULL]:
@@ -68,6 +71,23 @@ def checked(call: Call, cfg: DictConfig) -> DictConfig:
         extra, package = MODEL_PACKAGES[target]
         require(f"the model of {target}", extra, package)
     return cfg
+
+
+def _prepare_plan(call: Call, cfg: DictConfig, overrides: list[str]) -> None:
+    """Note which settings are the user's; those of an experiment all stay.
+
+    Raises:
+        InputError: The recipe or the budget is none.
+    """
+    choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+    if cfg.recipe not in (None, "auto"):
+        raise InputError(f"recipe={cfg.recipe}: expected auto or null")
+    if cfg.budget is not None:
+        seconds_of(cfg.budget)
+    if choices.get("experiment"):
+        cfg.recipe = None
+    given = given_settings(overrides, choices, call.config_dir)
+    OmegaConf.update(cfg, "given", given, force_add=True)
 
 
 def unknown_setting(call: Call, key: str) -> str | None:

@@ -46,6 +46,7 @@ NOTES = (
 # request of huggingface_hub.
 QUIET = {"lightning.pytorch": logging.WARNING, "lightning.fabric": logging.WARNING}
 QUIET |= {"timm": logging.ERROR, "httpx": logging.WARNING, "httpx2": logging.WARNING}
+QUIET |= {"matplotlib": logging.WARNING}  # which tells of its list of fonts when it is imported
 
 log = logging.getLogger(__name__)
 
@@ -182,9 +183,9 @@ def execute(call: Call, cfg: DictConfig) -> Any:
     flags = [flag for flag in call.flags if flag not in ("-m", "--multirun")]
     sys.argv = [sys.argv[0], *call.start, *flags, *overrides]  # run_jobs puts back what it was
     try:
+        quieten()
         module = importlib.import_module(f"seg_torch.commands.{call.command}")
-        for name, level in QUIET.items():  # after the import, with which Lightning sets its own
-            logging.getLogger(name).setLevel(level)
+        quieten()  # Lightning sets its own levels when it is imported
         return getattr(module, call.command)(cfg)
     finally:
         with suppress(OSError):  # the run has left something in it
@@ -195,6 +196,12 @@ def execute(call: Call, cfg: DictConfig) -> Any:
                 distributed.destroy_process_group()
             for name in os.environ.keys() - environment:
                 del os.environ[name]
+
+
+def quieten() -> None:
+    """Set the levels of the loggers of libraries."""
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _as_typed(command: str, cfg: DictConfig, override: str) -> str:

@@ -46,13 +46,20 @@ def instead_of(key: str, value: str, names: Collection[str]) -> str | None:
     if key == "device" and "trainer.accelerator" in names:
         return f"write {_device(value)}"
     if key in SIZES and "data.augment.crop" in names:
-        sides = value if value.startswith("[") else f"[{value},{value}]"
+        sides, whole = f"[{value},{value}]", f"data.max_side={value}"
+        if value.startswith("["):
+            sides, whole = value, f"data.resize={value}"
         return (
-            f"write data.resize={sides} for whole images of that size, or "
-            f"data.augment.crop={sides} for windows of it"
+            f"write {whole} for whole images of that size, or data.augment.crop={sides} for "
+            "windows of it"
         )
+    if key.startswith("data.classes."):
+        return "write data.classes='{NEW: [OLD, OLD], NEW: OLD}', all of it in quotes"
     if key in CLASSES:
-        return "the classes are those of the data: of classes.txt, or of the annotations"
+        return (
+            "the classes are those of the data: of classes.txt, or of the annotations. "
+            "data.classes='{NEW: [OLD, OLD]}' makes others of them"
+        )
     if scores and key in ("batch", "bs", "batch_size"):
         return f"write data.eval_batch_size={value}"
     if key == "amp":

@@ -67,6 +67,8 @@ def parse(command: str, start: list[str], arguments: list[str]) -> Call:
         InputError: An argument that is none, or see `complete_overrides`.
     """
     parser = get_args_parser()
+    if command == "plan":
+        arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
 
     def refuse(message: str) -> NoReturn:
         flag = re.search(r"--([\w-]+)", message)
@@ -116,7 +118,7 @@ def complete_overrides(
         complete[complete.index(OPTUNA)] = f"{OPTUNA}_miou"
     if command == "evaluate" and "model" in given and "checkpoint" not in given:
         complete.append("checkpoint=null")  # a published model in its place
-    if command == "train":
+    if command in ("train", "plan"):
         complete = _for_training(complete, given)
     return [_literal(command, override, sweep) for override in complete]
 
@@ -144,6 +146,25 @@ def _for_training(overrides: list[str], given: dict[str, str]) -> list[str]:
     return [OWN_DATA if "data.root" in given else DEMO, *overrides]
 
 
+def given_settings(
+    overrides: Sequence[str], choices: dict[str, str], folder: str | None
+) -> list[str]:
+    """Return the names of the settings that are the user's: of the command line and own files.
+
+    Args:
+        overrides: Of one job.
+        choices: The choice in each group.
+        folder: Of the user's own choices.
+    """
+    given = [run.key_of(override) for override in overrides]
+    for group, choice in choices.items():
+        file = Path(folder or "", f"{group}/{choice}.yaml")
+        if folder and file.is_file():
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            given += [f"{group}.{key}" for key in content if key not in ("defaults", "_target_")]
+    return given
+
+
 def groups(command: str, folder: str | None = None) -> dict[str, list[str]]:
     """Return the choices that a user has in each group of a command's configuration."""
     folders = [CONFIG_FOLDER, *([Path(folder)] if folder else [])]
@@ -157,7 +178,10 @@ def groups(command: str, folder: str | None = None) -> dict[str, list[str]]:
 @cache
 def _page(command: str) -> dict[str, Any]:
     """Return the settings at the top level of a command, with their defaults."""
-    return OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml"))  # type: ignore[return-value]
+    page: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / f"{command}.yaml"))
+    if "train" in page["defaults"]:  # whose settings plan has
+        return {**_page("train"), **page, "defaults": _page("train")["defaults"]}
+    return page
 
 
 def _with_keys(
@@ -227,6 +251,9 @@ def _literal(command: str, override: str, sweep: bool) -> str:
         return f"{name}={paths.as_override(key, value, sweep)}"
     if isinstance(_page(command).get(key), list) and "," in value and value[0] != "[" and not sweep:
         return f"{name}=[{value}]"
+    if key == "data.classes" and value.startswith("{") and not sweep:
+        # Hydra would take no umlaut in a name, and merge this with what a YAML file has.
+        return f"{name}={paths.literal(value)}"
     try:
         OverridesParser.create().parse_overrides([override])
     except OverrideParseException:

@@ -1,11 +1,15 @@
 """Whether the values of settings are of the right type and in their range."""
 
 import math
+import re
+from contextlib import suppress
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.cli.messages import as_text
+from seg_torch.configuration import escaped
 from seg_torch.errors import InputError
 from seg_torch.files import CONFIG_FOLDER
 
@@ -19,7 +23,9 @@ SWITCHES_OR_NUMBERS = ("boundary", "model.freeze_encoder")
 # What settings are like that are null by default.
 SAMPLES = {
     "data.resize": [256, 256],
+    "data.max_side": 640,
     "data.augment.crop": [352, 480],
+    "data.augment.paste": 0.5,
     "data.channels": 4,
     "data.rgb": [0, 1, 2],
     "data.eval_batch_size": 4,
@@ -36,12 +42,15 @@ SAMPLES = {
 # Settings, and of lists each item: the smallest and the largest value.
 RANGES = {
     "data.resize": (1, 8192),
+    "data.max_side": (32, 8192),
     "data.augment.crop": (1, math.inf),
     "data.augment.flip": (0, 1),
     "data.augment.jitter": (0, math.inf),
     "data.augment.hue": (0, 0.5),
+    "data.augment.paste": (0, 1),
     "data.batch_size": (1, math.inf),
     "data.eval_batch_size": (1, math.inf),
+    "data.repeat": (1, math.inf),
     "data.channels": (1, math.inf),
     "data.num_workers": (0, math.inf),
     "data.rgb": (0, math.inf),
@@ -70,6 +79,9 @@ def check(cfg: DictConfig, defaults: DictConfig) -> None:
             OmegaConf.update(cfg, key, [value, value])
         if key in WORDS and isinstance(value, str):
             OmegaConf.update(cfg, key, [value])
+    groups = OmegaConf.select(cfg, "data.classes")
+    if isinstance(groups, str):
+        OmegaConf.update(cfg, "data.classes", escaped(_groups(groups)))
     _check_type("", OmegaConf.to_container(cfg), OmegaConf.to_container(defaults))
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(cfg, key)
@@ -77,6 +89,22 @@ def check(cfg: DictConfig, defaults: DictConfig) -> None:
         if any(item is not None and not low <= item <= high for item in items):
             limits = f"{low} to {high}" if high < math.inf else f"at least {low}"
             raise InputError(f"{key}={as_text(_plain(value))}: expected {limits}")
+
+
+def _groups(text: str) -> dict[str, Any]:
+    """Return the groups of classes that a text stands for, YAML in which every value is a text."""
+    with suppress(yaml.YAMLError):
+        node = yaml.compose(text, yaml.BaseLoader)
+        if isinstance(node, yaml.MappingNode):
+            groups = yaml.load(text, yaml.BaseLoader)
+            if len(groups) < len(node.value):
+                raise InputError(f"data.classes={text}: a new class is there twice")
+            spaced = re.sub(r":(?=\S)", ": ", text)  # else road:road is one name
+            return _groups(spaced) if "" in groups.values() and spaced != text else groups
+    raise InputError(
+        f"data.classes={text}: expected groups, in quotes: "
+        "data.classes='{vehicle: [car, truck], road: road}'"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ class Command:
 SERVER = ("fastapi", "uvicorn", "python_multipart")
 COMMANDS = {
     "inspect": Command("data.root", ("output_dir",)),
+    "plan": Command("data.root", ("output_dir", "resume", "init_from"), None),
     "train": Command("data.root", ("output_dir", "resume", "init_from")),
     "evaluate": Command("checkpoint", ("checkpoint", "output_dir")),
     "report": Command("checkpoint", ("checkpoint", "output_dir")),

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +14,7 @@ from seg_torch.checkpoints.comparison import compare, log_int8_scores
 from seg_torch.errors import InputError, check_choice
 from seg_torch.evaluation.setup import Model, open_data
 from seg_torch.files import PARTIAL
-from seg_torch.images.resize import resize_image
+from seg_torch.images.resize import Resize, resize_image, seen_size
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +84,9 @@ def _calibration(cfg: DictConfig, model: Model) -> DataLoader:
     return DataLoader(Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION))))
 
 
-def _images(samples: DataLoader, resize: Sequence[int] | None) -> list[np.ndarray]:
+def _images(samples: DataLoader, resize: Resize) -> list[np.ndarray]:
     """Return images uint8 [1, C, H, W], at the size at which the network sees them."""
-    return [(x if resize is None else resize_image(x, resize)).numpy() for x, _ in samples]
+    return [resize_image(x, seen_size(resize, *x.shape[-2:])).numpy() for x, _ in samples]
 
 
 def _files(path: Path) -> list[Path]:

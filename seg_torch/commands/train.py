@@ -1,5 +1,6 @@
 """train.py: trains a model, keeps its best epoch, and scores that on the test set."""
 
+import time
 from pathlib import Path
 
 from lightning import seed_everything
@@ -11,6 +12,7 @@ from seg_torch.data import SegmentationDataModule
 from seg_torch.distributed import Processes
 from seg_torch.evaluation.scorer import Scorer, score
 from seg_torch.models.network import named_compile_errors
+from seg_torch.planning import plan
 from seg_torch.prediction.inference import Inference, InferenceSettings
 from seg_torch.training import build, run
 from seg_torch.training.signals import StopOnSignal
@@ -28,6 +30,7 @@ def train(cfg: DictConfig) -> float | None:
         InputError: Something is wrong with the settings, the data, the disk or the numbers.
         StoppedError: A signal came, see `seg_torch.training.signals.StopOnSignal`.
     """
+    started = time.monotonic()
     cfg = run.requeued_config(cfg)
     build.check_settings(cfg)
     processes = Processes(cfg.trainer)
@@ -36,14 +39,17 @@ def train(cfg: DictConfig) -> float | None:
     with processes.claimed(folder), StopOnSignal(folder) as stop, run.disk_errors(folder):
         state = build.read_state(folder) if cfg.resume else None
         processes.first(lambda: run.claim(folder, cfg.trainer, state, cfg.get("init_from")))
-        callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
-        trainer = build_trainer(cfg, processes, folder, callbacks)
-        seed_everything(cfg.seed, workers=True, verbose=False)
         data: SegmentationDataModule = instantiate(cfg.data)
         # The first look at the data downloads them.
         processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
+        processes.first(data.tell_sampling)
         processes.first_of_each_machine(data.fetch)
+        if state is None and plan.is_wanted(cfg):
+            data = plan.follow(cfg, data, processes, started)
+        callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
+        trainer = build_trainer(cfg, processes, folder, callbacks)
+        seed_everything(cfg.seed, workers=True, verbose=False)
         network = build.build_network(cfg, data, state, processes)
         task = build.build_task(cfg, data, network)
         run.begin(cfg, folder, trainer, network, data)

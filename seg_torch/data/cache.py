@@ -21,11 +21,10 @@ from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from seg_torch.data.check import cache_folder
 from seg_torch.data.sampling import ResizedSamples
 from seg_torch.datasets.base import in_threads
 from seg_torch.errors import InputError
-from seg_torch.files import PARTIAL, write_atomically
+from seg_torch.files import PARTIAL, cache_folder, write_atomically
 from seg_torch.folders import locked
 from seg_torch.hardware import total_memory
 from seg_torch.version import __version__
@@ -110,6 +109,21 @@ def in_memory(samples: ResizedSamples, trainer: Trainer | None) -> CachedSamples
     return cached
 
 
+def file_on_disk(samples: ResizedSamples) -> Path:
+    """Return the file in which `on_disk` keeps samples, whether it is there or not.
+
+    Raises:
+        InputError: The samples are not decoded from files.
+    """
+    files = samples.dataset.fingerprint()
+    if files is None:
+        raise InputError("data.cache=disk: this dataset is not read from files; use ram")
+    sizes = samples.resize, samples.resize is not None and samples.resize_labels
+    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
+    folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+    return folder / "samples.bin"
+
+
 def on_disk(samples: ResizedSamples) -> CachedSamples:
     """Write all samples to a file, unless an earlier run did, and map it into memory.
 
@@ -119,15 +133,10 @@ def on_disk(samples: ResizedSamples) -> CachedSamples:
     Raises:
         InputError: The samples are not decoded from files.
     """
-    files = samples.dataset.fingerprint()
-    if files is None:
-        raise InputError("data.cache=disk: this dataset is not read from files; use ram")
-    sizes = samples.size, samples.size is not None and samples.resize_labels
-    key = repr((files, sizes, inspect.getsource(ResizedSamples), __version__))
-    folder = cache_folder() / "samples" / hashlib.sha256(key.encode()).hexdigest()
+    path = file_on_disk(samples)
+    folder = path.parent
     if not folder.exists():
         log.info("data.cache=disk: decoding %d images into %s", len(samples), folder)
-    path = folder / "samples.bin"
     with locked(folder, wait=True):
         if not path.exists():
             for partial in folder.glob(f"{PARTIAL}*"):  # of a run that was killed

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from seg_torch.data.regions import regions
+from seg_torch.data.regions import outlines, regions
 from seg_torch.datasets.base import (
     BaseDataset,
     Pair,
@@ -27,7 +26,7 @@ from seg_torch.datasets.base import (
     without_missing,
 )
 from seg_torch.errors import InputError
-from seg_torch.files import write_atomically
+from seg_torch.files import cache_folder, write_atomically
 from seg_torch.images.format import as_array
 from seg_torch.images.missing import missing
 from seg_torch.images.read import doubts, orientation
@@ -70,6 +69,7 @@ class DatasetStatistics:
         grey: Whether each image is seen in grey, with three equal channels, bool [N].
         upper: Number of pixels of each mask value in the upper half of the masks, int64 [256]; a
             row in the middle is of the lower one.
+        outlines: Sides of the pixels of each class that are next to other classes, int64 [256].
         problems: All of them.
     """
 
@@ -86,6 +86,7 @@ class DatasetStatistics:
     regions: np.ndarray
     grey: np.ndarray
     upper: np.ndarray
+    outlines: np.ndarray
     problems: list[Problem] = field(default_factory=list)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
@@ -132,6 +133,7 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         regions=np.zeros((0, 7), np.int32),
         grey=np.zeros(count, bool),
         upper=np.zeros(256, np.int64),
+        outlines=np.zeros(256, np.int64),
     )
     found = [result.regions]
     with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
@@ -145,9 +147,10 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
             (largest, band, result.turns[index]), *outcome = outcome
             pixels, moments, measured, result.sizes[index] = outcome[:4]
             result.digests[index], result.thumbnails[index] = outcome[4:6]
-            result.grey[index], upper, in_mask = outcome[6:]
+            result.grey[index], upper, outline, in_mask = outcome[6:]
             found.append(np.insert(in_mask, 0, index, axis=1))
             result.upper += upper
+            result.outlines += outline
             result.largest[index], result.bands[index] = largest, bool(band)
             result.measured += measured
             result.pixels += pixels
@@ -228,7 +231,7 @@ def _measure(image: np.ndarray, mask: np.ndarray, rgb_shown: np.ndarray) -> tupl
     digest.update(image.tobytes())
     small = rgb_image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     about_image = image.shape[:2], digest.hexdigest(), np.asarray(small), grey
-    return upper + lower, moments, measured, *about_image, upper, regions(mask)
+    return upper + lower, moments, measured, *about_image, upper, outlines(mask), regions(mask)
 
 
 def _remembered(dataset: BaseDataset) -> Path | None:
@@ -239,8 +242,3 @@ def _remembered(dataset: BaseDataset) -> Path | None:
     source = inspect.getsource(_measure) + inspect.getsource(sys.modules[regions.__module__])
     digest = hashlib.sha256((files + source).encode()).hexdigest()
     return cache_folder() / "checked" / f"{digest}.npz"
-
-
-def cache_folder() -> Path:
-    """Return the folder of what can be made anew: `~/.cache/seg_torch`, or in `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seg_torch"

@@ -1,5 +1,7 @@
 """Datasets to batches."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -12,10 +14,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from seg_torch.data import doubts, notes, sampling
+from seg_torch.data import doubts, notes, rare, sampling
 from seg_torch.data.cache import CachedSamples, fits_memory, in_memory, on_disk
 from seg_torch.data.check import DatasetStatistics, Problem, check
-from seg_torch.data.transforms import RandomScaleCrop
+from seg_torch.data.paste import Donors, PasteRegions
+from seg_torch.data.transforms import RandomScaleCrop, steps
 from seg_torch.data.workers import (
     TimedLoader,
     largest_sample,
@@ -24,8 +27,11 @@ from seg_torch.data.workers import (
     start_worker,
 )
 from seg_torch.datasets import base
+from seg_torch.datasets.class_map import RESTS, Groups, MappedDataset
+from seg_torch.drawing.table import print_table
 from seg_torch.errors import InputError, check_choice
 from seg_torch.images.format import RGB, ImageFormat, any_image
+from seg_torch.images.resize import Resize
 from seg_torch.labels import IGNORE_INDEX, Labels
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,8 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; by default as many as there are CPUs for each
             device, at most 8, but none for images that are kept where the network runs on the CPU.
         resize: (height, width) at which the network sees every image; `None` for its own size.
+        max_side: Images are reduced, never enlarged, so that no side is longer, and keep their
+            shape, see `seg_torch.images.resize.seen_size`; not together with `resize`.
         augment: Transform of the training samples, see `seg_torch.data.transforms.augment`.
         cache: Where the decoded and resized samples are kept, once per machine: "none", "ram", or
             "disk" for a file in `~/.cache/seg_torch/samples` (or below `XDG_CACHE_HOME`), which
@@ -51,6 +59,10 @@ class SegmentationDataModule(LightningDataModule):
             same. `False` and `True` mean "none" and "ram". By default the validation images are
             kept in memory where one process trains on the CPU, unless they take a 16th of it.
         check: Whether `check_files` does anything.
+        repeat: How many times an epoch takes each training image, each time in another order and
+            augmented in another way.
+        sample: "rare": half of the draws of an epoch aim at rare classes, see
+            `seg_torch.data.rare`. `None`: all take every image equally often.
         seed: Seed of order and augmentation.
         download: Ask the dataset to fetch itself, for those that can.
         name: What the dataset is called, for those that are looked up by name.
@@ -60,13 +72,18 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Endings of the files that are one image.
         rgb: Channels that are shown.
         white: Value of white in images of more than 8 bits, see there; of RGB, too.
+        classes: Groups of the dataset's classes that are the classes here, by their new names; see
+            `seg_torch.datasets.class_map.map_classes`. By default they are as they are.
+        rest: What becomes of classes in no group: "keep", "background" or "ignore".
 
     Attributes:
+        resize: The size at which the network sees images; a number is their longest side.
         test_split: The split that `test_dataloader` loads, `test` until it is set.
         start: Epoch and batch, both counted from 0, with which `train_dataloader` begins.
 
     Raises:
-        InputError: A batch size is below 1, there is no such `cache`, or `ImageFormat` raises it.
+        InputError: A batch size or `repeat` is below 1, there is no such `cache` or `rest`, both
+            `resize` and `max_side` are given, or `ImageFormat` raises it.
     """
 
     def __init__(
@@ -77,6 +94,7 @@ class SegmentationDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         resize: Sequence[int] | None = None,
+        max_side: int | None = None,
         augment: Callable[..., Any] | None = None,
         cache: str | bool | None = None,
         check: bool = True,
@@ -88,12 +106,13 @@ class SegmentationDataModule(LightningDataModule):
         band_files: Sequence[str] = (),
         rgb: Sequence[int] | None = None,
         white: float | None = None,
+        repeat: int = 1,
+        sample: str | None = None,
+        classes: Groups | None = None,
+        rest: str = "keep",
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
-        for setting, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"data.{setting}={size}: expected at least 1")
+        _check_counts(batch_size=batch_size, eval_batch_size=eval_batch_size or 1, repeat=repeat)
         self.make_dataset = dataset
         self.root = root
         self.download = download
@@ -101,18 +120,33 @@ class SegmentationDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 4
         self.num_workers = num_workers
-        self.resize = resize
+        self.resize = _one_resize(resize, max_side)
         self.augment = augment
         self.cache = {False: "none", True: "ram"}.get(cache, cache)  # type: ignore[arg-type]
         check_choice("data.cache", self.cache or "none", ("none", "ram", "disk"))
+        self.group_classes(classes, rest)
         self.check = check
         self.seed = seed
+        self.repeat, self.sample = repeat, sample
+        check_choice("data.sample", sample or "rare", ("rare",))
         self.format = any_image(white)
         if channels is not None:
             self.format = ImageFormat(channels, bits, tuple(band_files), tuple(rgb or ()), white)
         self.test_split = "test"
         self._datasets: dict[str, base.BaseDataset] = {}
+        self._statistics: DatasetStatistics | None = None  # of train
         self.start = 0, 0
+
+    def group_classes(self, classes: Groups | None = None, rest: str = "keep") -> None:
+        """Set the classes, before the first look at the dataset; the arguments are those above.
+
+        Raises:
+            InputError: There is no such `rest`, or a rest of nothing.
+        """
+        check_choice("data.rest", rest, RESTS)
+        if classes is None and rest != "keep":
+            raise InputError(f"data.rest={rest} needs data.classes: without it there is no rest")
+        self.classes, self.rest = classes, rest
 
     def dataset(self, split: str) -> base.BaseDataset:
         """Return the samples of `train`, `val` or `test` at their original size.
@@ -133,9 +167,16 @@ class SegmentationDataModule(LightningDataModule):
             samples = self.make_dataset(split=split, **kwargs)
             if len(samples) == 0:
                 raise InputError(f"{self.root or 'the dataset'}: no samples for split={split}")
-            self._datasets[split] = base.as_dataset(samples)
-            self._datasets[split].base_dataset.read_as(self.format)
+            dataset = base.as_dataset(samples)
+            dataset.base_dataset.read_as(self.format)
+            if self.classes is not None:
+                dataset = MappedDataset(dataset, self.classes, self.rest)
+            self._datasets[split] = dataset
         return self._datasets[split]
+
+    def take_over(self, other: SegmentationDataModule) -> None:
+        """Use the datasets that another module of the same data has read, and what is in them."""
+        self._datasets, self._statistics = other._datasets, other._statistics
 
     @cached_property
     def labels(self) -> Labels:
@@ -209,12 +250,15 @@ class SegmentationDataModule(LightningDataModule):
         if not statistics:
             return []
         found = notes.describe(statistics, self.labels, duplicates)
+        mapped = self.dataset(next(iter(statistics)))
+        if isinstance(mapped, MappedDataset) and mapped.dropped:
+            found.append(f"Not labelled by data.rest=ignore: {', '.join(mapped.dropped)}.")
         for split, measured in statistics.items():
             dataset = self.dataset(split).base_dataset
             found += notes.listed_twice(split, dataset) + doubts.describe(split, measured, dataset)
         if "train" in statistics:
-            steps = getattr(self.augment, "transforms", [])
-            crop = next((s.size for s in steps if isinstance(s, RandomScaleCrop)), None)
+            crops = (s.size for s in steps(self.augment) if isinstance(s, RandomScaleCrop))
+            crop = next(crops, None)
             found += notes.small_crop(statistics["train"].sizes, self.resize, crop)
         return found
 
@@ -243,11 +287,18 @@ class SegmentationDataModule(LightningDataModule):
         for note in self.describe(statistics, notes.find_duplicates(statistics, originals)):
             log.warning("%s", note)
 
-    def _training_statistics(self) -> DatasetStatistics:
-        statistics = self.checked("train")
-        problems = [problem.message for problem in statistics.problems]
-        base.raise_problems(problems, "problems in the training files")
-        return statistics
+    def statistics(self) -> DatasetStatistics:
+        """Return what a pass over the training samples finds.
+
+        Raises:
+            InputError: Files cannot be used.
+        """
+        if self._statistics is None:
+            statistics = self.checked("train")
+            problems = [problem.message for problem in statistics.problems]
+            base.raise_problems(problems, "problems in the training files")
+            self._statistics = statistics
+        return self._statistics
 
     def pixel_counts(self) -> torch.Tensor:
         """Return the pixels of each class over the training masks, int64 [C].
@@ -259,7 +310,7 @@ class SegmentationDataModule(LightningDataModule):
         """
         dataset = self.dataset("train")
         if dataset.pairs is not None:
-            counts = self._training_statistics().pixels
+            counts = self.statistics().pixels
         else:
             masks = base.in_threads(dataset.mask, range(len(dataset)))
             counts = np.sum([np.bincount(np.ravel(m), minlength=256) for m in masks], axis=0)
@@ -271,12 +322,47 @@ class SegmentationDataModule(LightningDataModule):
         Raises:
             InputError: Files cannot be used, or a channel has the same value everywhere.
         """
-        mean, std = self._training_statistics().mean_and_std()
+        mean, std = self.statistics().mean_and_std()
         if 0 in std:
             raise InputError(
                 f"channel {std.index(0)}, counted from 0, has the same value in all training images"
             )
         return mean, std
+
+    @cached_property
+    def regions(self) -> rare.Regions | None:
+        """What draws aim at, and what is pasted; `None` where neither is wanted.
+
+        These are the regions of the samples, which may be more than those that files hold.
+        """
+        if self.sample is None and not self._pastes:
+            return None
+        return rare.regions_of(check(self.dataset("train"), "train"))
+
+    @property
+    def _pastes(self) -> bool:
+        return any(isinstance(step, PasteRegions) for step in steps(self.augment))
+
+    def tell_sampling(self) -> None:
+        """Print how often `sample` shows each class, and log which ones are pasted, if any are."""
+        if self.regions is None:
+            return
+        names, shares = self.labels.names, self.regions.shares
+        if self.sample is not None:
+            draws = len(self.dataset("train")) * self.repeat
+            seen = rare.exposures(self.regions, draws, draws // 2)
+            print_table(
+                f"Of {draws:,} draws, those with each class",
+                ("class", "% of pixels", "equally often", "with rare", "aimed at"),
+                [
+                    [name, f"{100 * shares[k]:.2f}", *(f"{counts[k]:,.1f}" for counts in seen)]
+                    for k, name in enumerate(names)
+                ],
+            )
+        if self._pastes:
+            kinds = np.unique(rare.to_paste(self.regions).table[:, 1])
+            pasted = ", ".join(names[k] for k in kinds) or "nothing, since no class is rare"
+            log.info("data.augment.paste pastes %s", pasted)
 
     def state_dict(self) -> dict[str, int]:
         """Return how far training is: what the weights of a checkpoint contain.
@@ -303,8 +389,7 @@ class SegmentationDataModule(LightningDataModule):
         samples = self._samples("train", resize_labels=True)
         rank, world = self._rank_and_world()
         sampler = self._epoch_sampler(len(samples), rank, world, *self.start)
-        augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        return self._loader(augmented, sampler, sampling.stack, self.batch_size)
+        return self._loader(self._augmented(samples), sampler, sampling.stack, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of lists of (images, masks, their numbers), one triple per size."""
@@ -333,9 +418,15 @@ class SegmentationDataModule(LightningDataModule):
         if not training:
             batches = sampling.evaluation_batches(len(samples), self.eval_batch_size, rank, world)
             return batches[batch], [samples[index] for index in batches[batch]]
-        augmented = sampling.AugmentedSamples(samples, self.augment, self.seed)
-        keys = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
-        return [index for _, index in keys], [augmented[key] for key in keys]
+        augmented = self._augmented(samples)
+        draws = list(self._epoch_sampler(len(samples), rank, world, epoch))[batch]
+        return [draw.image for draw in draws], [augmented[draw] for draw in draws]
+
+    def _augmented(self, samples: Any) -> sampling.AugmentedSamples:
+        donors = None
+        if self.regions is not None and self._pastes:
+            donors = Donors(samples, rare.to_paste(self.regions))
+        return sampling.AugmentedSamples(samples, self.augment, self.seed, self.regions, donors)
 
     def _epoch_sampler(
         self, length: int, rank: int, world: int, epoch: int, start: int = 0
@@ -343,9 +434,10 @@ class SegmentationDataModule(LightningDataModule):
         # Lightning repeats the batches of a loader that has a `sampler`, not those of a batch
         # sampler.
         trainer: Any = self.trainer
-        repeat = trainer is not None and trainer.overfit_batches > 0
+        overfit = trainer is not None and trainer.overfit_batches > 0
         return sampling.EpochSampler(
-            length, self.batch_size, self.seed, rank, world, epoch, start, repeat
+            *(length, self.batch_size, self.seed, rank, world, epoch, start, overfit, self.repeat),
+            None if self.sample is None else self.regions,
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
@@ -357,14 +449,15 @@ class SegmentationDataModule(LightningDataModule):
 
     def _samples(self, split: str, resize_labels: bool) -> sampling.ResizedSamples | CachedSamples:
         samples = sampling.ResizedSamples(self.dataset(split), self.resize, resize_labels)
-        if self.cache == "disk":
-            return on_disk(samples)
-        keep = self.cache == "ram"
+        keep = self.cache in ("ram", "disk")
         if self.cache is None and split == "val" and self._device == "cpu":
             # In each epoch they would be decoded by the cores that the network needs.
             alone = self.trainer is not None and self.trainer.world_size == 1
             keep = alone and fits_memory(samples)
-        return in_memory(samples, self.trainer) if keep else samples
+        return self._kept(samples) if keep else samples
+
+    def _kept(self, samples: sampling.ResizedSamples) -> CachedSamples:
+        return on_disk(samples) if self.cache == "disk" else in_memory(samples, self.trainer)
 
     def _loader(self, dataset: Any, batches: Any, collate: Callable, batch_size: int) -> DataLoader:
         workers, ahead = self.num_workers, None
@@ -395,3 +488,18 @@ class SegmentationDataModule(LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def _check_counts(**counts: Any) -> None:
+    for setting, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"data.{setting}={count}: expected at least 1")
+
+
+def _one_resize(resize: Sequence[int] | None, max_side: int | None) -> Resize:
+    if resize is not None and max_side is not None:
+        raise InputError(
+            f"data.max_side={max_side} together with data.resize={list(resize)}: images are "
+            "reduced and keep their shape, or all get the same; set one of them to null"
+        )
+    return resize if max_side is None else max_side

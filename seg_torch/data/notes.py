@@ -10,6 +10,7 @@ import numpy as np
 
 from seg_torch.data.check import DatasetStatistics
 from seg_torch.datasets.base import BaseDataset, image_files
+from seg_torch.images.resize import Resize, seen_size
 from seg_torch.labels import IGNORE_INDEX, Labels, near_equal
 
 Statistics = dict[str, DatasetStatistics]  # by split
@@ -119,29 +120,31 @@ def listed_twice(split: str, dataset: BaseDataset) -> list[str]:
     return [f"{len(twice)} images of {split} count more than once, such as {twice[0]}."]
 
 
-def small_crop(
-    sizes: np.ndarray, resize: Sequence[int] | None, crop: Sequence[int] | None
-) -> list[str]:
+def small_crop(sizes: np.ndarray, resize: Resize, crop: Sequence[int] | None) -> list[str]:
     """Return a note if a training crop shows little of an image.
 
     Args:
         sizes: Height and width of the training images, [N, 2]; 0 for unusable ones.
-        resize: (height, width) to which they are resized first.
+        resize: At which size the network sees them, see `seg_torch.images.resize.seen_size`.
         crop: (height, width) of the crops.
     """
     sizes = sizes[sizes[:, 0] > 0]
     if crop is None or not len(sizes):
         return []
     median = sizes[np.argsort(sizes.prod(axis=1))[len(sizes) // 2]].tolist()
-    height, width = resize or median
+    height, width = seen_size(resize, *median)
     share = crop[0] * crop[1] / (height * width)
     if share >= SMALL_CROP:
         return []
     factor = math.sqrt(share / GOOD_CROP)
-    smaller = ",".join(str(max(32, 32 * round(side * factor / 32))) for side in (height, width))
+    smaller = [max(32, 32 * round(side * factor / 32)) for side in (height, width)]
+    setting = f"data.resize=[{smaller[0]},{smaller[1]}]"
+    shapes = sizes[:, 0] / sizes[:, 1]
+    if isinstance(resize, int) or (resize is None and shapes.max() > 1.05 * shapes.min()):
+        setting = f"data.max_side={max(smaller)}"
     return [
         f"A training crop of {crop[1]} x {crop[0]} pixels shows {percent(share)} of an image of "
-        f"{width} x {height}: data.resize=[{smaller}] would show more of it, in less time; a "
+        f"{width} x {height}: {setting} would show more of it, in less time; a "
         "larger data.augment.crop keeps the detail."
     ]
 

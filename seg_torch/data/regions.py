@@ -1,4 +1,4 @@
-"""The connected regions of a mask: how large they are, and where."""
+"""The connected regions of a mask: how large they are, and where; and its outlines."""
 
 import numpy as np
 
@@ -80,3 +80,20 @@ def _joined(begin: np.ndarray, end: np.ndarray, classes: np.ndarray) -> np.ndarr
 def _some(found: np.ndarray) -> np.ndarray:
     """Return `MOST` of the regions of one class, evenly spaced, or all of fewer."""
     return found[np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)]
+
+
+def outlines(mask: np.ndarray) -> np.ndarray:
+    """Return the length of the outlines of each class: sides of its pixels next to other classes.
+
+    Args:
+        mask: Classes, uint8 [H, W]; sides next to pixels of 255 do not count.
+
+    Returns:
+        int64 [256].
+    """
+    sides = np.zeros(256, np.int64)
+    for one, other in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1])):
+        border = one != other
+        pair = np.stack([one[border], other[border]])
+        sides += np.bincount(pair[:, (pair != IGNORE_INDEX).all(0)].ravel(), minlength=256)
+    return sides

@@ -4,8 +4,10 @@ Masks are only ever moved by nearest neighbour, and every pixel that a transform
 `IGNORE_INDEX` in the mask, so no transform can make a label that was not there.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from seg_torch.data.paste import Box, Donors, PasteRegions
 from seg_torch.errors import InputError
 from seg_torch.images.resize import resize_image, resize_mask
 from seg_torch.labels import IGNORE_INDEX
@@ -40,9 +43,15 @@ class RandomScaleCrop(v2.Transform):
         size: (height, width) of the result.
         scale: Range of the factor; `None` for no scaling.
 
+    Attributes:
+        aim: The window shows the region of this box, at a random place in it, or a part of it where
+            it is larger. `None`: it may be anywhere.
+
     Raises:
         InputError: The size is not two positive numbers, or the range is not positive and ordered.
     """
+
+    aim: Box | None = None
 
     def __init__(self, size: Sequence[int], scale: Sequence[float] | None = (0.5, 2.0)) -> None:
         super().__init__()
@@ -60,12 +69,18 @@ class RandomScaleCrop(v2.Transform):
         params: dict[str, Any] = {}
         before, after = [], []
         full_size = tvf.get_size(flat_inputs[0])
-        for start, side, full, target, share in zip(
-            ("top", "left"), "hw", full_size, self.size, shares, strict=True
+        spans = [None, None] if self.aim is None else _spans(self.aim, flat_inputs)
+        for start, side, full, target, share, span in zip(
+            ("top", "left"), "hw", full_size, self.size, shares, spans, strict=True
         ):
             window = max(1, round(target / factor))
             slack = full - window  # negative: the window sticks out of the image
-            first = min(0, slack) + int(share * (abs(slack) + 1))
+            lowest, highest = min(0, slack), max(0, slack)
+            if span is not None:
+                (begin, end), place = span
+                begin, end = (begin, end) if end - begin <= window else (place, place + 1)
+                lowest, highest = max(lowest, end - window), min(highest, begin)
+            first = lowest + int(share * (highest - lowest + 1))
             before.append(max(-first, 0))
             after.append(max(first + window - full, 0))
             params |= {start: max(first, 0), side: window}
@@ -83,6 +98,18 @@ class RandomScaleCrop(v2.Transform):
             colour = inpt.as_subclass(torch.Tensor).float().mean((1, 2))
         pixels = _padded(pixels, params["padding"], colour)
         return tv_tensors.Image(resize_image(pixels, self.size))
+
+
+def _spans(aim: Box, flat_inputs: list[Any]) -> list[tuple[tuple[int, int], int]]:
+    """Return first and last row of a region, and the row of a random pixel of it; columns, too."""
+    kind, top, left, height, width = aim
+    place = (top + height // 2, left + width // 2)
+    for mask in (part for part in flat_inputs if isinstance(part, tv_tensors.Mask)):
+        box = mask.as_subclass(torch.Tensor)[top : top + height, left : left + width]
+        if len(found := (box == kind).nonzero()):  # else the mask was resized, or is not the same
+            row, column = found[torch.randint(len(found), ())].tolist()
+            place = (top + row, left + column)
+    return [((top, top + height), place[0]), ((left, left + width), place[1])]
 
 
 def _padded(
@@ -197,9 +224,39 @@ def colour_matrices(
 
 def leaves_its_input(transform: Any) -> bool:
     """Return whether a transform is of those of `augment`, none of which works in place."""
-    steps = transform.transforms if type(transform) is v2.Compose else [transform]
-    known = (RandomScaleCrop, v2.RandomHorizontalFlip, ColourJitter, v2.Identity)
-    return all(type(step) in known for step in steps)
+    flips = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.RandomRotation)
+    known = (RandomScaleCrop, PasteRegions, *flips, ColourJitter, v2.Identity)
+    return all(type(step) in known for step in steps(transform))
+
+
+def steps(transform: Any) -> Iterator[Any]:
+    """Yield the steps of a transform, also of those that it is composed of."""
+    if type(transform) in (v2.Compose, v2.RandomApply):
+        for step in transform.transforms:
+            yield from steps(step)
+    else:
+        yield transform
+
+
+def for_sample(transform: Any, image: int, aim: Box | None, donors: Donors | None) -> Any:
+    """Return a transform as it is for one sample; what is somebody else's stays as it is.
+
+    Args:
+        transform: Of a sample.
+        image: The number of the image.
+        aim: Of its crop, see `RandomScaleCrop`.
+        donors: Give what is pasted.
+    """
+    if type(transform) is v2.Compose:
+        return v2.Compose([for_sample(step, image, aim, donors) for step in transform.transforms])
+    if isinstance(transform, RandomScaleCrop) and aim is not None:
+        transform = copy.copy(transform)
+        transform.aim = aim
+    elif isinstance(transform, PasteRegions) and donors is not None:
+        transform = copy.copy(transform)
+        transform.draw = partial(donors.draw, image)
+        transform.shares = torch.from_numpy(donors.regions.shares)
+    return transform
 
 
 def augment(
@@ -208,8 +265,10 @@ def augment(
     flip: float = 0.5,
     jitter: float | Sequence[float] | None = 0.25,
     hue: float = 0.05,
+    paste: float | None = None,
+    turn: bool = False,
 ) -> v2.Transform:
-    """Return the training transform: random scale and crop, horizontal flip, colour jitter.
+    """Return the training transform: random scale and crop, paste, flips, colour jitter.
 
     Args:
         crop: (height, width) of the window; `None` leaves size and scale as they are.
@@ -218,20 +277,32 @@ def augment(
         jitter: Largest relative change of brightness, contrast and saturation, one number for all
             or three; `None` for no change of colour at all, hue included.
         hue: Largest change of hue, as a fraction of the colour circle.
+        paste: Probability that regions of rare classes from another training image are pasted into
+            what the crop shows, in sizes of `scale` if there is a crop; see `PasteRegions`.
+        turn: Of images that have no upright direction: instead of `flip`, flip both ways and, where
+            the crop is square, turn by 90 degrees, each with a probability of 1/2. So all four
+            symmetries of a rectangle, or all eight of a square, are equally likely.
 
     Returns:
         A transform of (image uint8 [C, H, W] or float32 of 0 to 255, mask uint8 [H, W]), both
         tv_tensors.
 
     Raises:
-        InputError: `crop` or `scale` is not what `RandomScaleCrop` takes.
+        InputError: `crop` or `scale` is not what `RandomScaleCrop` takes, or `paste` is no
+            probability.
     """
-    steps: list[v2.Transform] = []
+    chosen: list[Any] = []
     if crop is not None:
-        steps.append(RandomScaleCrop(crop, scale))
-    if flip:
-        steps.append(v2.RandomHorizontalFlip(flip))
+        chosen.append(RandomScaleCrop(crop, scale))
+    if paste:
+        chosen.append(PasteRegions(paste, None if crop is None else scale, flip))
+    if turn:
+        chosen += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+        if crop is not None and crop[0] == crop[1]:
+            chosen.append(v2.RandomApply([v2.RandomRotation((90, 90))]))
+    elif flip:
+        chosen.append(v2.RandomHorizontalFlip(flip))
     if jitter is not None:
         changes = [jitter] * 3 if isinstance(jitter, int | float) else jitter
-        steps.append(ColourJitter(*changes, hue))  # type: ignore[call-arg]
-    return v2.Compose(steps or [v2.Identity()])
+        chosen.append(ColourJitter(*changes, hue))  # type: ignore[call-arg]
+    return v2.Compose(chosen or [v2.Identity()])

@@ -1,9 +1,8 @@
 """A folder of any format: which one it is, and why."""
 
 import inspect
-import logging
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from seg_torch.datasets.hub import hf
 from seg_torch.datasets.layout import find_parts
 from seg_torch.errors import InputError
 
-log = logging.getLogger(__name__)
-
 # The formats and what each is recognised by, in the order in which they are looked for.
 FORMATS = """\
-  folder         images/ and masks/, with classes.txt (or other names of these)
+  folder         images/ and masks/, or other names and places of these; classes.txt
   cvat           labelmap.txt and SegmentationClass/
   labelme_voc    class_names.txt and SegmentationClass/ or SegmentationClassPNG/
   roboflow       _classes.csv beside images and masks
@@ -54,7 +51,7 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
             format has no such option.
     """
     dataset, reason = recognise(Path(root).expanduser())
-    _say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
+    base.say(f"data=auto: {root} is read as data={dataset.__name__}, because of {reason}")
     known = [*inspect.signature(dataset).parameters][2:]
     for option in options.keys() - known:
         raise InputError(
@@ -62,12 +59,6 @@ def auto(root: str | Path, split: str, **options: Any) -> Any:
             f"{', '.join(known)}"
         )
     return dataset(root, split, **options)
-
-
-@cache
-def _say(message: str) -> None:
-    """Log a message once, not for each split."""
-    log.info("%s", message)
 
 
 def recognise(home: Path) -> tuple[Callable[..., Any], str]:
@@ -115,11 +106,15 @@ def _by_json(home: Path, files: tuple[str, ...]) -> tuple[Callable[..., Any], st
             if any("segments_info" in annotation for annotation in content["annotations"]):
                 return coco_panoptic, f"the segments_info in {file}"
             return coco, f"the images, annotations and categories in {file}"
-    if parts := find_parts(home):
-        names = {path.relative_to(home).as_posix() for pair in parts.values() for path in pair}
-        if names == {"."}:
-            return folder, "its images beside masks of the same names with _mask"
-        return folder, f"its folders {', '.join(sorted(names))} of images and masks"
+    where, parts = find_parts(home)
+    inside = "" if where == home else f" in {where.relative_to(home).as_posix()}/"
+    if any(images == masks for images, masks in parts.values()):
+        return folder, f"its images beside masks of the same names with _mask or the like{inside}"
+    if parts:
+        paths = {path.relative_to(where).as_posix() for pair in parts.values() for path in pair}
+        names = ", ".join(sorted(f"{path}/" for path in paths if path != "."))
+        what = "masks beside its images" if "." in paths else "images and masks"
+        return folder, f"its folders {names} of {what}{inside}"
     raise InputError(
         f"data=auto: {home} holds {base.first_names(home)} and is in none of the formats that "
         f"are known:\n{FORMATS}\n{_likeliest(home)}If it is a dataset that has a name of its own, "

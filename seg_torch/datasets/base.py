@@ -11,39 +11,49 @@ import os
 import pickle
 import re
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from seg_torch.datasets.masks import NOT_ALLOWED as NOT_ALLOWED
+from seg_torch.datasets.masks import check_values
+from seg_torch.datasets.masks import id_table as id_table
+from seg_torch.datasets.masks import mapped_masks as mapped_masks
+from seg_torch.datasets.masks import read_colour_mask as read_colour_mask
+from seg_torch.datasets.masks import read_index_mask as read_index_mask
+from seg_torch.datasets.masks import read_mapped_mask as read_mapped_mask
+from seg_torch.datasets.masks import refuse_lossy as refuse_lossy
 from seg_torch.errors import InputError, check_choice
 from seg_torch.files import is_hidden, readable
 from seg_torch.files import list_files as list_files
 from seg_torch.hardware import available_cpus
-from seg_torch.images.convert import turned, upright
+from seg_torch.images.convert import turned
 from seg_torch.images.format import RGB, ImageFormat, as_array, as_tensor
 from seg_torch.images.missing import missing
-from seg_torch.images.read import opened, orientation, plain_png
+from seg_torch.images.read import orientation
 from seg_torch.labels import (
     IGNORE_INDEX,
     Labels,
-    encode_segmap,
-    likeliest_mistake,
-    most_frequent,
     parse_classes,
 )
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+
+
+@cache
+def say(message: str, about: Path | None = None) -> None:
+    """Log a message about a folder once, not for each split."""
+    log.info("%s", message)
 
 
 class Pair(NamedTuple):
@@ -257,7 +267,14 @@ def read_classes(path: Path) -> tuple[Labels, bool]:
             of the classes only, or lines that are numbered from 1.
     """
     with parsing(path):
-        names, colours = parse_classes(read_list(path))
+        lines = read_list(path)
+    return labels_of(lines, path)
+
+
+def labels_of(lines: Sequence[str], path: Path) -> tuple[Labels, bool]:
+    """Return the classes in the lines of a `classes.txt`, as `read_classes` does."""
+    with parsing(path):
+        names, colours = parse_classes(lines)
     if not names:
         raise InputError(f"{path}: holds no class names; write one per line")
     if 0 < len(colours) < len(names):
@@ -315,125 +332,6 @@ def pair_files(
     return Pairs(
         (name, f"{images}/{image_files[name]}", f"{masks}/{mask_files[name]}") for name in chosen
     )
-
-
-# Image formats that change what is drawn.
-LOSSY = ("JPEG", "MPO")
-
-
-def read_index_mask(path: str | Path, content: bytes | None = None) -> np.ndarray:
-    """Return the ids in a grey or palette image: indices, never luminance.
-
-    Transparency is ignored. Of floating-point numbers, NaN is not labelled.
-
-    Args:
-        path: The file.
-        content: Of the file, where it lies in another one; `path` is then for the message.
-
-    Returns:
-        uint8 [H, W].
-
-    Raises:
-        InputError: The file is missing, no image, lossy, has several channels, fractions or values
-            above 255.
-    """
-    with opened(path, "a mask", content) as image:
-        refuse_lossy(image, path)
-        if image.mode not in ("L", "LA", "P", "PA", "1", "I", "I;16", "I;16B", "F"):
-            raise InputError(f"{path}: a mask of class ids is grey or palette, not {image.mode}")
-        decoded = plain_png(image, path, content)
-        ids = np.array(upright(image)) if decoded is None else decoded
-    ids = ids if ids.ndim == 2 else ids[..., 0]
-    if ids.dtype.kind == "f":
-        ids = np.where(np.isnan(ids), IGNORE_INDEX, ids)
-        fractions = int((ids != np.rint(ids)).sum())
-        if fractions:
-            raise InputError(
-                f"{path}: {fractions:,} pixels are no whole numbers, so they are no class ids"
-            )
-    if ids.dtype != np.uint8:
-        if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
-            raise InputError(
-                f"{path}: mask values {ids.min()} to {ids.max()}; class ids are 0 to 254, and 255 "
-                "means not labelled",
-                pixels=most_frequent(ids[(ids < 0) | (ids > 255)]),
-            )
-        ids = ids.astype(np.uint8)
-    return ids
-
-
-def refuse_lossy(image: Image.Image, path: str | Path) -> None:
-    """Raise InputError for a mask in a file whose format changes what is drawn."""
-    compression = str(image.info.get("compression", ""))  # of TIFF
-    if image.format in LOSSY or compression in ("jpeg", "webp"):
-        raise InputError(
-            f"{path}: the mask is saved as JPEG, and JPEG is lossy: its values are not those that "
-            "were drawn. Export the masks anew as PNG; converting these files is not enough"
-        )
-
-
-def read_colour_mask(path: str | Path, palette: np.ndarray) -> np.ndarray:
-    """Return the ids of the colours in an image.
-
-    Args:
-        path: An image of any mode; transparency is ignored.
-        palette: Colours of the classes, uint8 [C, 3].
-
-    Returns:
-        uint8 [H, W].
-
-    Raises:
-        InputError: The file is missing, no image, lossy, or holds a colour that no class has.
-    """
-    with opened(path, "a mask") as image:
-        refuse_lossy(image, path)
-        rgb = np.array(upright(image).convert("RGB"))
-    with parsing(path):
-        return encode_segmap(rgb, palette)
-
-
-# In a look-up table: the file must not hold this value. No dataset with a table has 255 classes.
-NOT_ALLOWED = 254
-
-
-def mapped_masks(ids: Mapping[int, int]) -> Callable[[Path], np.ndarray]:
-    """Return a function that reads index masks whose values stand for class ids and 255."""
-    return partial(read_mapped_mask, table=id_table(ids))
-
-
-def id_table(ids: Mapping[int, int]) -> np.ndarray:
-    """Return a look-up table uint8 [256] from the values in a file to class ids and 255."""
-    table = np.full(256, NOT_ALLOWED, np.uint8)
-    table[list(ids)] = list(ids.values())
-    return table
-
-
-def read_mapped_mask(
-    path: str | Path, table: np.ndarray, content: bytes | None = None
-) -> np.ndarray:
-    """Return an index mask with its values looked up in an `id_table`, uint8 [H, W].
-
-    Raises:
-        InputError: The file is one that `read_index_mask` refuses, or holds a value that the table
-            does not allow.
-    """
-    values = read_index_mask(path, content)
-    # Half the time of NumPy's look-up.
-    looked_up = bytearray(values).translate(table.tobytes())
-    ids = np.frombuffer(looked_up, np.uint8).reshape(values.shape)
-    wrong = ids == NOT_ALLOWED
-    if wrong.any():
-        raise _wrong_values(path, values, wrong, np.flatnonzero(table != NOT_ALLOWED).tolist())
-    return ids
-
-
-def _wrong_values(
-    name: object, mask: np.ndarray, wrong: np.ndarray, allowed: object, hint: str = ""
-) -> InputError:
-    found = np.unique(mask).tolist()
-    listed = f"{found}" if len(found) <= 10 else f"{found[:10]} and {len(found) - 10} others"
-    pixels = most_frequent(mask[wrong])
-    return InputError(f"{name}: mask values {listed}; allowed are {allowed}{hint}", pixels=pixels)
 
 
 class BaseDataset(Dataset):
@@ -628,7 +526,7 @@ class SegmentationDataset(BaseDataset):
             InputError: The file cannot be read, or a value is neither a class id nor 255.
         """
         mask = self.read_mask(self.pairs[index].mask)
-        _check_values(mask, self.labels, self.pairs[index].mask)
+        check_values(mask, self.labels, self.pairs[index].mask)
         return mask
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -671,15 +569,6 @@ def as_sample(image: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv
     """Return an image uint8 or uint16 [H, W, C] and its mask uint8 [H, W] as a sample."""
     mask = without_missing(mask, image)
     return tv_tensors.Image(as_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
-
-
-def _check_values(mask: np.ndarray, labels: Labels, name: object) -> None:
-    # Adding one in 8 bits takes 255 to 0, so a single maximum checks "a class id or 255".
-    if mask.size and int((mask + np.uint8(1)).max()) > len(labels):
-        wrong = (mask >= len(labels)) & (mask != IGNORE_INDEX)
-        classes = f"0 to {len(labels) - 1} (the {len(labels)} classes)"
-        allowed = f"{classes} and {IGNORE_INDEX} (not labelled)"
-        raise _wrong_values(name, mask, wrong, allowed, likeliest_mistake(mask, len(labels)))
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, image_name: object, name: object) -> None:
@@ -725,7 +614,7 @@ def checked_sample(dataset: BaseDataset, index: int) -> tuple[tv_tensors.Image, 
             f"{name}: found {' and '.join(parts)}; a sample is a tv_tensors.Image of "
             f"{dtype} [C, H, W] and a tv_tensors.Mask of torch.uint8 [H, W], of one size"
         )
-    _check_values(mask.numpy(), dataset.labels, name)
+    check_values(mask.numpy(), dataset.labels, name)
     return image, mask
 
 

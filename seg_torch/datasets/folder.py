@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import os
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from seg_torch.datasets import base
+from seg_torch.datasets.found import find_classes
 from seg_torch.datasets.layout import (
+    MASK_WORD,
     SPLIT,
+    Parts,
     find_parts,
+    folder_of_lists,
     folders_in,
     read_split_lists,
     split_of_name,
@@ -47,7 +53,8 @@ def folder(
     `root` holds `images/`, `masks/` and `classes.txt`, or another layout of `find_parts`. A mask
     belongs to the image of the same path without its suffix, or to the one whose name it has with
     `_mask` or the like behind it. `classes.txt` has one class per line, `name` or `name R G B`,
-    in the order of the ids; blank lines and `#` comments are skipped.
+    in the order of the ids; blank lines and `#` comments are skipped. Without it, the classes are
+    what `find_classes` finds in the masks. The log says what was taken for what.
 
     The kind of a mask decides what its pixels mean. RGB and RGBA masks hold the colours of
     `classes.txt` (alpha is ignored); (224, 224, 192) is not labelled. Grey and palette masks hold
@@ -77,15 +84,18 @@ def folder(
             or contradicts the folders, pairs are incomplete or ambiguous, or an extra folder has
             other classes.
     """
-    home = Path(root).expanduser()
-    parts, endings = _paired(home, format)
-    if not (home / "classes.txt").exists():
-        mask_files = [mask for _, _, mask in _pairs(endings, endings, parts)]
-        raise InputError(_how_to_write_classes(home / "classes.txt", mask_files))
-    labels, has_colours = base.read_classes(home / "classes.txt")
-    read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
+    given = Path(root).expanduser()
+    home, parts, endings = _paired(given, format)
     _refuse_empty_folders(parts, endings)
-    chosen = _choose_split(home, list(endings), split, val_fraction, seed)
+    splits, reason = _splits(folder_of_lists(home, given), list(endings), val_fraction, seed)
+    chosen = splits[base.val_for_test(split, home, "test" in splits)]
+    if split == "train":  # which train, inspect and plan read first
+        base.say(_found_files(given, parts, endings), given)
+        counts = ", ".join(f"{name} {len(names):,}" for name, names in splits.items())
+        base.say(f"splits: {counts}, {reason}", given)
+    own = next((f for f in (home, given) if (f / "classes.txt").exists()), home) / "classes.txt"
+    labels, has_colours = _classes(own, parts, endings)
+    read_mask = partial(read_folder_mask, palette=labels.palette if has_colours else None)
     pairs = _pairs(chosen, endings, parts)
     if split == "train":
         pairs = itertools.chain(pairs, *(_extra_pairs(more, labels, format) for more in extra))
@@ -95,8 +105,7 @@ def folder(
 def _extra_pairs(
     root: str | Path, labels: Labels, format: ImageFormat
 ) -> Iterator[tuple[str, str, str]]:
-    home = Path(root).expanduser()
-    parts, endings = _paired(home, format)
+    home, parts, endings = _paired(Path(root).expanduser(), format)
     (classes,) = base.find(home, "data.dataset.extra", ["classes.txt"], "see docs/datasets.md")
     if base.read_classes(classes)[0] != labels:
         raise InputError(f"{classes}: other classes than those of data.root")
@@ -104,25 +113,59 @@ def _extra_pairs(
         yield f"{root}/{name}", image, mask
 
 
-Parts = dict[str, tuple[Path, Path]]
 Endings = dict[str, tuple[str, str]]
+Ending = dict[str, str]
 
 
-def _paired(home: Path, format: ImageFormat) -> tuple[Parts, Endings]:
-    """Return the folders of images and masks, and the endings of image and mask by name."""
-    parts, source = find_parts(home), SOURCE
+def _paired(root: Path, format: ImageFormat) -> tuple[Path, Parts, Endings]:
+    """Return what `find_parts` does, and the endings of image and mask by name."""
+    (home, parts), source = find_parts(root), SOURCE
     if not parts:
         if base.list_files(home / "labels", (".txt",)):
             source = "labels/ holds text files: for YOLO's polygons give data=yolo, which needs a "
             source += "data.yaml; for masks, " + SOURCE
         base.find(home, "A dataset of your own", ["images", "masks"], source)
     if "" in parts:
-        return parts, _paired_endings(*parts[""], format)
+        return home, parts, _paired_endings(*parts[""], format)
     endings: Endings = {}
     for start, folders in parts.items():
         pairs = _paired_endings(*folders, format)
         endings |= {start + name: ending for name, ending in pairs.items()}
-    return parts, endings
+    return home, parts, endings
+
+
+def _classes(path: Path, parts: Parts, endings: Endings) -> tuple[Labels, bool]:
+    """Return the classes and whether they have colours: of classes.txt, or as they are found."""
+    if path.exists():
+        labels, has_colours = base.read_classes(path)
+        base.say(f"classes: {len(labels)}, named in {path}: {_listed(labels.names)}")
+        return labels, has_colours
+    lines, remembered = find_classes(base.Pairs(_pairs(endings, endings, parts)), path)
+    labels, has_colours = base.labels_of(lines, path)
+    text = f"classes: {len(labels)}, found in the masks since there is no classes.txt: "
+    if remembered is None:
+        way = f"write this to {path} and change the names:\n" + "\n".join(lines)
+    else:
+        copy = shlex.join(["cp", str(remembered), str(path)])
+        way = f"change them in a copy of the list:\n  {copy}"
+    base.say(f"{text}{_listed(labels.names)}. For other names, {way}")
+    return labels, has_colours
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:12], *["..."][: len(names) > 12]])
+
+
+def _found_files(root: Path, parts: Parts, endings: Endings) -> str:
+    """Say which files are taken for images and which for masks."""
+    kinds = []
+    for number, kind in enumerate(("images", "masks")):
+        counts = Counter(ending[number] for ending in endings.values()).most_common(3)
+        files = ", ".join(f"{count:,} *{ending}" for ending, count in counts)
+        places = [folders[number].relative_to(root).as_posix() for folders in parts.values()]
+        where = " and ".join("the folder itself" if p == "." else f"{p}/" for p in places)
+        kinds.append(f"{kind}: {files} in {where}")
+    return "; ".join(kinds)
 
 
 def _pairs(names: Iterable[str], endings: Endings, parts: Parts) -> Iterator[tuple[str, str, str]]:
@@ -142,10 +185,16 @@ def _refuse_empty_folders(parts: Parts, endings: Endings) -> None:
                 raise InputError(f"{folder}: no images here; fill it, or remove it")
 
 
-def _choose_split(
-    home: Path, names: list[str], split: str, val_fraction: float, seed: int
-) -> list[str]:
-    """Return the names of a split, which folders say, or lists, or else chance.
+def _splits(
+    place: Path, names: list[str], val_fraction: float, seed: int
+) -> tuple[dict[str, list[str]], str]:
+    """Return the names of each split, and what made it: folders, lists, or else chance.
+
+    Args:
+        place: Where lists are.
+        names: All names.
+        val_fraction: As in `split_names`.
+        seed: As in `split_names`.
 
     Raises:
         InputError: Folders and lists contradict each other, or the folders leave a split without
@@ -154,27 +203,33 @@ def _choose_split(
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(split_of_name(name), []).append(name)
-    lists = read_split_lists(home, names)
+    lists = read_split_lists(place, names)
     for listed_as, listed in lists.items():
         others = [name for name in listed if split_of_name(name) not in ("", listed_as)]
         each = f"{listed_as}.txt lists it, but it lies in the folder of another split"
-        what = f"images that {home / listed_as}.txt lists lie in the folder of another split"
+        what = f"images that {place / listed_as}.txt lists lie in the folder of another split"
         base.raise_problems(others, what, each)
-    if not lists.keys() & {"train", "val"}:
-        if {"train", "val"} <= by_folder.keys():
-            others = by_folder.get("", [])
-            each = "it is in no folder of a split"
-            base.raise_problems(others, "images lie in none of the folders train, val, test", each)
-            by_folder |= lists
-            return by_folder[base.val_for_test(split, home, "test" in by_folder)]
+    if lists.keys() & {"train", "val"}:
+        reason = f"by {', '.join(f'{name}.txt' for name in lists)} in {place}"
+    elif {"train", "val"} <= by_folder.keys():
+        others = by_folder.get("", [])
+        each = "it is in no folder of a split"
+        base.raise_problems(others, "images lie in none of the folders train, val, test", each)
+        splits = {name: by_folder[name] for name in base.SPLITS if name in by_folder} | lists
+        return splits, "by the folders"
+    else:
         if not by_folder.keys() & {"", "train"} or "val" in by_folder:
             found = ", ".join(sorted(filter(None, by_folder)))
-            raise InputError(f"{home}: there is a folder {found}, but none for training images")
+            raise InputError(f"{place}: there is a folder {found}, but none for training images")
+        reason = f"by chance (data.dataset.val_fraction={val_fraction:g})"
         if "test" in by_folder and "test" not in lists:
-            if split == "test":
-                return by_folder["test"]
             names = [name for name in names if split_of_name(name) != "test"]
-    return split_names(home, names, split, val_fraction, seed)
+            lists["test"] = by_folder["test"]
+            reason = f"test by its folder, the others {reason}"
+    splits = {
+        split: split_names(place, names, split, val_fraction, seed) for split in base.SPLITS[:2]
+    }
+    return splits | {name: lists[name] for name in lists if name == "test"}, reason
 
 
 def write_folder(
@@ -226,13 +281,20 @@ def read_folder_mask(path: Path, palette: np.ndarray | None) -> np.ndarray:
     with opened(path, "a mask") as image:
         mode = image.mode
     all_grey = palette is not None and bool((palette == palette[:, :1]).all())
+    if mode in ("RGB", "RGBA"):
+        if palette is None:
+            raise InputError(
+                f"{path}: a mask of colours ({mode}); classes.txt needs them: name R G B"
+            )
+        return base.read_colour_mask(path, palette)
     if mode == "P" and palette is not None:
         return read_palette_mask(path, palette, all_grey)
-    if mode not in ("RGB", "RGBA") and not (all_grey and mode in ("L", "LA", "1")):
-        return base.read_index_mask(path)
-    if palette is None:
-        raise InputError(f"{path}: a mask of colours ({mode}); classes.txt needs them: name R G B")
-    return base.read_colour_mask(path, palette)
+    ids = base.read_index_mask(path)
+    if palette is None or not all_grey:
+        return ids
+    grey = ids * np.uint8(255) if mode == "1" else ids
+    with base.parsing(path):
+        return encode_segmap(np.stack([grey] * 3, axis=-1), palette)
 
 
 def read_palette_mask(path: Path, palette: np.ndarray, by_colour: bool = False) -> np.ndarray:
@@ -328,17 +390,24 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
     problems: list[str] = []
     image_endings = _endings(images, "".join(format.files[:1]), problems)
     mask_endings = _endings(masks, "", problems)
+    if images == masks.parent:  # whose images do not lie below it, as the masks do
+        below = f"{masks.name}/"
+        image_endings = {n: e for n, e in image_endings.items() if not n.startswith(below)}
+    _refuse_two_masks(images, masks, image_endings, mask_endings)
     if not image_endings and not mask_endings:
         raise InputError(f"{images} and {masks} hold no images ({', '.join(IMAGE_SUFFIXES)})")
     if images == masks or not any(name in mask_endings for name in image_endings):
         image_endings, mask_endings = without_words(image_endings, mask_endings)
+    usual = next(iter(mask_endings.values()), ".png")
     for name, ending in image_endings.items():
         if name not in mask_endings:
-            problems.append(f"{images / name}{ending}: no mask")
+            image, mask = f"{images / name}{ending}", f"{masks / name}{usual}"
+            problems.append(f"{image}: no mask; add {mask}, or move the image away")
         others = [f"{images / name}{ending}" for ending in format.files]
         problems += [f"{file}: no such file" for file in others if not os.path.exists(file)]
     for name in mask_endings.keys() - image_endings.keys():
-        problems.append(f"{masks / name}{mask_endings[name]}: no image")
+        mask = f"{masks / name}{mask_endings[name]}"
+        problems.append(f"{mask}: no image; add it, or move the mask away")
     what = "files cannot be paired; a mask is named like its image, or all are with _mask behind it"
     base.raise_problems(sorted(problems), what)
     intern = sys.intern
@@ -348,12 +417,32 @@ def _paired_endings(images: Path, masks: Path, format: ImageFormat) -> Endings:
     }
 
 
-def _endings(folder: Path, suffix: str, problems: list[str]) -> dict[str, str]:
+def _refuse_two_masks(images: Path, masks: Path, of_images: Ending, of_masks: Ending) -> None:
+    """Refuse an image with masks of two kinds: x_mask.png and x_label.png, or masks/x.png."""
+    found: dict[str, str] = {}
+    for name, ending in of_images.items():
+        match = MASK_WORD.fullmatch(name)
+        image = match[1] if match else ""
+        if match is None or image not in of_images or (images != masks and name in of_masks):
+            continue
+        mask = f"{images / name}{ending}"
+        other = found.get(image)
+        if images != masks and image in of_masks:
+            other = f"{masks / image}{of_masks[image]}"
+        if other is not None:
+            raise InputError(
+                f"{images / image}{of_images[image]} has two masks, {mask} and {other}: move the "
+                "files of one kind to another folder"
+            )
+        found[image] = mask
+
+
+def _endings(folder: Path, suffix: str, problems: list[str]) -> Ending:
     """Return the ending of each image by name: the suffix or, without one, what an image may have.
 
     Where several have one name, that is added to the problems.
     """
-    endings: dict[str, str] = {}
+    endings: Ending = {}
     for file in base.list_files(folder, (suffix.lower(),) if suffix else IMAGE_SUFFIXES):
         cut = len(file) - len(suffix) if suffix else file.rindex(".")
         name, ending = file[:cut], sys.intern(file[cut:])
@@ -361,31 +450,3 @@ def _endings(folder: Path, suffix: str, problems: list[str]) -> dict[str, str]:
             first = folder / f"{name}{endings[name]}"
             problems.append(f"{first}: ambiguous, there is also {os.path.basename(file)}")
     return endings
-
-
-def _how_to_write_classes(path: Path, masks: Sequence[str]) -> str:
-    """Say what to write to a missing classes.txt, judging by some 20 of the masks."""
-    distinct: set[tuple[int, ...]] = set()
-    for file in masks[:: -(-len(masks) // 20)]:
-        with opened(file, "a mask") as mask:
-            base.refuse_lossy(mask, file)
-            kind = {"RGB": "RGB", "RGBA": "RGB", "1": "L"}.get(mask.mode)  # 1: as 0 and 255
-            pixels = np.array(mask.convert(kind)) if kind else base.read_index_mask(file)
-        values = np.unique(pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1), axis=0)
-        distinct |= {*map(tuple, values.tolist())}
-    colours = sorted(distinct)
-    if len(colours[0]) == 1:
-        ids = [value for (value,) in colours]
-        what = f"the values {', '.join(map(str, ids[:20]))} (255 means not labelled)"
-        classes = max([i for i in ids if i != IGNORE_INDEX], default=0) + 1
-        lines = ["background", *(f"class {i}" for i in range(1, min(classes, 20)))]
-        if ids == [0, IGNORE_INDEX]:
-            lines = ["background 0 0 0", "object 255 255 255"]
-    else:
-        what = f"the colours {', '.join(map(str, colours[:20]))}"
-        lines = [f"class {i} {' '.join(map(str, rgb))}" for i, rgb in enumerate(colours[:20])]
-    return (
-        f"{path} is missing: it names the classes, one per line, in the order of their ids. The "
-        f"masks that were looked at hold {what}. So write, with names of your own:\n"
-        + "\n".join(lines)
-    )

@@ -4,50 +4,93 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from seg_torch.datasets import base
 from seg_torch.errors import InputError
 from seg_torch.files import is_hidden, readable
 from seg_torch.images.read import IMAGE_SUFFIXES
 
-# How folders of images and of masks are called, in lower case.
-IMAGES = {"images", "image", "imgs", "img", "photos", "jpegimages"}
+Parts = dict[str, tuple[Path, Path]]
+
+# How folders of images and of masks are called, in lower case, without hyphens and the like.
+IMAGES = {
+    *("images", "image", "imgs", "img", "photos", "photo", "pictures", "frames", "input", "inputs"),
+    *("jpegimages", "pngimages", "originals", "original"),
+}
 MASKS = {
-    *("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "groundtruth"),
-    *("ground_truth", "segmentation", "segmentations", "segmentationclass"),
+    *("masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot"),
+    *("gt", "gts", "groundtruth", "groundtruths", "segmentation", "segmentations", "seg", "segs"),
+    *("segmentationclass", "segmentationclasspng", "target", "targets"),
 }
 # What follows the common part of the names of an image and its mask.
 IMAGE_WORD = re.compile(r"(.+)([-_. ](?:image|img|sat|rgb))", re.IGNORECASE)
-MASK_WORD = re.compile(r"(.+)([-_. ](?:masks?|labels?|gt|seg|segmentation))", re.IGNORECASE)
-SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[-_]?\d{4})?", re.IGNORECASE)
+MASK_WORD = re.compile(r"(.+)([-_. ](?:masks?|labels?|gt|seg|segmentation|l))", re.IGNORECASE)
+_SPLIT = r"(train|val|test)(?:ing|id|idation)?(?:[-_]?\d{4})?"
+SPLIT = re.compile(_SPLIT, re.IGNORECASE)
+# `train_images`, `trainannot` and `images_train`
+SPLIT_AND_WORD = re.compile(rf"{_SPLIT}[-_. ]?(.*)", re.IGNORECASE)
+WORD_AND_SPLIT = re.compile(rf"(.+?)[-_. ]?{_SPLIT}", re.IGNORECASE)
+DEPTH = 2  # so many folders of archives may lie around a dataset
 
 
-def find_parts(home: Path) -> dict[str, tuple[Path, Path]]:
-    """Return the folders of images and of masks, by what the names of their pairs begin with.
+def find_parts(home: Path, depth: int = DEPTH) -> tuple[Path, Parts]:
+    """Return the folder of a dataset, and its folders of images and masks.
 
-    These layouts are understood: `images/` and `masks/`; two folders of other names that can only
-    mean the same; `train/` and `val/` (and `test/`), each with two such folders; images beside
-    masks whose names end in `_mask`, in the folder itself or in each of `train/` and `val/`.
+    These layouts are understood: two folders, `images/` and `masks/` or of other names that can
+    only mean the same; `train/` and `val/` (and `test/`) in each of the two, or each with two such
+    folders, or in their names (`train_images/`, `train_masks/`); images in the folder itself and
+    masks in one below; images beside masks whose names end in `_mask`. The dataset may lie in the
+    only folder below that has one of these layouts.
+
+    Args:
+        home: Where to look.
+        depth: In how many folders the dataset may lie.
 
     Returns:
-        "" and the two folders, or `train/` and so on, each with its two; empty where the folder has
-        none of these layouts.
+        The folder, and its two folders by what the names of their pairs begin with: "" or `train/`
+        and so on; none where no folder has any of these layouts.
 
     Raises:
-        InputError: There are several folders of images or masks, or one split has none.
+        InputError: There are several folders of images or masks, one split has none, or several
+            folders have a layout.
     """
     if not home.is_dir():
-        return {}
+        return home, {}
+    if (parts := _parts_in(home)) or not depth:
+        return home, parts
+    below = [find_parts(folder, depth - 1) for folder in folders_in(home)]
+    below = [(folder, parts) for folder, parts in below if parts]
+    if len(below) < 2:
+        return below[0] if below else (home, {})
+    if all(images == masks for _, parts in below for images, masks in parts.values()):
+        return home, {"": (home, home)}
+    choices = [f"data.root={quote(str(folder))}" for folder, _ in below[:5]]
+    raise InputError(
+        f"{home}: {len(below)} folders hold images and masks of their own; say which one is meant:"
+        "\n    " + "\n    ".join(choices)
+    )
+
+
+def _parts_in(home: Path) -> Parts:
+    """Return the folders of images and masks in a folder itself."""
     if pair := _images_and_masks(home):
-        return {"": pair}
-    folders = [folder for folder in folders_in(home) if SPLIT.fullmatch(folder.name)]
-    parts = {f"{f.name}/": pair for f in folders if (pair := _images_and_masks(f))}
-    missing = [str(folder) for folder in folders if f"{folder.name}/" not in parts]
-    if parts and missing:
-        raise InputError(
-            f"{', '.join(missing)}: no images with masks here, unlike in {', '.join(parts)}"
-        )
-    return parts
+        return _spelled_differently(*pair) or {"": pair}
+    folders = {f"{f.name}/": f for f in folders_in(home) if SPLIT.fullmatch(f.name)}
+    parts = {start: pair for start, f in folders.items() if (pair := _images_and_masks(f))}
+    if parts:
+        rest = [folders[start] for start in folders.keys() - parts.keys()]
+        _refuse_without_masks(sorted(rest), [*parts])
+        return parts
+    return _splits_in_names(home)
+
+
+def _refuse_without_masks(folders: Iterable[Path], others: list[str]) -> None:
+    """Refuse folders of train and val without masks; those of test are left out."""
+    for folder in folders:
+        if split_of_name(f"{folder.name}/") != "test":
+            raise InputError(f"{folder}: no images with masks here, unlike in {', '.join(others)}")
+        base.say(f"{folder}: there are no masks of these images, so they are left out")
 
 
 def folders_in(home: Path) -> list[Path]:
@@ -58,28 +101,98 @@ def folders_in(home: Path) -> list[Path]:
 
 
 def _images_and_masks(home: Path) -> tuple[Path, Path] | None:
-    """Return the two folders in a folder, or the folder itself twice."""
+    """Return the folders of images and of masks in a folder; the folder itself may be one, or both.
+
+    Raises:
+        InputError: There are several.
+    """
     if (home / "images").is_dir() and (home / "masks").is_dir():
         return home / "images", home / "masks"
-    found = []
-    for names in (IMAGES, MASKS):
-        named = [folder for folder in folders_in(home) if folder.name.lower() in names]
-        found.append([folder for folder in named if base.list_files(folder, IMAGE_SUFFIXES)])
-    images, masks = found
+    images, masks = (_only_one(home, kind) for kind in ("images", "masks"))
     if images and masks:
-        if len(images) + len(masks) > 2:
-            listed = ", ".join(folder.name for folder in [*images, *masks])
-            raise InputError(
-                f"{home}: {listed} could be images and masks; call them images and masks"
-            )
-        return images[0], masks[0]
-    stems = {os.path.splitext(file)[0] for file in _images_in(home)}
-    if any(match[1] in stems or match[1] + "_sat" in stems for match in _matches(stems)):
-        return home, home
-    return None
+        return images, masks
+    stems = {os.path.splitext(file)[0] for file in images_in(home)}
+    beside = any(match[1] in stems or match[1] + "_sat" in stems for match in _matches(stems))
+    if masks and stems:
+        return home, masks
+    return (home, home) if beside else None
 
 
-def _images_in(home: Path) -> list[str]:
+def _only_one(home: Path, kind: str) -> Path | None:
+    """Return the folder of "images" or "masks"; that of this very name comes before others."""
+    words = IMAGES if kind == "images" else MASKS
+    found = [folder for folder in folders_in(home) if _word(folder.name) in words]
+    found = [folder for folder in found if base.list_files(folder, IMAGE_SUFFIXES)]
+    found = [folder for folder in found if folder.name == kind] or found
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        moves = [f"mv {quote(str(folder))} {quote(str(home / kind))}" for folder in found]
+        raise InputError(
+            f"{home}: each of the folders {names} could hold the {kind}; rename the one that is "
+            f"meant:\n    " + "\n    ".join(moves)
+        )
+    return found[0] if found else None
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name.lower())
+
+
+def _spelled_differently(images: Path, masks: Path) -> Parts:
+    """Return the folders of the splits where they are not called the same, none where they are.
+
+    Such as `images/Train` and `masks/train`, or `images/test` without masks.
+    """
+    of_images, of_masks = (
+        [folder for folder in folders_in(place) if SPLIT.fullmatch(folder.name)]
+        for place in (images, masks)
+    )
+    if [folder.name for folder in of_images] == [folder.name for folder in of_masks]:
+        return {}
+    by_split = [{split_of_name(f"{f.name}/"): f for f in each} for each in (of_images, of_masks)]
+    clear = [len(by_split[0]), len(by_split[1])] == [len(of_images), len(of_masks)]
+    others = images_in(images) or len(folders_in(images)) > len(of_images)
+    needed = by_split[0].keys() - {"test"}
+    if not clear or others or not needed or needed != by_split[1].keys() - {"test"}:
+        return {}
+    parts = {f"{s}/": (f, by_split[1][s]) for s, f in by_split[0].items() if s in by_split[1]}
+    _refuse_without_masks([f for s, f in by_split[0].items() if f"{s}/" not in parts], [*parts])
+    return parts
+
+
+def _splits_in_names(home: Path) -> Parts:
+    """Return the folders whose names are those of a split and of images or masks."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for folder in folders_in(home):
+        if match := SPLIT_AND_WORD.fullmatch(folder.name):
+            split, word = match.groups()
+        elif match := WORD_AND_SPLIT.fullmatch(folder.name):
+            word, split = match.groups()
+        else:
+            continue
+        kind = "masks" if _word(word) in MASKS else "images" if _word(word) in IMAGES else word
+        if kind in ("masks", "images", "") and base.list_files(folder, IMAGE_SUFFIXES):
+            found.setdefault(split.lower(), {}).setdefault(kind or "images", []).append(folder)
+    if not any(len(kinds) == 2 for kinds in found.values()):
+        return {}
+    parts = {}
+    for split, kinds in found.items():
+        for kind, folders in kinds.items():
+            if len(folders) > 1:
+                names = ", ".join(folder.name for folder in folders)
+                raise InputError(
+                    f"{home}: each of the folders {names} could hold the {kind} of {split}; move "
+                    "those away that are not meant"
+                )
+        if len(kinds) == 2:
+            parts[f"{split}/"] = kinds["images"][0], kinds["masks"][0]
+    rest = [kinds["images"][0] for kinds in found.values() if "masks" not in kinds]
+    _refuse_without_masks(rest, [f"{images.name}/" for images, _ in parts.values()])
+    return parts
+
+
+def images_in(home: Path) -> list[str]:
+    """Return the names of the images in a folder itself."""
     with readable(home), os.scandir(home) as entries:
         names = [entry.name for entry in entries if not is_hidden(entry.name)]
     return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -129,6 +242,18 @@ def split_of_name(name: str) -> str:
     return match[1].lower() if match else ""
 
 
+def folder_of_lists(home: Path, given: Path) -> Path:
+    """Return where `train.txt` and `val.txt` are: in the folder itself, or where VOC has them.
+
+    Args:
+        home: The folder of the dataset.
+        given: The one that the user named, which may lie around it.
+    """
+    places = [home, home / "ImageSets/Segmentation", home / "ImageSets", given]
+    found = [place for place in places if any((place / f"{s}.txt").is_file() for s in base.SPLITS)]
+    return found[0] if found else home
+
+
 def read_split_lists(root: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Return the names in those of `train.txt`, `val.txt` and `test.txt` that `root` has.
 
@@ -159,11 +284,12 @@ def _listed_name(line: str, known: set[str], root: Path) -> str | None:
     two = re.fullmatch(r"(.+\.\w+)[\s,;]+(\S.*)\.\w+", line)
     image, mask = (line, None) if two is None or line in known else two.groups()
     parts = image.replace("\\", "/").removeprefix(f"{root.absolute().as_posix()}/").split("/")
-    folders = [i for i, part in enumerate(parts[:-1]) if part.lower() in IMAGES]
+    folders = [i for i, part in enumerate(parts[:-1]) if _word(part) in IMAGES]
     # As it is; without the folder of the images; what follows it.
     paths = [image, "/".join(parts).removeprefix("./")]
     paths += ["/".join(parts[:i] + parts[i + 1 :]) for i in folders]
     paths += ["/".join(parts[i + 1 :]) for i in folders]
+    paths += ["/".join(parts[i:]) for i, part in enumerate(parts[:-1]) if SPLIT.fullmatch(part)]
     for path in paths:
         for name in (path, re.sub(r"\.\w+$", "", path)):
             if name in known:

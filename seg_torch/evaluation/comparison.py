@@ -134,7 +134,7 @@ def _best_validation(
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:
     """Return the settings that tell runs apart; those of a choice by its name, such as loss=ce."""
-    settings = dict(_flat(config))
+    settings = dict(_flat({key: value for key, value in config.items() if key != "plan"}))
     for choice in CHOICES:
         function = settings.pop(f"{choice}._target_", None)
         if function is None:

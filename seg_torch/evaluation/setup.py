@@ -1,6 +1,7 @@
 """What is scored, and on what: a checkpoint or a published model, and its own or other data."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ from seg_torch.checkpoints.hub import HUB, first_names, with_classes
 from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
-from seg_torch.datasets.base import SPLITS
+from seg_torch.datasets.base import SPLITS, BaseDataset
+from seg_torch.datasets.class_map import Groups, MappedDataset, as_text
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
 from seg_torch.hardware import available_cpus
 from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.resize import Resize, in_words
 from seg_torch.labels import Labels
 from seg_torch.models.network import Network
 from seg_torch.prediction.inference import Inference, InferenceSettings
@@ -33,7 +36,7 @@ class Model(NamedTuple):
         name: As the user gave it.
         network: Images to logits.
         labels: Its classes.
-        resize: (height, width) at which it sees every image; `None` for their own size.
+        resize: At which size it sees images, see `seg_torch.images.resize.seen_size`.
         format: How files become its images.
         config: Configurations of `model`, `data` and `preprocessing`, where there are any.
     """
@@ -41,7 +44,7 @@ class Model(NamedTuple):
     name: str
     network: Network
     labels: Labels
-    resize: Sequence[int] | None
+    resize: Resize
     format: ImageFormat
     config: dict[str, Any]
 
@@ -75,7 +78,7 @@ def open_for_scoring(cfg: DictConfig, label_quality: bool = False) -> Setup:
     folder = Path(processes.same(str(cfg.output_dir)))
     processes.first(lambda: len(data.dataset(cfg.split)))  # which fetches it, if it can
     processes.first_of_each_machine(lambda: data.dataset(cfg.split))
-    model = with_labels(model, data.dataset(cfg.split).labels)
+    model = with_labels(model, data, cfg.split)
     trainer = build_trainer(cfg, processes, folder)
     hardware.forget_shapes()
     settings = InferenceSettings.parse(cfg.tile, cfg.tta, trainer.precision)
@@ -102,12 +105,14 @@ def open_model(cfg: DictConfig) -> Model:
     return Model(str(cfg.checkpoint), network, labels, resize, format, config)
 
 
-def with_labels(model: Model, labels: Labels) -> Model:
+def with_labels(model: Model, data: SegmentationDataModule, split: str) -> Model:
     """Return a model with the classes of the data; only a published one may know others, too.
 
     Raises:
-        InputError: It has other classes.
+        InputError: It has other classes; the message says how `data.classes` makes them the same.
     """
+    dataset = data.dataset(split)
+    labels = dataset.labels
     if not model.config:
         network = with_classes(model.network, model.labels, labels, model.name)
         return model._replace(network=network, labels=labels)
@@ -115,8 +120,33 @@ def with_labels(model: Model, labels: Labels) -> Model:
         raise InputError(
             f"{model.name} knows the {len(model.labels)} classes {first_names(model.labels)}, the "
             f"data has the {len(labels)} classes {first_names(labels)}"
+            + _how_to_match(model, dataset, data.classes)
         )
     return model
+
+
+def _how_to_match(model: Model, dataset: BaseDataset, given: Groups | None) -> str:
+    """Return the `data.classes` that groups classes of the data as those of a model, if any do.
+
+    Args:
+        model: Its classes are looked for by their names and, where it was trained with
+            `data.classes`, by those of that.
+        dataset: The data, with whichever classes.
+        given: The `data.classes` that led to them, if any.
+    """
+    own = (dataset.dataset if isinstance(dataset, MappedDataset) else dataset).labels
+    groups, left = {}, {name.casefold(): name for name in own.names}
+    for name in model.labels.names:
+        names = [name]
+        for known in (model.config["data"].get("classes"), given):
+            old = known.get(name, []) if isinstance(known, Mapping) else []
+            names += map(str, old if isinstance(old, list) else [old])
+        groups[name] = [left.pop(n.casefold()) for n in names if n.casefold() in left]
+    if not any(groups.values()):
+        return "; data.classes='{NEW: [OLD, OLD]}' says which of them are the same"
+    rest = "background" if "background" in map(str.casefold, groups) else "ignore"
+    setting = shlex.quote(f"data.classes={as_text(groups)}")
+    return f". Those of the same names are scored with\n  {setting} data.rest={rest}"
 
 
 def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
@@ -126,18 +156,24 @@ def open_data(cfg: DictConfig, model: Model) -> SegmentationDataModule:
         InputError: They cannot be used.
     """
     given = {key: value for key, value in plain(cfg.data).items() if value is not None}
-    if given.get("resize") not in (None, model.resize):
-        raise InputError(
-            f"data.resize={given['resize']}: the network sees images as it did in training, at "
-            f"{model.resize or 'their own size'}; a checkpoint is not evaluated at another size"
-        )
+    reduced = isinstance(model.resize, int)
+    seen = {"resize": None, "max_side": model.resize} if reduced else {"resize": model.resize}
+    for key in ("resize", "max_side"):
+        if given.get(key) not in (None, seen.get(key)):
+            raise InputError(
+                f"data.{key}={given[key]}: the network sees images as it did in training, "
+                f"{in_words(model.resize)}; a checkpoint is not evaluated at another size"
+            )
     # Without data=…: the checkpoint's own, with what was set on top.
     stored = {} if "_target_" in given else stored_settings(model.config.get("data", {}), given)
-    settings = {**stored, **given, **model.format.settings(), "resize": model.resize}
+    settings = {**stored, **given, **model.format.settings(), **seen}
     settings["augment"] = None  # which only training needs
+    # Names of classes, of which none is an order to Hydra.
+    groups = {key: settings.pop(key) for key in ("classes", "rest") if key in settings}
     data = instantiate_trusted(settings, cfg.trust, DATA)
     if not isinstance(data, SegmentationDataModule):
         raise InputError(f"the checkpoint's data are no data module but a {type(data).__name__}")
+    data.group_classes(**groups)
     return data
 
 

@@ -381,3 +381,38 @@ def _published_file(name: str) -> Path:
             "model.encoder"
         )
     return download_from_hugging_face(pretrained_cfg.hf_hub_id, "model.safetensors")
+
+
+def is_at_hand(encoder: str) -> bool:
+    """Return whether the published weights of a timm encoder are in the local cache."""
+    published = timm.get_pretrained_cfg(encoder)
+    repository = published.hf_hub_id if published is not None else None
+    if not repository:
+        return False
+    found = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
+    return isinstance(found, str)
+
+
+def encoder_of_file(path: str | Path, others: Collection[str] = ()) -> str | None:
+    """Return the timm encoder whose weights a file holds: by its name, or that of its folder.
+
+    Args:
+        path: Such as `resnet34.a1_in1k.safetensors`, or `model.safetensors` in a folder
+            `resnet34.a1_in1k`, or in that of the cache of the Hugging Face Hub.
+        others: Encoders whose tensors are compared with those of the file, if no name helps.
+
+    Returns:
+        The name, `None` if it is none of them.
+    """
+    path = Path(path)
+    for part in (path.name, *reversed(path.parts[:-1])):
+        name = re.sub(r"^models--timm--|\.(safetensors|pth|pt|bin)$", "", part)
+        if timm.is_model(name.split(".")[0]):
+            return name
+    tensors = {_plain_name(name): value.shape for name, value in read_state_dict(path).items()}
+    for name in others:
+        with torch.device("meta"):
+            own = timm.create_model(name, features_only=True).state_dict()
+        if all(tensors.get(_plain_name(key)) == value.shape for key, value in own.items()):
+            return name
+    return None

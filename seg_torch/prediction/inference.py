@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seg_torch import hardware
 from seg_torch.errors import InputError
-from seg_torch.images.resize import resize_image
+from seg_torch.images.resize import Resize, in_words, resize_image
 from seg_torch.labels import IGNORE_INDEX
 from seg_torch.models.network import Network
 from seg_torch.prediction.tiles import CrossFade, spans
@@ -109,8 +109,8 @@ class Inference:
     Args:
         network: Images to logits. Where it is, and in which mode, stays as it is.
         num_classes: Number of classes C.
-        resize: (height, width) at which the network is given every image, which is then never
-            tiled; `None` for their own size.
+        resize: At which size the network is given images, see
+            `seg_torch.images.resize.seen_size`; unless it is their own they are never tiled.
         settings: How images go through the network.
 
     Raises:
@@ -121,12 +121,12 @@ class Inference:
         self,
         network: Network,
         num_classes: int,
-        resize: Sequence[int] | None = None,
+        resize: Resize = None,
         settings: InferenceSettings = InferenceSettings(),
     ) -> None:
         if isinstance(settings.tile, int) and resize is not None:
             raise InputError(
-                f"tile={settings.tile}: this network sees every image at {tuple(resize)}, as in "
+                f"tile={settings.tile}: this network sees every image {in_words(resize)}, as in "
                 "training, so there is nothing to tile; leave tile=auto"
             )
         self.network = network

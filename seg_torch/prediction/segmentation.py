@@ -30,7 +30,7 @@ from seg_torch.files import write_atomically
 from seg_torch.images.format import RGB, ImageFormat, as_tensor
 from seg_torch.images.geotiff import SUFFIXES, place, write_geotiff
 from seg_torch.images.missing import missing
-from seg_torch.images.resize import resize_image
+from seg_torch.images.resize import resize_image, seen_size
 from seg_torch.labels import Labels, decode_segmap, palette_image
 from seg_torch.prediction.inference import Inference, decide
 
@@ -295,8 +295,8 @@ def segment(
     size, count = sizes[0], len(images)
     views = [as_tensor(image) for image in images]
     batch = torch.stack(views) if count > 1 else views[0][None]  # may be large: no copy
-    if inference.resize is not None:
-        batch = resize_image(batch.contiguous(), inference.resize)  # as the data module does it
+    if inference.resize is not None:  # as the data module does it
+        batch = resize_image(batch.contiguous(), seen_size(inference.resize, *size))
     masks = torch.empty(count, *size, dtype=torch.uint8)
     maps = torch.empty_like(masks) if confidence_map else None
     shape = count, len(labels), *size

@@ -24,6 +24,7 @@ from seg_torch.configuration import escaped, instantiate
 from seg_torch.datasets.published.voc import VOC_LABELS
 from seg_torch.errors import InputError
 from seg_torch.images.format import RGB, ImageFormat
+from seg_torch.images.resize import Resize, seen_size
 from seg_torch.labels import Labels
 from seg_torch.models import deeplabv3, fcn
 from seg_torch.models.network import Network
@@ -44,7 +45,8 @@ class Segmenter:
         network: Images to logits. It is moved to the device, and is in evaluation mode from then
             on; for a network in training there is `seg_torch.prediction.segmentation.segment`.
         labels: Its classes.
-        resize: (height, width) at which the network sees images; `None` for their own size.
+        resize: (height, width) at which the network sees images, or a number for images that are
+            reduced so that no side is longer; `None` for their own size.
         device: Where to run; by default the best there is.
         format: How files become images.
         min_confidence: Pixels whose class has a lower probability than that are 255 in the mask.
@@ -59,7 +61,7 @@ class Segmenter:
         self,
         network: Network,
         labels: Labels,
-        resize: Sequence[int] | None = None,
+        resize: Resize = None,
         device: torch.device | str | None = None,
         format: ImageFormat = RGB,
         min_confidence: float = 0.0,
@@ -231,7 +233,7 @@ class Segmenter:
 
     def batch_size(self, height: int, width: int) -> int:
         """How many images of one size `predict_batch` should be given."""
-        return self.inference.batch_size(*(self.inference.resize or (height, width)))
+        return self.inference.batch_size(*seen_size(self.inference.resize, height, width))
 
     def read(self, path: str | Path) -> np.ndarray:
         """Read an image as the network takes it, uint8 or uint16 [H, W, C].

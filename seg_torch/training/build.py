@@ -89,7 +89,7 @@ def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Pro
     trainer, interval = cfg.trainer, cfg.trainer.get("val_check_interval")
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
         return
-    images = len(data.dataset("train"))
+    images = len(data.dataset("train")) * data.repeat
     batches = len(EpochSampler(images, data.batch_size, data.seed, world=processes.count))
     limit = trainer.get("limit_train_batches")
     if limit is not None:

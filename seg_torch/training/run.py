@@ -246,7 +246,8 @@ def begin(cfg: DictConfig, folder: Path, trainer: Any, network: Any, data: Any) 
     """
     if not trainer.is_global_zero:
         return
-    config = OmegaConf.create({**plain(cfg), "resume": None})
+    settings = {key: value for key, value in plain(cfg).items() if key != "given"}
+    config = OmegaConf.create({**settings, "resume": None})
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config), durable=True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(

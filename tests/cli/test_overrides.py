@@ -37,6 +37,32 @@ def test_without_data_train_is_the_demo(command, stub):
     assert (seen[-1].model.encoder, seen[-1].model.weights) == ("resnet34", "imagenet")
 
 
+def test_train_knows_which_settings_are_the_users(command, stub, tmp_path):
+    seen = []
+    stub(seen.append)
+    (tmp_path / "mine/data").mkdir(parents=True)
+    (tmp_path / "mine/data/own.yaml").write_text(
+        "defaults: [default, _self_]\nroot: .\nbatch_size: 3\n"
+        "dataset: {_target_: seg_torch.datasets.folder, _partial_: true}\n"
+    )
+    command("train data=own --config-dir mine optimizer.lr=1 +trainer.min_epochs=2 budget=10m")
+    assert seen[-1].recipe == "auto"
+    assert seen[-1].budget == "10m"
+    assert {"optimizer.lr", "trainer.min_epochs", "data.batch_size"} <= {*seen[-1].given}
+    assert not {"data.resize", "model.encoder", "optimizer.weight_decay"} & {*seen[-1].given}
+    # Experiments keep what they say; without data, train is one.
+    for line in ("train experiment=camvid_unet data.root=.", "train", "train . recipe=null"):
+        command(line)
+        assert seen[-1].recipe is None, line
+
+
+def test_a_wrong_budget_or_recipe_is_refused_before_anything_is_read(command):
+    code, message = command("train . budget=10")
+    assert (code, "expected a time, such as 90s, 10m, 2h" in message) == (2, True)
+    code, message = command("train . recipe=best")
+    assert (code, "recipe=best: expected auto or null" in message) == (2, True)
+
+
 def test_resuming_takes_the_configuration_of_the_run(command, stub, tmp_path):
     seen = []
     stub(seen.append)

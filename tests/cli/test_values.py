@@ -1,6 +1,7 @@
 """Values of another type or out of their range."""
 
 import pytest
+from omegaconf import OmegaConf
 
 
 @pytest.mark.parametrize(
@@ -10,11 +11,16 @@ import pytest
         ("train data.resize=0", "data.resize=[0,0]: expected 1 to 8192"),
         ("train data.resize=[9000,9000]", "expected 1 to 8192"),  # a checkpoint cannot hold it
         ("train data.resize=big", "data.resize=big: expected two numbers"),
+        ("train data.max_side=[640]", "data.max_side=[640]: expected a whole number, such as 640"),
+        ("train data.max_side=16", "data.max_side=16: expected 32 to 8192"),
+        ("train data.max_side=9000", "data.max_side=9000: expected 32 to 8192"),
         ("train data.augment.crop=-3", "data.augment.crop=[-3,-3]: expected at least 1"),
         ("train data.augment.crop=[1,2,3]", "data.augment.crop=[1,2,3]: expected two numbers"),
         ("train data.augment.scale=0.5", "scale=0.5: expected two numbers, such as [0.5,2.0]"),
         ("train data.augment.flip=2", "data.augment.flip=2: expected 0 to 1"),
         ("train data.augment.flip=nan", "data.augment.flip=NaN: expected a number"),
+        ("train data.augment.paste=2", "data.augment.paste=2: expected 0 to 1"),
+        ("train data.repeat=0", "data.repeat=0: expected at least 1"),
         ("train data.augment.hue=1", "data.augment.hue=1: expected 0 to 0.5"),
         ("train data.augment.jitter=-1", "data.augment.jitter=-1: expected at least 0"),
         ("train data.num_workers=-1", "data.num_workers=-1: expected at least 0"),
@@ -73,3 +79,68 @@ def test_e45_text_that_hydra_cannot_read_is_taken_as_it_is(command, compose):
         assert compose("train", *line).data.dataset.background == text
     code, message = command("train Übung=3")
     assert (code, message) == (2, "error: there is no setting Übung\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "groups"),
+    [
+        ("{vehicle:[car,truck],road:road}", {"vehicle": ["car", "truck"], "road": "road"}),
+        ("'{vehicle: [car, truck]}'", {"vehicle": ["car", "truck"]}),
+        (
+            "{Straße 1.a: [traffic light, semi-truck (big)], 'x: y': [\"a, b\", O'Hare]}",
+            {"Straße 1.a": ["traffic light", "semi-truck (big)"], "x: y": ["a, b", "O'Hare"]},
+        ),
+        (
+            "{no: [1, 007, true, null, '${b}'], b: []}",
+            {"no": ["1", "007", "true", "null", "${b}"], "b": []},
+        ),
+        ("null", None),
+    ],
+)
+def test_groups_of_classes_are_yaml_in_which_every_name_is_a_text(command, stub, value, groups):
+    seen = []
+    stub(seen.append)
+    assert command(["train", f"data.classes={value}"]) == (0, "")
+    assert OmegaConf.to_container(seen[-1].data, resolve=True)["classes"] == groups
+
+
+def test_groups_of_classes_take_the_place_of_those_of_a_file(command, stub, tmp_path):
+    seen = []
+    stub(seen.append)
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    text = "# @package _global_\ndata:\n  classes: {a: disc, b.c: [ring, star]}\n  rest: ignore\n"
+    (tmp_path / "mine/experiment/few.yaml").write_text(text)
+    line = ["train", "data=shapes", "+experiment=few", "--config-dir", "mine"]
+    line[2] = "experiment=few"
+    assert command(line) == (0, "")
+    assert seen[-1].data.classes == {"a": "disc", "b.c": ["ring", "star"]}
+    assert command([*line, "data.classes={d: disc}"]) == (0, "")
+    assert seen[-1].data.classes == {"d": "disc"}
+
+
+def test_each_job_of_a_sweep_has_its_own_groups_of_classes(command, stub):
+    seen = []
+    stub(seen.append)
+    value = "data.classes={b:[disc,ring]},null"
+    assert command(["train", "-m", value, "hydra.sweep.dir=jobs"])[0] == 0
+    assert [cfg.data.classes for cfg in seen] == [{"b": ["disc", "ring"]}, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "=road:road",
+            "data.classes=road:road: expected groups, in quotes: data.classes='{vehicle",
+        ),
+        ("={a: disc, b: ring, a: star}", "a new class is there twice"),
+        (
+            ".a=[disc]",
+            "no setting data.classes.a; write data.classes='{NEW: [OLD, OLD], NEW: OLD}'",
+        ),
+    ],
+)
+def test_groups_of_classes_in_another_form_are_refused(command, value, message):
+    code, text = command(["train", f"data.classes{value}"])
+    assert code == 2
+    assert message in text

@@ -171,7 +171,7 @@ def test_d24_cached_samples_reach_a_spawned_worker_through_few_files(anew):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(batches) == 7
-    order = [index for batch in loader.batch_sampler for _, index in batch]
+    order = [draw.image for batch in loader.batch_sampler for draw in batch]
     expected = shapes("train", size=32, train=700)[order[-1]]
     assert equal([batches[-1][0][-1], batches[-1][1][-1]], list(expected))
 

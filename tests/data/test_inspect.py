@@ -361,6 +361,21 @@ def test_e56_crops_that_show_little_of_large_images_are_said(own, caplog):
     assert "A training crop" not in logged_by_train(own, caplog)
 
 
+def test_of_photographs_of_several_shapes_a_longest_side_is_advised(own, caplog):
+    for number, name in enumerate(TRAIN[:4]):
+        width, height = [(1200, 900), (900, 1200)][number % 2]
+        Image.new("RGB", (width, height), (90, 120, 30)).save(own / f"images/{name}.jpg")
+        make_data.save(np.zeros((height, width), np.uint8), own / f"masks/{name}.png")
+    small = {"augment": augment(crop=[96, 128])}
+    said = logged_by_train(own, caplog, **small)
+    assert "data.resize" not in said
+    side = int(re.search(r"data\.max_side=(\d+) would show more", said).group(1))
+    assert 0.15 < 96 * 128 / (side * side * 3 / 4) < 0.4
+    assert "A training crop" not in logged_by_train(own, caplog, **small, max_side=side)
+    said = logged_by_train(own, caplog, **small, max_side=1000)
+    assert f"data.max_side={side} would" in said
+
+
 def test_e56_inspect_says_it_of_the_crops_in_the_settings(own, command):
     large = Image.new("RGB", (1600, 1200), (90, 120, 30))
     for name in TRAIN:

@@ -52,6 +52,75 @@ def test_resize_changes_images_but_never_evaluation_labels():
     assert torch.equal(masks[0], small_shapes("val")[0][1])
 
 
+def under_centre(mask, height, width):
+    """Each pixel of the smaller mask is the one under its centre."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip((height, width), mask.shape, strict=True)
+    )
+    return mask[rows][:, columns]
+
+
+# Size of a photograph -> at which it is seen with max_side=50.
+REDUCED = {(100, 80): (50, 40), (80, 100): (40, 50), (40, 50): (40, 50), (45, 33): (45, 33)}
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    rng = np.random.default_rng(0)
+    samples = [
+        (torch.from_numpy(rng.integers(0, 256, (3, *size), np.uint8)), torch.full(size, index))
+        for index, size in enumerate(REDUCED)
+    ]
+    for _, mask in samples:
+        mask[: len(mask) // 3] = 4
+    samples = [(image, mask.to(torch.uint8)) for image, mask in samples]
+    write_folder(samples, small_shapes("train").labels, tmp_path)
+    names = "\n".join(f"{index:04d}" for index in range(len(samples)))
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.txt").write_text(names)
+    return tmp_path, [mask.numpy() for _, mask in samples]
+
+
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_photographs_of_both_shapes_are_reduced_and_keep_their_shape(photographs, cache):
+    root, masks = photographs
+    options = {"batch_size": 1, "num_workers": 0, "max_side": 50, "cache": cache}
+    module = SegmentationDataModule(folder, str(root), **options)
+    found = {}
+    for images, seen in module.train_dataloader():
+        number = min(seen.unique().tolist())
+        found[masks[number].shape] = tuple(images.shape[-2:])
+        expected = under_centre(masks[number], *REDUCED[masks[number].shape])
+        assert np.array_equal(seen[0].numpy(), expected)
+    assert found == REDUCED
+    (groups,) = module.val_dataloader()
+    assert len(groups) == 4, "two images of one size have labels of two"
+    for images, labels, (number,) in groups:
+        assert tuple(images.shape[-2:]) == REDUCED[masks[number].shape]
+        assert np.array_equal(labels[0].numpy(), masks[number]), "labels keep their size"
+    for split, training in (("train", True), ("val", False)):
+        samples = module._samples(split, training)
+        sizes = [sum(part.nbytes for part in samples[index]) for index in range(4)]
+        assert [samples.nbytes(index) for index in range(4)] == sizes
+
+
+def test_reduced_photographs_are_padded_to_the_crop_and_make_a_batch(photographs):
+    root, _ = photographs
+    crop = augment((60, 60), None, 0, None)
+    module = SegmentationDataModule(folder, str(root), 4, num_workers=0, max_side=50, augment=crop)
+    ((images, labels),) = module.train_dataloader()
+    assert images.shape == (4, 3, 60, 60)
+    assert labels.shape == (4, 60, 60)
+    padded = sorted((labels == 255).sum((1, 2)).tolist())
+    assert padded == sorted(3600 - height * width for height, width in REDUCED.values())
+
+
+def test_max_side_together_with_resize_is_refused():
+    with pytest.raises(InputError, match=r"max_side=64 together with data\.resize=\[32, 32\]"):
+        SegmentationDataModule(small_shapes, resize=(32, 32), max_side=64)
+
+
 def test_images_of_several_sizes_in_a_batch_are_refused_with_the_way_out():
     class Mixed:
         labels = small_shapes("train").labels
@@ -124,6 +193,7 @@ def test_a_batch_is_rebuilt_as_its_process_was_given_it(cache):
         cache=cache,
         num_workers=0,
         resize=(40, 40),
+        repeat=2,
     )
     rank = 1
     module.trainer = trainer_stub(num_devices=2, local_rank=rank)

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from seg_torch.data import regions as module
-from seg_torch.data.regions import regions
+from seg_torch.data.regions import outlines, regions
 
 
 def scipys(mask):
@@ -95,3 +95,23 @@ def test_a_large_ragged_mask_is_measured_on_every_second_pixel(monkeypatch):
     monkeypatch.setattr(module, "MOST_RUNS", 10**6)
     assert [1, 50 * 60, 10, 20, 50, 60] in regions(mask).tolist()
     assert [2, 11 * 31, 90, 120, 11, 31] in regions(mask).tolist()
+
+
+def test_outlines_are_the_sides_between_classes():
+    # A square of 3 x 3 inside of another class has 12 sides; what touches 255 has none there.
+    mask = np.zeros((7, 7), np.uint8)
+    mask[1:4, 1:4] = 1
+    found = outlines(mask)
+    assert (found[0], found[1], found[2:].sum()) == (12, 12, 0)
+    mask[0] = 255
+    assert outlines(mask)[:2].tolist() == [9, 9]
+    rng = np.random.default_rng(0)
+    mask = rng.integers(0, 4, (9, 11)).astype(np.uint8)
+    mask[mask == 3] = 255
+    expected = np.zeros(256, np.int64)
+    for y, x in np.ndindex(mask.shape):
+        for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+            if 0 <= y + dy < 9 and 0 <= x + dx < 11:
+                pair = {int(mask[y, x]), int(mask[y + dy, x + dx])}
+                expected[mask[y, x]] += len(pair) == 2 and 255 not in pair
+    np.testing.assert_array_equal(outlines(mask), expected)

@@ -13,6 +13,7 @@ from seg_torch.data.transforms import (
     RandomScaleCrop,
     augment,
     colour_matrices,
+    leaves_its_input,
 )
 from seg_torch.errors import InputError
 from seg_torch.images.resize import resize_mask
@@ -105,6 +106,42 @@ def test_a_window_is_what_torchvision_pads_cuts_and_resizes(seed):
         assert torch.equal(transform.transform(layout, params), expected)
     padded = tvf.crop(tvf.pad(mask, [left, top, right, bottom], fill=255), *window)
     assert torch.equal(transform.transform(mask, params), resize_mask(padded, (40, 56)))
+
+
+SYMMETRIES = [
+    lambda a, k=k, m=m: np.rot90(np.fliplr(a) if m else a, k) for m in (0, 1) for k in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "flip", "expected"),
+    [
+        ((48, 48), (48, 48), 0.5, range(8)),
+        ((48, 48), (48, 48), 0, range(8)),  # instead of it
+        ((32, 48), (32, 48), 0.5, (0, 2, 4, 6)),
+        (None, (48, 48), 0.5, (0, 2, 4, 6)),  # images may have other shapes
+    ],
+)
+def test_what_is_turned_is_each_symmetry_of_its_shape_equally_often(crop, size, flip, expected):
+    image, mask = sample(*size)
+    image = tv_tensors.Image(torch.stack([mask * 10, mask, mask + 1]))
+    turned = augment(crop, None, flip, None, turn=True)
+    before, counts = mask.numpy().copy(), np.zeros(8, int)
+    torch.manual_seed(0)
+    for _ in range(400):
+        out_image, out_mask = turned(image, mask)
+        assert out_mask.shape == size
+        assert torch.equal(out_image[0], out_mask * 10)
+        assert torch.equal(out_image[2], out_mask + 1)
+        found = [np.array_equal(s(before), out_mask.numpy()) for s in SYMMETRIES]
+        assert sum(found) == 1
+        counts += found
+    chosen = counts[list(expected)]
+    assert chosen.sum() == 400
+    share = 400 / len(chosen)
+    assert ((chosen - share) ** 2 / share).sum() < 24  # by chance once in a thousand times
+    assert np.array_equal(mask.numpy(), before)
+    assert leaves_its_input(turned)
 
 
 def test_jitter_leaves_the_mask_alone():

@@ -125,14 +125,6 @@ def test_pairs_of_different_sizes_are_listed_before_training(own):
         check_folder(own)
 
 
-def test_without_classes_txt_the_message_says_what_to_write(own):
-    (own / "classes.txt").unlink()
-    with pytest.raises(InputError) as error:
-        datasets.folder(own, "train")
-    assert "the values 0, 1, 2, 255" in str(error.value)
-    assert str(error.value).endswith("\nbackground\nclass 1\nclass 2")
-
-
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)
 
 
@@ -173,13 +165,6 @@ def test_colour_masks_without_colours_in_classes_txt_are_refused(own):
         check_folder(own)
 
 
-def test_without_classes_txt_the_colours_found_are_shown(own):
-    colour_the_masks(own)
-    (own / "classes.txt").unlink()
-    with pytest.raises(InputError, match=r"class 0 0 0 0\nclass 1 0 0 255\nclass 2 255 0 0$"):
-        datasets.folder(own, "train")
-
-
 def test_index_masks_stay_indices_when_classes_have_colours(own):
     expected = datasets.folder(own, "val").mask(0)
     lines = ["background 0 0 0", "traffic light 255 0 0", "car 0 0 255"]
@@ -210,15 +195,6 @@ def test_that_way_out_makes_white_the_second_class(own, mode):
     black_and_white(own, mode)
     make_data.write_lines(own / "classes.txt", ["background 0 0 0", "cat 255 255 255"])
     assert (datasets.folder(own, "val").mask(0) == expected).all()
-
-
-def test_without_classes_txt_black_and_white_masks_get_the_same_advice(own):
-    black_and_white(own, "L")
-    (own / "classes.txt").unlink()
-    with pytest.raises(
-        InputError, match=r"values 0, 255 .*\nbackground 0 0 0\nobject 255 255 255$"
-    ):
-        datasets.folder(own, "train")
 
 
 # Palettes and formats that say something else than the classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from seg_torch.prediction.folder import find_images
 
 pytestmark = pytest.mark.usefixtures("new_cache_folder")
 links = pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+LONG = {"train": "training", "val": "validation"}
 SPLITS = {"train": range(6), "val": (6, 7), "test": (8,)}
 
 
@@ -38,12 +40,17 @@ def without_subfolder(root: Path) -> Path:
 
 
 def move(root: Path, image: str, mask: str) -> None:
-    """Move the nine pairs to other places, in which {i} and {split} are replaced."""
+    """Move the nine pairs to other places, in which {i} and {split} are replaced.
+
+    {SPLIT} is the split in upper case, {long} its other name.
+    """
     without_subfolder(root)
     for split, numbers in SPLITS.items():
         for i in numbers:
             for old, new in ((f"images/photo_{i}.jpg", image), (f"masks/photo_{i}.png", mask)):
-                path = root / new.format(i=i, split=split)
+                path = root / new.format(
+                    i=i, split=split, SPLIT=split.upper(), long=LONG.get(split, split)
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (root / old).rename(path)
     for folder in ("images", "masks"):
@@ -74,6 +81,16 @@ BY_FOLDER = [
     ("{split}/img/photo_{i}.jpg", "{split}/gt/photo_{i}.png"),
     ("{split}/photo_{i}.jpg", "{split}/photo_{i}_mask.png"),
     ("{split}/{i}_sat.jpg", "{split}/{i}_mask.png"),
+    ("{SPLIT}/Images/photo_{i}.JPG", "{SPLIT}/Labels/photo_{i}.PNG"),
+    ("{long}/imgs/photo_{i}.jpg", "{long}/Ground-Truth/photo_{i}.TIF"),
+    ("images/{SPLIT}/photo_{i}.jpg", "masks/{long}/photo_{i}.png"),
+    ("{split}_images/photo_{i}.jpg", "{split}_masks/photo_{i}.png"),
+    ("{split}/photo_{i}.jpg", "{split}_labels/photo_{i}_L.png"),
+    ("Images-{long}/photo_{i}.jpg", "Annotations-{long}/photo_{i}.png"),
+    ("{split}/photo_{i}.jpg", "{split}annot/photo_{i}.png"),
+    ("{split}/photo_{i}.jpg", "{split}/masks/photo_{i}.png"),
+    ("dataset/images/{split}/photo_{i}.jpg", "dataset/gt/{split}/photo_{i}.png"),
+    ("a/b/{split}/images/photo_{i}.jpg", "a/b/{split}/labels/photo_{i}.png"),
 ]
 AT_RANDOM = [
     ("images/photo_{i}.jpg", "masks/photo_{i}_mask.png"),
@@ -82,6 +99,14 @@ AT_RANDOM = [
     ("JPEGImages/photo_{i}.jpg", "SegmentationClass/photo_{i}.png"),
     ("photo_{i}.jpg", "photo_{i}_mask.png"),
     ("images/{i}_sat.jpg", "masks/{i}_mask.png"),
+    ("img/photo_{i}.jpg", "annotations/photo_{i}.png"),
+    ("JPEGImages/photo_{i}.JPG", "gt/photo_{i}.TIF"),
+    ("photo_{i}.jpg", "photo_{i}_label.png"),
+    ("photo_{i}.JPG", "photo_{i}-gt.PNG"),
+    ("photo_{i}.jpg", "masks/photo_{i}.png"),
+    ("dataset/Images/photo_{i}.jpg", "dataset/GroundTruth/photo_{i}.png"),
+    ("data/photo_{i}.jpg", "data/photo_{i}_mask.png"),
+    ("case_{i}/photo_{i}.jpg", "case_{i}/photo_{i}_mask.png"),
 ]
 
 
@@ -98,6 +123,9 @@ def test_e48_other_names_of_folders_and_masks_are_understood(own, image, mask):
     assert sorted(expected["train"] | expected["val"]) == [*range(9)]
     make_data.make_folder(own)
     move(own, image, mask)
+    for folder in {*own.rglob("*/"), own}:  # what is no image changes nothing
+        for name in ("Thumbs.db", "notes.txt", "table.csv", "settings.json"):
+            (folder / name).write_text("{}")
     for dataset in (datasets.folder, datasets.auto):
         found = numbers_of(own, dataset)
         assert sorted(found["train"] + found["val"]) == [*range(9)]
@@ -114,8 +142,11 @@ def test_e48_a_missing_mask_is_named_in_another_layout(own):
 def test_e48_what_may_mean_two_things_is_refused_and_the_patterns_are_named(own):
     (own / "masks").rename(own / "labels")
     shutil.copytree(own / "labels", own / "gt")
-    with pytest.raises(InputError, match=r"images, gt, labels could be"):
+    with pytest.raises(InputError, match=r"folders gt, labels could hold the masks(.|\n)*mv .*gt"):
         datasets.folder(own, "train")
+    (own / "gt").rename(own / "masks")  # as the message says
+    numbers_of(own)
+    (own / "masks").rename(own / "gt")
     shutil.rmtree(own / "labels")
     shutil.rmtree(own / "gt")
     with pytest.raises(InputError, match=r"images/.*masks/.*train/images.*a_mask\.png"):
@@ -127,6 +158,116 @@ def test_e48_a_split_without_masks_is_named(own):
     shutil.rmtree(own / "val/masks")
     with pytest.raises(InputError, match=r"val: no images with masks here, unlike in test"):
         datasets.folder(own, "train")
+
+
+TWO_MASKS = [
+    ("images/photo_{i}.jpg", "masks/photo_{i}.png", "images/photo_{i}_mask.png"),
+    ("photo_{i}.jpg", "masks/photo_{i}.png", "photo_{i}_mask.png"),
+    ("photo_{i}.jpg", "photo_{i}_label.png", "photo_{i}_mask.png"),
+    ("train/photo_{i}.jpg", "train/photo_{i}-gt.png", "train/photo_{i}_mask.png"),
+]
+
+
+@pytest.mark.parametrize(("image", "mask", "second"), TWO_MASKS)
+def test_an_image_with_masks_of_two_kinds_is_refused_with_both(own, image, mask, second):
+    move(own, image, mask)
+    for i in range(9):
+        shutil.copy(own / mask.format(i=i), own / second.format(i=i))
+    with pytest.raises(
+        InputError, match=r"photo_0\.jpg has two masks, .*: move the files"
+    ) as error:
+        datasets.folder(own, "train")
+    assert str(own / mask.format(i=0)) in str(error.value)
+    assert str(own / second.format(i=0)) in str(error.value)
+    for i in range(9):
+        (own / second.format(i=i)).unlink()  # as the message says
+    datasets.folder(own, "train")
+
+
+def test_several_datasets_in_a_folder_are_refused_with_each_of_them(tmp_path):
+    for name in ("cats", "my dogs"):
+        make_data.make_folder(tmp_path / name)
+    with pytest.raises(InputError, match="2 folders hold images and masks") as error:
+        datasets.folder(tmp_path, "train")
+    assert f"data.root={tmp_path}/cats\n" in str(error.value)
+    assert str(error.value).endswith(f"data.root='{tmp_path}/my dogs'")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{split}/images/photo_{i}.jpg", "{split}/masks/photo_{i}.png"),
+        ("images/{split}/photo_{i}.jpg", "masks/{split}/photo_{i}.png"),
+        ("{split}/photo_{i}.jpg", "{split}_labels/photo_{i}.png"),
+    ],
+)
+def test_test_images_without_masks_are_left_out_and_said_so(own, caplog, image, mask):
+    move(own, image, mask)
+    folder = (own / mask.format(split="test", i=0)).parent
+    shutil.rmtree(folder)
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        assert numbers_of(own) == {**GIVEN, "test": GIVEN["val"]}
+    images = (own / image.format(split="test", i=0)).parent
+    images = images.parent if images.name == "images" else images
+    assert caplog.text.count(f"{images}: there are no masks of these images") == 1
+
+
+def test_lists_are_found_where_voc_has_them(own):
+    move(own, "JPEGImages/photo_{i}.jpg", "SegmentationClass/photo_{i}.png")
+    for split, numbers in SPLITS.items():
+        lists = own / f"ImageSets/Segmentation/{split}.txt"
+        make_data.write_lines(lists, [f"photo_{i}" for i in numbers])
+    assert numbers_of(own, datasets.auto) == GIVEN
+
+
+def test_lists_of_segnet_are_understood(own):
+    move(own, "{split}/photo_{i}.jpg", "{split}annot/photo_{i}.png")
+    for split, numbers in SPLITS.items():
+        start = f"/SegNet/CamVid/{split}"
+        lines = [f"{start}/photo_{i}.jpg {start}annot/photo_{i}.png" for i in numbers]
+        make_data.write_lines(own / f"{split}.txt", lines)
+    assert numbers_of(own, datasets.auto) == GIVEN
+
+
+def test_classes_and_lists_may_lie_beside_the_folder_of_the_dataset(own):
+    move(own, "dataset/images/photo_{i}.jpg", "dataset/masks/photo_{i}.png")
+    make_data.write_lines(own / "train.txt", ["dataset/images/photo_0.jpg"])
+    make_data.write_lines(own / "val.txt", ["photo_1"])
+    assert numbers_of(own) == {"train": [0], "val": [1], "test": [1]}
+    assert datasets.folder(own, "val").labels.names[1] == "traffic light"
+
+
+SAID = [
+    (
+        *("images/photo_{i}.jpg", "labels/photo_{i}.png"),
+        "images: 9 *.jpg in images/; masks: 9 *.png in labels/",
+        "splits: train 7, val 2, by chance (data.dataset.val_fraction=0.2)",
+    ),
+    (
+        *("photo_{i}.jpg", "photo_{i}_mask.png"),
+        "images: 9 *.jpg in the folder itself; masks: 9 *_mask.png in the folder itself",
+        "splits: train 7, val 2, by chance (data.dataset.val_fraction=0.2)",
+    ),
+    (
+        *("a/{split}/img/photo_{i}.jpg", "a/{split}/gt/photo_{i}.png"),
+        "images: 9 *.jpg in a/test/img/ and a/train/img/ and a/val/img/; "
+        "masks: 9 *.png in a/test/gt/ and a/train/gt/ and a/val/gt/",
+        "splits: train 6, val 2, test 1, by the folders",
+    ),
+]
+
+
+@pytest.mark.parametrize(("image", "mask", "files", "splits"), SAID)
+def test_what_was_taken_for_what_is_said_once_in_three_lines(
+    own, caplog, image, mask, files, splits
+):
+    move(own, image, mask)
+    with caplog.at_level(logging.INFO, "seg_torch"):
+        for _ in range(2):
+            numbers_of(own)
+    said = [line for line in caplog.messages if "no labelled test images" not in line]
+    classes = f"classes: 3, named in {own}/classes.txt: background, traffic light, car"
+    assert said == [files, splits, classes]
 
 
 def test_e71_test_images_in_a_folder_are_kept_out_of_the_random_split(own):

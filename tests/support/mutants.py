@@ -283,9 +283,15 @@ MUTANTS = [
     ),
     Mutant(
         "data/sampling.py",
-        "np.random.SeedSequence([self.seed, epoch, index])",
-        "np.random.SeedSequence([self.seed, index])",
+        "np.random.SeedSequence([self.seed, epoch, index, copy])",
+        "np.random.SeedSequence([self.seed, 0, index, copy])",
         "tests/data/test_sampling.py tests/data/test_module.py",
+    ),
+    Mutant(
+        "data/sampling.py",
+        "np.arange(len(values)) - np.searchsorted(ordered, ordered)",
+        "np.arange(len(values)) * 0",
+        "tests/data/test_sampling.py",
     ),
     Mutant(
         "data/sampling.py",
@@ -301,9 +307,21 @@ MUTANTS = [
     ),
     Mutant(
         "data/transforms.py",
-        "int(share * (abs(slack) + 1))",
-        "int(share * abs(slack))",
+        "int(share * (highest - lowest + 1))",
+        "int(share * (highest - lowest))",
         "tests/data/test_transforms.py",
+    ),
+    Mutant(
+        "data/rare.py",
+        "of_class = 1 / np.sqrt(shares[classes])",
+        "of_class = 1 / shares[classes]",
+        "tests/data/test_rare.py",
+    ),
+    Mutant(
+        "data/paste.py",
+        "self.shares[below.long()] >= self.shares[kind]",
+        "self.shares[below.long()] > -2",
+        "tests/data/test_paste.py",
     ),
     # Training
     Mutant(
