@@ -93,7 +93,7 @@ def test_on_data_with_other_names_the_message_has_the_line_to_type(trained, caps
     message = capsys.readouterr().err
     settings = shlex.split(re.search(r"\n  (.*)", message)[1])
     assert settings == [
-        'data.classes={background: [], "_Straße 1.a": [Tree], vehicle: [Vehicle, TRUCK]}',
+        'data.classes={background:[],"_Straße 1.a":[Tree],vehicle:[Vehicle,TRUCK]}',
         "data.rest=background",
     ]
     assert run_command([*line, *settings, "output_dir=other_scores"], trained) == 0
