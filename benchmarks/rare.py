@@ -31,7 +31,7 @@ RECIPE = (
     "data.batch_size=8",
     "model.encoder=tf_efficientnet_lite0",
     "optimizer.lr=2e-3",
-    "optimizer.encoder_lr=0.1",
+    "recipe=null",
     "logger=none",
 )
 DATASETS = {
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         root = getattr(given, dataset)
         if root is None:
             continue
-        where = (f"data={dataset}", f"data.root={Path(root).resolve()}")
+        where: tuple[str, ...] = (f"data={dataset}", f"data.root={Path(root).resolve()}")
         where += (f"model.weights={Path(given.weights).resolve()}",)
         folders = []
         for seed in range(given.seeds):  # the sides in turn, since the speed of a machine drifts

@@ -47,6 +47,7 @@ def ours(root: str, epochs: int, seed: int) -> tuple[float, float]:
     """Return seconds and mean IoU of the last epoch."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [
+            "recipe=null",
             *OVERRIDES,
             f"data.root={root}",
             f"trainer.max_epochs={epochs}",

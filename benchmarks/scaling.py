@@ -151,7 +151,7 @@ def processes(number: int) -> Cost:
             "output_dir": name,
         }
         subprocess.run(
-            [sys.executable, "-m", "seg_torch", "train"]
+            [sys.executable, "-m", "seg_torch", "train", "recipe=null"]
             + [f"{key}={value}" for key, value in settings.items()],
             check=True,
             stdout=subprocess.DEVNULL,

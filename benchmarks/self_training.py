@@ -30,6 +30,7 @@ from seg_torch.images.resize import resize_image, resize_mask
 HERE = Path(__file__).parents[1]
 ANNOTATED = 60
 OVERRIDES = (
+    "recipe=null",
     "data=folder",
     "data.batch_size=8",
     "data.cache=ram",

@@ -20,6 +20,8 @@ from seg_torch.errors import InputError
 INTERNAL = {"default", "from_checkpoint"}
 # Where launchers say which process this is: torchrun, Slurm, and Lightning.
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+# Lines that begin with one of these are commands for the user's shell.
+PROGRAMS = ("cp ", "mv ", "python ", "seg-torch ")
 LOST = """\
 another process of this run has ended or cannot be reached; its own message, if any, says why.
 What was finished is kept: give the command again, for train with resume=RUN_FOLDER\
@@ -36,14 +38,16 @@ class Wrapped(logging.Formatter):
 def wrapped(text: str, file: Any) -> str:
     """Return a text whose lines fit the terminal that a file is, if it is one.
 
-    Paths and other long words stay whole, so that they can be copied.
+    Paths and other long words stay whole, so that they can be copied; so do lines of `PROGRAMS`.
     """
     if not file.isatty():
         return text
     width = shutil.get_terminal_size().columns
     # The lines of a list or of a traceback are indented, and so is what is broken off.
     return "\n".join(
-        textwrap.fill(
+        line
+        if line.lstrip().startswith(PROGRAMS)
+        else textwrap.fill(
             line,
             width,
             subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),

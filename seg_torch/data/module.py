@@ -112,10 +112,7 @@ class SegmentationDataModule(LightningDataModule):
         rest: str = "keep",
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
-        for setting, size in {**sizes, "repeat": repeat}.items():
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"data.{setting}={size}: expected at least 1")
+        _check_counts(batch_size=batch_size, eval_batch_size=eval_batch_size or 1, repeat=repeat)
         self.make_dataset = dataset
         self.root = root
         self.download = download
@@ -130,8 +127,7 @@ class SegmentationDataModule(LightningDataModule):
         self.group_classes(classes, rest)
         self.check = check
         self.seed = seed
-        self.repeat = repeat
-        self.sample = sample
+        self.repeat, self.sample = repeat, sample
         check_choice("data.sample", sample or "rare", ("rare",))
         self.format = any_image(white)
         if channels is not None:
@@ -356,7 +352,7 @@ class SegmentationDataModule(LightningDataModule):
             draws = len(self.dataset("train")) * self.repeat
             seen = rare.exposures(self.regions, draws, draws // 2)
             print_table(
-                f"data.sample=rare: of {draws:,} draws, those that hold a class",
+                f"Of {draws:,} draws, those with each class",
                 ("class", "% of pixels", "equally often", "with rare", "aimed at"),
                 [
                     [name, f"{100 * shares[k]:.2f}", *(f"{counts[k]:,.1f}" for counts in seen)]
@@ -492,6 +488,12 @@ class SegmentationDataModule(LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def _check_counts(**counts: Any) -> None:
+    for setting, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"data.{setting}={count}: expected at least 1")
 
 
 def _one_resize(resize: Sequence[int] | None, max_side: int | None) -> Resize:

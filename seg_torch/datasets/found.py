@@ -141,8 +141,9 @@ def _content(path: str) -> tuple[dict[int, Counts], dict[int, int] | None, str]:
         base.refuse_lossy(image, path)
         mode, own = image.mode, image.getpalette("RGB") if image.mode == "P" else None
         if mode in ("RGB", "RGBA"):
-            rgb = np.array(upright(image).convert("RGB"), np.int32)
-            return _count(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]), None, "colours"
+            image = upright(image).convert("RGB")
+            codes = np.frombuffer(image.tobytes("raw", "BGRX"), "<u4") & 0xFFFFFF
+            return _count(codes.reshape(image.height, image.width)), None, "colours"
     values = base.read_index_mask(path)
     counts = _count(values * np.uint8(255) if mode == "1" else values)
     colours = np.array(own or [], np.uint8).reshape(-1, 3)
@@ -155,7 +156,8 @@ def _content(path: str) -> tuple[dict[int, Counts], dict[int, int] | None, str]:
 def _count(values: np.ndarray) -> dict[int, Counts]:
     """Count the values in an array [H, W]; of neighbours that are equal, only one is sorted."""
     corner = values[:-1, :-1]
-    equal = (corner == values[1:, :-1]) & (corner == values[:-1, 1:]) & (corner == values[1:, 1:])
+    right = values[:, :-1] == values[:, 1:]
+    equal = right[:-1] & right[1:] & (corner == values[1:, :-1])
     pixels, squares = _histogram(values.ravel()), _histogram(corner[equal])
     return {value: Counts(count, squares.get(value, 0)) for value, count in pixels.items()}
 
@@ -205,20 +207,18 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
         most.append(f"{_shown(value) if kind == 'colours' else value}: {share}")
     if squares.sum() < pixels.sum() / 2 and len(counts) > 128:
         reason = (
-            "Most neighbouring pixels differ, as in a photograph; are images and masks exchanged"
+            "Most neighbouring pixels differ, as in a photograph; are images and masks exchanged?"
         )
     elif edges > len(counts) / 2:
         reason = (
             f"{edges:,} of them are hardly anywhere but along edges, as JPEG, smoothing and "
             "resizing leave them. Export the masks anew, as PNG and without smoothed edges; masks "
-            "are resized by nearest neighbour"
+            "are resized by nearest neighbour."
         )
     else:
-        reason = (
-            "If each object has its own, these are no classes: give objects of a class the same"
-        )
+        reason = "If each object has its own, these are no classes: give those of a class the same."
     number = f"more than {TOO_MANY:,}" if len(counts) > TOO_MANY else f"{len(counts):,}"
-    way_out = "" if len(counts) > 254 else ". If each is a class, name them all there"
+    way_out = "" if len(counts) > 254 else " If each is a class, name them all there."
     raise InputError(
         f"{classes} is missing, and the masks, such as {file}, hold {number} {kind}, too many to "
         f"be taken for classes. The most frequent: {', '.join(most)}. {reason}{way_out}"

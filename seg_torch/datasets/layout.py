@@ -68,7 +68,7 @@ def find_parts(home: Path, depth: int = DEPTH) -> tuple[Path, Parts]:
     choices = [f"data.root={quote(str(folder))}" for folder, _ in below[:5]]
     raise InputError(
         f"{home}: {len(below)} folders hold images and masks of their own; say which one is meant:"
-        "\n  " + "\n  ".join(choices)
+        "\n    " + "\n    ".join(choices)
     )
 
 
@@ -129,7 +129,7 @@ def _only_one(home: Path, kind: str) -> Path | None:
         moves = [f"mv {quote(str(folder))} {quote(str(home / kind))}" for folder in found]
         raise InputError(
             f"{home}: each of the folders {names} could hold the {kind}; rename the one that is "
-            f"meant:\n  " + "\n  ".join(moves)
+            f"meant:\n    " + "\n    ".join(moves)
         )
     return found[0] if found else None
 

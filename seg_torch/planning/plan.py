@@ -90,7 +90,7 @@ def make_plan(
     memory = total_memory(torch.device("cpu")) / 8
     now = Situation(fingerprint(data), processes.device.type, processes.count, budget, 0.0, memory)
     decisions: list[Decision] = []
-    decide = partial(_decide, cfg, decisions)
+    decide = partial(_decide, cfg, processes, decisions)
     if cfg.recipe:
         decide(rules.FOR_THE_SPEED, now)
         if budget is not None:
@@ -100,7 +100,8 @@ def make_plan(
         if now.device != "cpu":
             sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= cfg.data.batch_size]
             fitting = batch_size_that_fits(cfg, data, processes, sizes)
-            decide([partial(rules.fitting_batch, fitting=fitting)], now)
+            fitting_batch = partial(rules.fitting_batch, fitting=fitting)
+            decide([fitting_batch, rules.learning_rate], now)
             data = _with_settings(cfg, data)
     seconds = 4.0 if budget is None else min(30.0, max(4.0, 0.03 * budget))
     measured = processes.same(trial(cfg, data, processes, seconds))
@@ -119,11 +120,15 @@ def make_plan(
 
 
 def _decide(
-    cfg: DictConfig, decisions: list[Decision], given_rules: Iterable[Rule], now: Situation
+    cfg: DictConfig,
+    processes: Processes,
+    decisions: list[Decision],
+    some_rules: Iterable[Rule],
+    now: Situation,
 ) -> None:
-    """Decide by rules, one after the other, what the user has not set."""
-    for rule in given_rules:
-        for decision in rule(cfg, now):
+    """Decide by rules, one after the other, what the user has not set: all processes the same."""
+    for rule in some_rules:
+        for decision in processes.first(partial(_decided, rule, cfg, now)) or ():
             setting, value, _ = decision
             if is_given(setting, cfg.given):
                 continue
@@ -133,6 +138,10 @@ def _decide(
             else:
                 OmegaConf.update(cfg, setting, escaped(value), merge=False, force_add=True)
             decisions[:] = [d for d in decisions if d.setting != setting] + [decision]
+
+
+def _decided(rule: Rule, cfg: DictConfig, now: Situation) -> list[Decision]:
+    return list(rule(cfg, now))
 
 
 def _ends(cfg: DictConfig) -> bool:

@@ -106,57 +106,75 @@ def encoder(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
 
 
 def size(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
-    """Choose at which size the network sees images, and whether it sees them whole in training."""
-    data, given = now.data, cfg.given
-    if is_given("data.augment.crop", given) and OmegaConf.select(cfg, "data.augment.crop"):
-        return  # at the scale that the user has in mind
-    height, width = data.size
-    area = height * width
-    found = data.thickness[(data.pixels > 0) & np.isfinite(data.thickness)]
-    detail = float(1 / np.mean(1 / found)) if len(found) else math.inf
-    floor, ceiling = (min(1.0, wide / detail) for wide in (LEAST_WIDTH, GOOD_WIDTH))
-    pixels = float(LARGEST.get(now.device, 512 * 512))
-    why = ""
-    if now.seconds is not None:
-        affordable = now.pixel_rate * now.processes * 0.8 * now.seconds / ENOUGH
-        pixels = min(pixels, max(affordable, SMALLEST_CROP**2))
-    whole = min(1.0, math.sqrt(pixels / area))
-    scale = min(max(whole, floor), ceiling) if data.upright else ceiling
-    if now.seconds is not None:  # validation and test see whole images
-        images = sum(count for split, count in data.images.items() if split != "train")
-        seen = 0.15 * now.seconds * 3 * now.pixel_rate * now.processes / max(1, images)
-        scale = min(scale, max(floor / 2, math.sqrt(seen / area)))
-    width_now = f"classes are {detail:.0f} pixels wide on average" if found.size else "no outlines"
-    sides = height, width
-    fixed = is_given("data.resize", given) or is_given("data.max_side", given)
-    if scale < 0.9 and not fixed:
-        sides = _rounded(height * scale), _rounded(width * scale)
-        why = f"{width_now}, {detail * scale:.0f} then"
-        if data.one_shape:
-            yield Decision("data.resize", [*sides], f"of {height} x {width}: {why}")
-        else:
-            yield Decision("data.max_side", max(sides), f"images of many shapes; {why}")
-    if resize := cfg.data.get("resize"):  # the user's, or that of the line above
-        sides = resize[0], resize[1]
-    if longest := cfg.data.get("max_side"):
-        reduced = min(1, longest / max(height, width))
-        sides = round(height * reduced), round(width * reduced)
-    crops = sides[0] * sides[1] > 1.2 * pixels
-    if crops:
-        factor = math.sqrt(pixels / (sides[0] * sides[1]))
-        window = [_rounded(side * factor) for side in sides]
-        what = "budget" if now.seconds is not None else now.device.upper()
-        yield Decision("data.augment.crop", window, f"of {sides[0]} x {sides[1]}: for the {what}")
+    """Choose at which size the network sees images."""
+    data, height, width = now.data, *now.data.size
+    own = any(is_given(f"data.{key}", cfg.given) for key in ("resize", "max_side"))
+    cropped = is_given("data.augment.crop", cfg.given) and _crop(cfg)
+    scale, detail = _scale(now)
+    if scale >= 0.9 or own or cropped:  # a crop of the user's is at the scale of the images
         return
-    varied = not (data.one_size or resize)
-    if varied:
-        side = max(sides)
-        window = [*sides] if data.one_shape else [side, side]
-        because = "images of several sizes make batches; what sticks out is cut, or padded"
+    why = f"classes are {detail:.0f} pixels wide on average, {detail * scale:.0f} then"
+    if data.one_shape:
+        sides = [_rounded(side * scale) for side in (height, width)]
+        yield Decision("data.resize", sides, f"of {height} x {width}: {why}")
+    else:
+        longest = _rounded(max(height, width) * scale)
+        yield Decision("data.max_side", longest, f"the images have several shapes; {why}")
+
+
+def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
+    """Choose whether training sees images whole."""
+    if cfg.data.get("augment") is None:
+        return
+    data, (height, width) = now.data, now.data.size
+    resize, longest = cfg.data.get("resize"), cfg.data.get("max_side")
+    if longest:
+        reduced = min(1.0, longest / max(height, width))
+        height, width = round(height * reduced), round(width * reduced)
+    if resize:
+        height, width = resize
+    pixels = _pixels(now)
+    if height * width > 1.2 * pixels:
+        factor = math.sqrt(pixels / (height * width))
+        window = [_rounded(side * factor) for side in (height, width)]
+        why = "the budget has time for" if now.seconds else "is enough for"
+        yield Decision("data.augment.crop", window, f"of {height} x {width}: what {why} a step")
+    elif data.one_size or resize:
+        yield Decision("data.augment.crop", None, "whole images: they are small enough")
+    else:
+        side = max(height, width)
+        window = [height, width] if data.one_shape else [side, side]
+        because = "images of several sizes: what sticks out is cut, what is missing padded"
         yield Decision("data.augment.crop", [_rounded(s) for s in window], because)
         yield Decision("data.augment.scale", [0.75, 1.5], "objects keep about their size")
-        return
-    yield Decision("data.augment.crop", None, "whole images: they are small enough")
+
+
+def _crop(cfg: DictConfig) -> Any:
+    return OmegaConf.select(cfg, "data.augment.crop")
+
+
+def _pixels(now: Situation) -> float:
+    """Return how many pixels a training image may have."""
+    pixels = float(LARGEST.get(now.device, LARGEST["cpu"]))
+    if now.seconds is None:
+        return pixels
+    affordable = 0.8 * now.seconds * now.pixel_rate * now.processes / ENOUGH
+    return min(pixels, max(affordable, SMALLEST_CROP**2))
+
+
+def _scale(now: Situation) -> tuple[float, float]:
+    """Return by which factor images are reduced, and how wide classes are on average."""
+    data, area = now.data, float(np.prod(now.data.size))
+    found = data.thickness[(data.pixels > 0) & np.isfinite(data.thickness)]
+    detail = float(1 / np.mean(1 / found)) if len(found) else math.inf
+    least, good = (min(1.0, wide / detail) for wide in (LEAST_WIDTH, GOOD_WIDTH))
+    whole = math.sqrt(_pixels(now) / area)
+    scale = min(max(whole, least), good) if data.upright else good
+    if now.seconds is not None:  # validation and test see whole images, three times as fast
+        images = sum(count for split, count in data.images.items() if split != "train")
+        pixels = 0.15 * now.seconds * 3 * now.pixel_rate * now.processes / max(1, images)
+        scale = min(scale, max(least / 2, math.sqrt(pixels / area)))
+    return scale, detail
 
 
 def _rounded(side: float) -> int:
@@ -231,11 +249,18 @@ def fitting_batch(cfg: DictConfig, now: Situation, fitting: int) -> Iterator[Dec
         several = max(1, 8 // (fitting * now.processes))
         why = f"for {several * fitting * now.processes} images a step"
         yield Decision("trainer.accumulate_grad_batches", several, why)
-        yield from learning_rate(cfg, now)
 
 
 FOR_THE_SPEED: Sequence[Rule] = (encoder, loss)
-BY_THE_SPEED: Sequence[Rule] = (size, batch_size, learning_rate, augmentation, sampling, cache)
+BY_THE_SPEED: Sequence[Rule] = (
+    size,
+    crop,
+    batch_size,
+    learning_rate,
+    augmentation,
+    sampling,
+    cache,
+)
 
 VALIDATIONS = 20  # at most
 DESERVED = 1000  # training images for each root of the number of different ones

@@ -5,9 +5,10 @@ import gc
 import logging
 import math
 import multiprocessing
+import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -393,15 +394,11 @@ class Clock(Callback):
 def resident_memory() -> int:
     """Return the bytes of memory that this process and its workers take.
 
-    Of the workers, what is theirs alone. Elsewhere than on Linux it is the most that this process
-    has taken so far, 0 where the system does not say.
+    Elsewhere than on Linux it is the most that this process has taken so far, 0 where the system
+    does not say.
     """
     if sys.platform == "linux":
-        sizes = _memory_of("self")
-        for process in multiprocessing.active_children():
-            own = _memory_of(str(process.pid))
-            sizes["Rss"] += own["Private_Clean"] + own["Private_Dirty"] + own["Pss_Shmem"]
-        return 1024 * sizes["Rss"]
+        return memory_of(os.getpid(), [child.pid for child in multiprocessing.active_children()])
     if sys.platform == "win32":
         return 0
     import resource  # which Windows does not have
@@ -410,6 +407,15 @@ def resident_memory() -> int:
     return used if sys.platform == "darwin" else 1024 * used
 
 
-def _memory_of(process: str) -> dict[str, int]:
-    lines = Path("/proc", process, "smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
-    return {line.split(":")[0]: int(line.split()[1]) for line in lines}
+def memory_of(process: int, workers: Iterable[int | None]) -> int:
+    """Return the bytes of memory of a process, and of its workers what is theirs alone (Linux)."""
+    total = _kilobytes(process)["Rss"]
+    for worker in workers:
+        own = _kilobytes(worker)
+        total += own["Private_Clean"] + own["Private_Dirty"] + own["Pss_Shmem"]
+    return 1024 * total
+
+
+def _kilobytes(process: int | None) -> dict[str, int]:
+    text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
+    return {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}

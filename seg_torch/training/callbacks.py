@@ -21,6 +21,8 @@ from seg_torch.training.run import COLUMNS, SCORES, TIMES, read_table, write_tab
 
 log = logging.getLogger(__name__)
 
+DRAW_EVERY = 5.0  # seconds; curves.png takes a quarter of a second, as long as a short epoch
+
 
 @contextmanager
 def warn_on_oserror() -> Iterator[None]:
@@ -50,7 +52,7 @@ class Stopwatch:
 
 
 class History(Callback):
-    """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it.
+    """Writes `metrics.csv`, a row per epoch, and draws `curves.png` from it every few seconds.
 
     Lightning's CSVLogger deletes the earlier epochs when a run is resumed; here they stay. There
     are no times in it, so that a resumed run leaves the same file as an undisturbed one.
@@ -63,9 +65,14 @@ class History(Callback):
         self.table = folder / "metrics.csv"
         self.figure = folder / "curves.png"
         self.rows: list[dict[str, Any]] = []
+        self.drawn = -math.inf  # when the figure was
+        self.is_new = False  # whether there are rows that are not drawn
 
     def on_train_start(self, trainer: Any, task: Any) -> None:
         self.rows = read_table(self.table, COLUMNS)[: trainer.current_epoch]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.draw(DRAW_EVERY)
 
     def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
         train_loss = task.training_loss()  # of all processes
@@ -83,8 +90,21 @@ class History(Callback):
             row[f"val_{name}"] = None if value is None else value.item()
         self.rows.append(row)
         write_table(self.table, COLUMNS, self.rows)
-        with warn_on_oserror():
-            save_curves(self.rows, self.figure)
+        self.is_new = True
+        self.draw(DRAW_EVERY)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.draw()
+
+    def on_exception(self, *_: Any) -> None:
+        self.draw()
+
+    def draw(self, seconds: float = 0.0) -> None:
+        """Draw the figure, if there is something new and the last one is older than that."""
+        if self.is_new and time.perf_counter() >= self.drawn + seconds:
+            with warn_on_oserror():
+                save_curves(self.rows, self.figure)
+            self.drawn, self.is_new = time.perf_counter(), False
 
 
 class EpochLine(Callback):

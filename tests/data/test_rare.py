@@ -225,7 +225,7 @@ def test_regions_are_those_of_the_samples_of_a_set_that_is_made_of_another():
 def test_the_table_of_exposures_fits_60_columns(capsys):
     shapes_module().tell_sampling()
     printed = capsys.readouterr().out
-    assert "of 22 draws" in printed
+    assert "Of 22 draws, those with each class" in printed
     assert all(name in printed for name in small_shapes("train").labels.names)
     assert max(map(len, printed.splitlines())) <= 60
     shapes_module(sample=None, augment=None).tell_sampling()

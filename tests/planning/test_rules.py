@@ -54,6 +54,14 @@ def decided(rule: Any, cfg: DictConfig, now: Situation) -> dict[str, Decision]:
     return {decision.setting: decision for decision in rule(cfg, now)}
 
 
+def sizes(cfg: DictConfig, now: Situation) -> dict[str, Decision]:
+    """What the rules of the size decide, one after the other."""
+    found = decided(rules.size, cfg, now)
+    for decision in found.values():
+        OmegaConf.update(cfg, decision.setting, decision.value)
+    return found | decided(rules.crop, cfg, now)
+
+
 def test_settings_of_the_user_are_told_from_others():
     given = ["data", "data.batch_size", "data.augment", "loss.gamma", "model.encoder"]
     for setting in ("data.batch_size", "data.augment.crop", "loss", "model.encoder"):
@@ -64,27 +72,27 @@ def test_settings_of_the_user_are_told_from_others():
 
 def test_wide_classes_let_images_be_reduced(cfg):
     # Classes of 48 pixels: a quarter of the size leaves them the 12 that are enough.
-    found = decided(rules.size, cfg, situation(made((1024, 1024), thickness=(48.0, 48.0))))
+    found = sizes(cfg, situation(made((1024, 1024), thickness=(48.0, 48.0))))
     assert found["data.resize"].value == [256, 256]
     assert "48 pixels wide" in found["data.resize"].because
 
 
 def test_thin_classes_keep_the_size_of_the_images(cfg):
-    found = decided(rules.size, cfg, situation(made((256, 256), thickness=(8.0, 12.0))))
+    found = sizes(cfg, situation(made((256, 256), thickness=(8.0, 12.0))))
     assert "data.resize" not in found
     assert found["data.augment.crop"].value is None
 
 
 def test_the_mean_width_is_that_of_the_thin_ones(cfg):
     # The harmonic mean of 100 and 4 is 7.7: too thin to be reduced.
-    found = decided(rules.size, cfg, situation(made((400, 400), thickness=(100.0, 4.0))))
+    found = sizes(cfg, situation(made((400, 400), thickness=(100.0, 4.0))))
     assert "data.resize" not in found
 
 
 def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
     data = made((512, 512), thickness=(8.0, 10.0), upright=False)
     # 240 s x 1 MP/s x 0.8 for 2,400 images: 80,000 pixels of each.
-    found = decided(rules.size, cfg, situation(data, seconds=240.0))
+    found = sizes(cfg, situation(data, seconds=240.0))
     assert "data.resize" not in found
     assert found["data.augment.crop"].value == [288, 288]
     assert decided(rules.augmentation, cfg, situation(data))["data.augment.turn"].value is True
@@ -92,31 +100,32 @@ def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
 
 def test_upright_ones_are_reduced_as_far_as_the_budget_asks(cfg):
     data = made((512, 512), thickness=(20.0, 20.0))
-    found = decided(rules.size, cfg, situation(data, seconds=240.0))
+    found = sizes(cfg, situation(data, seconds=240.0))
     assert found["data.resize"].value == [288, 288]
-    more = decided(rules.size, cfg, situation(data, seconds=2400.0))
+    cfg.data.resize = None
+    more = sizes(cfg, situation(data, seconds=2400.0))
     assert more["data.resize"].value == [320, 320]  # 12 pixels of 20 are enough
 
 
 def test_no_class_becomes_thinner_than_it_may(cfg):
     data = made((512, 512), thickness=(8.0, 8.0))
-    found = decided(rules.size, cfg, situation(data, seconds=60.0))
+    found = sizes(cfg, situation(data, seconds=60.0))
     assert found["data.resize"].value == [256, 256]  # 4 pixels
     # 60 s x 1 MP/s x 0.8 / 2,400 = 20,000 pixels
     assert found["data.augment.crop"].value == [128, 128]
 
 
 def test_images_of_many_shapes_keep_theirs(cfg):
-    sizes = np.array([[1200, 1600], [1600, 1200]] * 50)
-    data = made((1200, 1600), thickness=(96.0, 96.0), sizes=sizes)
-    found = decided(rules.size, cfg, situation(data, device="cuda"))
+    shapes = np.array([[1200, 1600], [1600, 1200]] * 50)
+    data = made((1200, 1600), thickness=(96.0, 96.0), sizes=shapes)
+    found = sizes(cfg, situation(data, device="cuda"))
     assert found["data.max_side"].value == 192
     assert "data.resize" not in found
 
 
 def test_images_of_several_sizes_become_crops_of_one(cfg):
-    sizes = np.array([[200, 200], [256, 256], [300, 300]] * 10)
-    found = decided(rules.size, cfg, situation(made(thickness=(9.0, 9.0), sizes=sizes)))
+    shapes = np.array([[200, 200], [256, 256], [300, 300]] * 10)
+    found = sizes(cfg, situation(made(thickness=(9.0, 9.0), sizes=shapes)))
     assert found["data.augment.crop"].value == [256, 256]
 
 
@@ -125,7 +134,7 @@ def test_a_size_of_the_user_stays(cfg, setting):
     cfg.given = [setting]
     OmegaConf.update(cfg, setting, [512, 512] if setting == "data.resize" else 512)
     data = made((2048, 2048), thickness=(96.0, 96.0))
-    found = decided(rules.size, cfg, situation(data))
+    found = sizes(cfg, situation(data))
     assert not {"data.resize", "data.max_side"} & found.keys()
     assert found["data.augment.crop"].value is None
 

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_DATA
+from forked import Forked
 from lightning import Fabric
 from omegaconf import OmegaConf
 from PIL import Image
@@ -28,7 +27,6 @@ from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.prediction.folder import OutputFolder, read_journals
 
-ROOT = Path(__file__).parents[2]
 IMAGES = 200
 
 # As the commands of the repository, but its process can be found and killed.
@@ -67,25 +65,16 @@ class Node:
         self.pids = folder / "pids"
         self.pids.mkdir(exist_ok=True)
         (folder / "program.py").write_text(PROGRAM)
-        self.process = subprocess.Popen(
-            [sys.executable, *line],
-            cwd=cwd,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "PIDS": str(self.pids),
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment |= {"OMP_NUM_THREADS": "1", "PIDS": str(self.pids)}
+        self.process = Forked(line, cwd, **environment)
 
-    def end(self) -> tuple[int, str]:
+    @property
+    def runs(self) -> bool:
+        return self.process.code is None
+
+    def end(self) -> tuple[int | None, str]:
         """Waits for it; returns its exit code and what it and those below it printed."""
-        output, _ = self.process.communicate(timeout=150)
-        return self.process.returncode, output
+        return self.process.finish(150)
 
     def kill(self) -> None:
         """As if the machine had lost its power."""
@@ -125,7 +114,7 @@ def nodes(tmp_path):
     yield nodes
     for node in started:
         node.kill()
-        node.process.communicate()
+        node.end()
 
 
 def done(output: Path, remainder: int) -> list[Path]:
@@ -138,7 +127,7 @@ def test_a_node_that_died_is_made_good_by_giving_the_command_again(
 ):
     line = [f"input={many}", f"checkpoint={weights}", "save=[mask,coco]", "trainer.num_nodes=2"]
     first, second = nodes("torchrun", "predict", *line, f"output={tmp_path / 'out'}")
-    while first.process.poll() is second.process.poll() is None:
+    while first.runs and second.runs:
         if len(done(tmp_path / "out", 1)) >= 20:
             break
         time.sleep(0.005)
@@ -276,7 +265,7 @@ def test_the_first_node_may_die_and_the_rest_be_done_by_other_processes(
     line = [f"input={many}", f"checkpoint={weights}", "save=[mask]"]
     both = ["trainer.num_nodes=2", f"trainer.devices={processes}", f"output={tmp_path / 'out'}"]
     first, second = nodes(launcher, "predict", *line, *both, processes=processes)
-    while first.process.poll() is second.process.poll() is None:
+    while first.runs and second.runs:
         if len(done(tmp_path / "out", 0)) >= 20:
             break
         time.sleep(0.005)

@@ -7,6 +7,7 @@ there on they are what a user starts: processes with their own arguments, enviro
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import uuid
@@ -72,6 +73,7 @@ class Forked:
 
 def _run(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
     multiprocessing.set_start_method(None, force=True)  # that of the system, for its workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
     os.setsid()  # a group of its own, to which signals can be sent
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):

@@ -914,6 +914,35 @@ class Kill(Callback):
             raise RuntimeError("killed")
 
 
+def test_curves_are_drawn_every_five_seconds_and_whatever_ends_the_run(tmp_path, monkeypatch):
+    clock, drawn = [0.0], []
+    module = "seg_torch.training.callbacks"
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(
+        f"{module}.save_curves", lambda rows, _: drawn.append((clock[0], len(rows)))
+    )
+    group = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    trainer = SimpleNamespace(
+        is_global_zero=True, current_epoch=0, global_step=1, optimizers=[group]
+    )
+    task = SimpleNamespace(training_loss=lambda: 0.5, validated=False)
+    history = History(tmp_path)
+    for seconds in (1, 2, 3):
+        clock[0] = seconds
+        history.on_train_epoch_end(trainer, task)
+    assert drawn == [(1, 1)]
+    for seconds in (5, 6.5, 7, 20):
+        clock[0] = seconds
+        history.on_train_batch_end(trainer, task)
+    assert drawn == [(1, 1), (6.5, 3)]
+    history.on_train_end(trainer, task)
+    assert len(drawn) == 2
+    history.on_train_epoch_end(trainer, task)
+    history.on_train_epoch_end(trainer, task)
+    history.on_exception(trainer, task, KeyboardInterrupt())
+    assert drawn[2:] == [(20, 4), (20, 5)]
+
+
 @pytest.mark.parametrize(
     ("wait", "cache", "shown", "hint"),
     [
