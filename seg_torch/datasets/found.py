@@ -230,6 +230,8 @@ def _lines(counts: dict[int, Counts], kind: str, has_palette: bool) -> list[str]
     found = sorted(counts)
     if found in ([0, 255], [0, WHITE]):
         return ["background 0 0 0", "object 255 255 255"]
+    if kind == "colours" and all(colour % 0x10101 == 0 for colour in found):  # ids, three times
+        return [f"class {colour & 255} {_rgb(colour)}" for colour in found]
     if kind == "colours":
         return [f"{_name(colour)} {_rgb(colour)}" for colour in found if colour != VOID]
     ids = [value for value in found if value != IGNORE_INDEX]
