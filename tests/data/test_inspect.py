@@ -144,7 +144,8 @@ def test_all_files_without_a_partner_are_reported_and_the_terminal_shows_five(ow
     assert code == 1
     report = json.loads((own.parent / "report/inspect.json").read_text())
     expected = [
-        f"{own}/images/photo_{i}.jpg: no mask; add {own}/masks/photo_{i}.png, or move the image away"
+        f"{own}/images/photo_{i}.jpg: no mask; add {own}/masks/photo_{i}.png, "
+        "or move the image away"
         for i in range(4)
     ]
     expected += [
