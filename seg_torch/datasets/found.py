@@ -60,7 +60,7 @@ def find_classes(masks: base.Pairs, classes: Path) -> tuple[list[str], Path | No
     path = _remembered(files)
     if path is not None:
         with suppress(OSError):
-            if lines := path.read_text("utf-8").splitlines():
+            if lines := path.read_text(encoding="utf-8").splitlines():
                 return lines, path
     lines, complete = _look_at(files, classes)
     if path is None or not complete:
