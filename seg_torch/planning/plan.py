@@ -171,7 +171,7 @@ def _pixel_rate(cfg: DictConfig, data: SegmentationDataModule, processes: Proces
 def _length(cfg: DictConfig, images: int, processes: int) -> tuple[float, float]:
     """Return the optimizer steps and the validations of a run."""
     trainer, batch_size = cfg.trainer, cfg.data.batch_size
-    sampler = EpochSampler(images, batch_size, 0, world=processes)
+    sampler = EpochSampler(images, batch_size, 0, world=processes, repeat=cfg.data.get("repeat", 1))
     batches, limit = len(sampler), trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

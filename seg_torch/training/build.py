@@ -90,7 +90,9 @@ def check_interval(cfg: DictConfig, data: SegmentationDataModule, processes: Pro
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
         return
     images = len(data.dataset("train")) * data.repeat
-    batches = len(EpochSampler(images, data.batch_size, data.seed, world=processes.count))
+    batches = len(
+        EpochSampler(images, data.batch_size, 0, world=processes.count, repeat=data.repeat)
+    )
     limit = trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

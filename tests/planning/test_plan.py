@@ -53,7 +53,11 @@ def test_plan_prints_json_alone(run_as, photos):
     settings = {row["setting"]: row for row in made["settings"]}
     assert settings["loss"]["value"] == "ce_dice"
     assert "square has 2.4 %" in settings["loss"]["because"]
-    assert 0 < made["seconds"] < 66
+    epochs, batches = (
+        settings[f"trainer.{key}"]["value"] for key in ("max_epochs", "limit_train_batches")
+    )
+    assert made["steps"] == epochs * batches
+    assert 30 < made["seconds"] < 66
     assert made["steps"] > 0
     assert made["peak_bytes"] > 1e8
     assert not list(photos.parent.glob("runs/*")), "a plan writes nothing"
