@@ -60,7 +60,7 @@ def find_classes(masks: base.Pairs, classes: Path) -> tuple[list[str], Path | No
     path = _remembered(files)
     if path is not None:
         with suppress(OSError):
-            if lines := path.read_text("utf-8").splitlines():
+            if lines := path.read_text(encoding="utf-8").splitlines():
                 return lines, path
     lines, complete = _look_at(files, classes)
     if path is None or not complete:
@@ -230,6 +230,8 @@ def _lines(counts: dict[int, Counts], kind: str, has_palette: bool) -> list[str]
     found = sorted(counts)
     if found in ([0, 255], [0, WHITE]):
         return ["background 0 0 0", "object 255 255 255"]
+    if kind == "colours" and all(colour % 0x10101 == 0 for colour in found):  # ids, three times
+        return [f"class {colour & 255} {_rgb(colour)}" for colour in found]
     if kind == "colours":
         return [f"{_name(colour)} {_rgb(colour)}" for colour in found if colour != VOID]
     ids = [value for value in found if value != IGNORE_INDEX]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_command
-from forked import Forked
 from omegaconf import OmegaConf
 
 from seg_torch.cli import main as cli
@@ -262,7 +261,9 @@ def test_d20_other_processes_are_started_with_the_command_and_the_flags(
 
 
 @pytest.mark.promise(6)
-def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(command, tmp_path):
+def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(
+    command, run_as, tmp_path
+):
     """Each process would start the sweep again if it were told the sweep's command line.
 
     Nor would it know the model of one's own without the flag.
@@ -272,11 +273,10 @@ def test_d20_two_jobs_on_two_processes_make_one_sweep_with_one_folder_each(comma
     text = text.replace("resnet18", "mobilenetv3_small_050")
     (tmp_path / "mine/model/own.yaml").write_text(text)
     sweep = "Läufe,(a)='1'"  # which has to reach the other processes, too: e45
-    line = "-m --config-dir mine model=own loss=ce,dice trainer.devices=2"
-    arguments = f"{line} output_dir={sweep} {TINY}".split()
-    code, output = Forked([ROOT / "train.py", *arguments], tmp_path).finish()
-    assert code == 0, output
-    assert output.count("2 processes") == 2
+    line = "train.py -m --config-dir mine model=own loss=ce,dice trainer.devices=2"
+    result = run_as(f"{line} output_dir={sweep} {TINY}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 processes") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [sweep, "mine"]
     assert sorted(p.name for p in (tmp_path / sweep).iterdir() if p.is_dir()) == ["0", "1"]
     for job, loss in (("0", "CrossEntropyLoss"), ("1", "DiceLoss")):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision import tv_tensors
@@ -230,8 +231,6 @@ def test_val_still_stands_in_for_test(root):
 
 
 def test_groups_as_text_are_read_as_they_were():
-    import yaml
-
     groups = {"way": ["lane", "road"], "a: b": ["it's", 'say "x"', "x,y", "Löwe 1"], "none": []}
     text = as_text(groups)
     assert yaml.load(text, yaml.BaseLoader) == groups

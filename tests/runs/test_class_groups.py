@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
         for split, seed in (("train", 0), ("val", 1)):
             write_folder(samples(seed), Labels(names), home / folder / split)
             (home / folder / split / "classes.txt").rename(home / folder / "classes.txt")
-    line = ["train", "data=folder", "data.root=data", f"data.classes={GROUPS}", *ALL]
+    line = ["train", "recipe=null", "data=folder", "data.root=data", f"data.classes={GROUPS}", *ALL]
     line += ["data.rest=background", "data.augment=null", "output_dir=run", "loss=weighted_ce"]
     line += [*SMALL_TRAINER, *SMALL_UNET, "model.weights=null", "data.batch_size=2"]
     assert run_command([*line, "trainer.max_epochs=1"], home) == 0

@@ -50,7 +50,7 @@ TRUST = f"trust=[{__name__}] trainer.accelerator=cpu"
 TRAIN = (
     "train --config-dir=mine model=own data=folder data.root=data data.max_side=48 "
     "data.augment.crop=[40,40] data.batch_size=3 data.num_workers=0 scheduler=none "
-    "trainer.accelerator=cpu trainer.precision=32 logger=none"
+    "trainer.accelerator=cpu trainer.precision=32 logger=none recipe=null"
 )
 
 

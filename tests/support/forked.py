@@ -17,6 +17,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
@@ -44,7 +45,7 @@ class Forked:
         run = ([*map(str, arguments)], str(folder or Path.cwd()), environment)
         run = (*run, terminal or self.file.name)
         self.process: Any = SERVER.Process(target=_run, args=run)
-        with mock.patch.dict(os.environ, environment):  # of the server, which has to find this file
+        with mock.patch.dict(os.environ, PYTHONPATH=paths):  # the server has to find this file
             self.process.start()
         self.pid: int = self.process.pid
 
@@ -81,6 +82,8 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], output:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):  # else those of the server, and of pytest
+        torch.set_num_threads(int(threads))
     _execute(*arguments)
 
 
