@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from seg_torch import hardware
 from seg_torch.data import SegmentationDataModule
 from seg_torch.data.cache import CachedSamples, file_on_disk
 from seg_torch.data.sampling import EpochSampler, ResizedSamples, Sample
 from seg_torch.datasets.base import in_threads
-from seg_torch.hardware import available_cpus
 
 ENDLESS = 1 << 20  # batches of the only epoch, which is ended by the clock
 MOST = 1000  # samples that are decoded in advance
@@ -127,7 +127,7 @@ class Loading(NamedTuple):
     @property
     def fastest(self) -> float:
         """Seconds of a batch, with all workers and nothing else to do."""
-        return self.seconds / max(1, min(self.workers, available_cpus()))
+        return self.seconds / max(1, min(self.workers, hardware.available_cpus()))
 
 
 class PartOfData(SegmentationDataModule):

@@ -4,8 +4,10 @@ import itertools
 import math
 import multiprocessing
 import random
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import make_data
 import numpy as np
@@ -25,8 +27,20 @@ from seg_torch.datasets import base
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.planning import trial as module
-from seg_torch.planning.part import EndlessSampler, KeptSamples, SomeBatches
-from seg_torch.planning.trial import Trial, batch_size_that_fits, resident_memory, trial
+from seg_torch.planning.part import (
+    EndlessSampler,
+    KeptSamples,
+    Loading,
+    SomeBatches,
+    seconds_of_sample,
+)
+from seg_torch.planning.trial import (
+    Clock,
+    Trial,
+    batch_size_that_fits,
+    resident_memory,
+    trial,
+)
 from seg_torch.training import build
 
 
@@ -95,7 +109,6 @@ def test_workers_that_are_too_slow_are_seen_although_the_first_batches_are_ready
     found = trial(cfg, data, processes, 1.0)
     # Two workers prepare two batches of two images in 0.2 s; a step takes three batches.
     assert 0.29 <= found.step_seconds < 0.6
-    assert found.epoch_seconds >= 0.2  # until the first batch of an epoch is there
     assert multiprocessing.active_children() == []
 
 
@@ -115,6 +128,72 @@ def test_a_long_step_is_taken_twice_and_what_is_kept_is_decoded_once(slow):
     assert found.test_seconds == 0
     decoding = 200 * 0.02 / hardware.available_cpus()  # of train and val, in threads
     assert 0.9 * decoding < found.start_seconds < 3 * decoding + 10
+
+
+def clocked(monkeypatch, seconds, laps, batches=1, workers=2):
+    """A clock after steps of so many seconds, an epoch's end of 3 s, and what is loaded in 4 s."""
+    now = [10.0]
+    monkeypatch.setattr(module, "resident_memory", lambda: 7)
+    part = SimpleNamespace(
+        time=lambda: now[0],
+        train=Loading(4.0 if workers else 0.0, workers, 2 * workers),
+        scored=Loading(0.0, 0, 0),
+        images=SimpleNamespace(started=0.0),
+        eval_batch_size=2,
+        kept=[],
+    )
+    trainer = SimpleNamespace(
+        global_step=0,
+        should_stop=False,
+        accumulate_grad_batches=batches,
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+    )
+    clock = Clock(part, seconds, torch.device("cpu"))
+    clock.on_train_start(trainer, None)
+    for lap in laps:
+        assert not trainer.should_stop
+        for batch in range(batches):
+            now[0] += lap / batches
+            trainer.global_step += batch == batches - 1
+            clock.on_train_batch_end(trainer)
+    assert trainer.should_stop
+    now[0] += 3
+    clock.on_train_end(trainer, None)
+    return clock
+
+
+def test_the_clock_leaves_out_first_steps_and_counts_them_to_the_start(monkeypatch):
+    monkeypatch.setattr(hardware, "available_cpus", lambda: 8)
+    # The workers prepare four batches ahead: six steps are not those of later.
+    clock = clocked(monkeypatch, 24.0, [9.0, *[2.0] * 5, *[1.0] * 14])
+    assert clock.step_seconds() == 1.0
+    assert clock.start_seconds() == 9 + 5 * 2 - 6
+    assert clock.epoch_seconds == 3 + 4  # until the first batch is there
+    assert clock.peak_bytes() == 7
+    clock = clocked(monkeypatch, 4.0, [9.0, 1.0, 1.0, 1.5, 1.5], batches=3, workers=0)
+    assert clock.step_seconds() == pytest.approx(4 / 3)
+    assert clock.epoch_seconds == 3
+    # Without the time for so many, batches that were ready do not make them look fast.
+    clock = clocked(monkeypatch, 4.0, [9.0, 1.0, 1.0, 1.5, 1.5], batches=3)
+    assert clock.step_seconds() == 3 * 4.0 / 2
+    assert clocked(monkeypatch, 4.0, [9.0, 3.0, 3.0], workers=0).step_seconds() == 3
+    # A step that is longer than all of the time is not taken a third time.
+    assert clocked(monkeypatch, 4.0, [9.0, 8.0], workers=0).step_seconds() == 8
+
+
+def test_a_sample_takes_what_a_worker_takes_for_it_once_it_is_in_memory():
+    taken = []
+
+    class Samples:
+        def __getitem__(self, key):
+            time.sleep(0.3 if key not in taken else 0.02)
+            taken.append(key)
+            assert torch.get_num_threads() == 1
+
+    threads = torch.get_num_threads()
+    assert 0.02 <= seconds_of_sample(Samples(), [5, 6, 7, 8]) < 0.1
+    assert taken == [5, 6, 7] * 2
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.promise(25)
@@ -157,12 +236,9 @@ def test_no_samples_are_stored_for_a_run_that_is_only_tried(compose, tmp_path, m
 
 def test_the_memory_of_a_batch_grows_by_what_an_image_takes(slow):
     cfg, data, processes = slow(megabytes=64)
-    peaks = []
-    for batch_size in (1, 3):
-        data.batch_size = batch_size
-        peaks.append(trial(cfg, data, processes, 0.0).peak_bytes)
+    one, three = (module._measure_steps(cfg, data, processes, n).peak_bytes for n in (1, 3))
     # What the network keeps, and its gradient.
-    assert 2 * 64e6 < peaks[1] - peaks[0] < 2 * 3 * 67.2e6
+    assert 2 * 64e6 < three - one < 2 * 3 * 67.2e6
 
 
 def hold(megabytes: int, ready) -> None:  # type: ignore[no-untyped-def]
