@@ -30,6 +30,7 @@ LENGTH = (
     *("val_check_interval", "check_val_every_n_epoch"),
 )
 SIDE = 256  # of the images with which the speed of the network is measured
+END = 2.5  # seconds in which a run loads its best epoch, writes its results, and ends
 SAFE = 0.96  # share of the budget that is planned with
 
 
@@ -105,7 +106,7 @@ def make_plan(
             data = _with_settings(cfg, data)
     seconds = 4.0 if budget is None else min(30.0, max(4.0, 0.03 * budget))
     measured = processes.same(trial(cfg, data, processes, seconds))
-    spent = time.monotonic() - started + measured.start_seconds
+    spent = processes.same(time.monotonic() - started) + measured.start_seconds + END
     images = now.data.images
     validation = images["val"] * measured.val_seconds + measured.epoch_seconds
     test = images.get("test", images["val"]) * measured.test_seconds
@@ -160,7 +161,8 @@ def _with_settings(cfg: DictConfig, data: SegmentationDataModule) -> Segmentatio
 def _pixel_rate(cfg: DictConfig, data: SegmentationDataModule, processes: Processes) -> float:
     """Return how many pixels of training images a process takes in a second."""
     sides = {"resize": [SIDE, SIDE], "max_side": None, "batch_size": 4, "cache": "ram"}
-    small = OmegaConf.merge(cfg, {"data": {**sides, "num_workers": 0}})
+    unscored = {"limit_val_batches": 0, "limit_test_batches": 0}
+    small = OmegaConf.merge(cfg, {"data": {**sides, "num_workers": 0}, "trainer": unscored})
     if small.data.get("augment") is not None:
         small.data.augment.crop = None
     measured = trial(small, _with_settings(small, data), processes, 2.0)  # type: ignore[arg-type]
