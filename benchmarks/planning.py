@@ -45,40 +45,41 @@ HERE = Path(__file__).parent
 THREADS = 2
 SETS = ("camvid", "membrane", "cracks", "clothing", "shapes")
 # What an expert would try, by the size of the images and of what is in them. A recipe has a size of
-# the whole image (null: its own), a crop and a scale (null: none), a loss, a rate and a batch size.
-# CamVid: 360 x 480. Membrane: 512 x 512, 24 images. Cracks: 320 x 480, lines of a few pixels, 88
-# images. Clothing: about 830 x 550, 59 classes. Shapes: 128 x 128.
+# the whole image (null: its own), a crop and a scale (null: none), turns, a loss, a rate and a
+# batch size. CamVid: 360 x 480. Membrane: 512 x 512, 24 images. Cracks: 320 x 480, lines of a few
+# pixels, 88 images. Clothing: about 830 x 550, 59 classes. Shapes: 128 x 128.
 RECIPES = {
     "camvid": (
-        ("[264,352]", "null", "null", "ce_dice", 2e-3, 8),
-        ("[176,240]", "null", "[0.75,1.5]", "ce_dice", 3e-3, 8),
-        ("null", "[256,320]", "[0.5,1.5]", "weighted_ce", 1e-3, 8),
+        ("[264,352]", "null", "null", "false", "ce_dice", 2e-3, 8),
+        ("[176,240]", "null", "[0.75,1.5]", "false", "ce_dice", 3e-3, 8),
+        ("null", "[256,320]", "[0.5,1.5]", "false", "weighted_ce", 1e-3, 8),
     ),
     "membrane": (
-        ("null", "[256,256]", "null", "ce", 2e-3, 8),
-        ("[256,256]", "null", "null", "ce_dice", 2e-3, 8),
-        ("null", "[384,384]", "[0.75,1.5]", "ce_dice", 1e-3, 4),
+        ("null", "[256,256]", "null", "true", "ce", 2e-3, 8),
+        ("[256,256]", "null", "null", "false", "ce_dice", 2e-3, 8),
+        ("null", "[384,384]", "[0.75,1.5]", "true", "ce_dice", 1e-3, 4),
     ),
     "cracks": (
-        ("null", "[256,256]", "[0.75,1.5]", "ce_dice", 2e-3, 8),
-        ("null", "null", "null", "ce_dice", 1e-3, 4),
-        ("[160,240]", "null", "null", "weighted_ce", 3e-3, 16),
+        ("null", "[256,256]", "[0.75,1.5]", "true", "ce_dice", 2e-3, 8),
+        ("null", "null", "null", "false", "ce_dice", 1e-3, 4),
+        ("[160,240]", "null", "null", "false", "weighted_ce", 3e-3, 16),
     ),
     "clothing": (
-        ("[416,272]", "null", "null", "ce", 2e-3, 8),
-        ("[280,184]", "null", "null", "ce_dice", 3e-3, 8),
-        ("null", "[352,352]", "[0.5,1.0]", "ce", 1e-3, 8),
+        ("[416,272]", "null", "null", "false", "ce", 2e-3, 8),
+        ("[280,184]", "null", "null", "false", "ce_dice", 3e-3, 8),
+        ("null", "[352,352]", "[0.5,1.0]", "false", "ce", 1e-3, 8),
     ),
     "shapes": (
-        ("null", "null", "null", "ce_dice", 2e-3, 8),
-        ("null", "null", "null", "ce", 3e-3, 16),
-        ("[192,192]", "null", "null", "ce_dice", 1e-3, 8),
+        ("null", "null", "null", "true", "ce_dice", 2e-3, 8),
+        ("null", "null", "null", "false", "ce", 3e-3, 16),
+        ("[192,192]", "null", "null", "false", "ce_dice", 1e-3, 8),
     ),
 }
 SETTINGS = (
     "data.resize",
     "data.augment.crop",
     "data.augment.scale",
+    "data.augment.turn",
     "loss",
     "optimizer.lr",
     "data.batch_size",

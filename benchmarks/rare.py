@@ -26,6 +26,7 @@ SIDES = {
     "both": ("data.sample=rare", "data.augment.paste=0.5"),
 }
 RECIPE = (
+    "recipe=null",
     "data.cache=ram",
     "data.augment.scale=[0.75,1.5]",
     "data.batch_size=8",

@@ -2,10 +2,12 @@
 
 import ast
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -101,26 +103,21 @@ def run_command(line: str | list[str], folder: Path) -> int | str | None:
 
 
 def output_in_new_process(function: Callable[[Path], None], folder: Path) -> str:
-    """Calls a function of a test file where nothing has taken memory before it.
+    """Calls a function of a test file where nothing but imports has taken memory before it.
 
     Returns:
         What it printed.
     """
-    code = f"import pathlib, {function.__module__} as test; "
-    code += f"test.{function.__name__}(pathlib.Path.cwd())"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": PYTHONPATH,
-            "OMP_NUM_THREADS": "1",
-        },
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    ).stdout
+    from forked import Forked
+
+    script = folder / "call.py"
+    script.write_text(
+        f"import pathlib, {function.__module__} as test\n"
+        f"test.{function.__name__}(pathlib.Path.cwd())\n"
+    )
+    code, output = Forked([script], folder, OMP_NUM_THREADS="1").finish(300)
+    assert code == 0, output
+    return output
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -134,6 +131,24 @@ def quiet_libraries() -> None:
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Results of checks are remembered here, not in the user's home."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def anew() -> BaseContext:
+    """What starts processes to which all is pickled, as on Windows: there spawn.
+
+    Elsewhere the server of `Forked`, whose processes do not take seconds to import everything.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    from forked import SERVER
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        forkserver.ensure_running()
+    return SERVER
 
 
 @pytest.fixture

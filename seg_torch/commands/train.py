@@ -43,10 +43,10 @@ def train(cfg: DictConfig) -> float | None:
         # The first look at the data downloads them.
         processes.first(lambda: build.check_interval(cfg, data, processes))
         processes.first(data.check_files)
-        processes.first(data.tell_sampling)
         processes.first_of_each_machine(data.fetch)
         if state is None and plan.is_wanted(cfg):
             data = plan.follow(cfg, data, processes, started)
+        processes.first(data.tell_sampling)
         callbacks = [*build.build_callbacks(cfg, folder, processes), stop]
         trainer = build_trainer(cfg, processes, folder, callbacks)
         seed_everything(cfg.seed, workers=True, verbose=False)

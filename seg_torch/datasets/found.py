@@ -60,7 +60,7 @@ def find_classes(masks: base.Pairs, classes: Path) -> tuple[list[str], Path | No
     path = _remembered(files)
     if path is not None:
         with suppress(OSError):
-            if lines := path.read_text("utf-8").splitlines():
+            if lines := path.read_text(encoding="utf-8").splitlines():
                 return lines, path
     lines, complete = _look_at(files, classes)
     if path is None or not complete:
@@ -141,8 +141,9 @@ def _content(path: str) -> tuple[dict[int, Counts], dict[int, int] | None, str]:
         base.refuse_lossy(image, path)
         mode, own = image.mode, image.getpalette("RGB") if image.mode == "P" else None
         if mode in ("RGB", "RGBA"):
-            rgb = np.array(upright(image).convert("RGB"), np.int32)
-            return _count(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]), None, "colours"
+            image = upright(image).convert("RGB")
+            codes = np.frombuffer(image.tobytes("raw", "BGRX"), "<u4") & 0xFFFFFF
+            return _count(codes.reshape(image.height, image.width)), None, "colours"
     values = base.read_index_mask(path)
     counts = _count(values * np.uint8(255) if mode == "1" else values)
     colours = np.array(own or [], np.uint8).reshape(-1, 3)
@@ -155,7 +156,8 @@ def _content(path: str) -> tuple[dict[int, Counts], dict[int, int] | None, str]:
 def _count(values: np.ndarray) -> dict[int, Counts]:
     """Count the values in an array [H, W]; of neighbours that are equal, only one is sorted."""
     corner = values[:-1, :-1]
-    equal = (corner == values[1:, :-1]) & (corner == values[:-1, 1:]) & (corner == values[1:, 1:])
+    right = values[:, :-1] == values[:, 1:]
+    equal = right[:-1] & right[1:] & (corner == values[1:, :-1])
     pixels, squares = _histogram(values.ravel()), _histogram(corner[equal])
     return {value: Counts(count, squares.get(value, 0)) for value, count in pixels.items()}
 
@@ -214,9 +216,7 @@ def _refuse_smoothed(counts: dict[int, Counts], kind: str, file: str, classes: P
             "are resized by nearest neighbour."
         )
     else:
-        reason = (
-            "If each object has its own, these are no classes: give objects of a class the same"
-        )
+        reason = "If each object has its own, these are no classes: give those of a class the same."
     number = f"more than {TOO_MANY:,}" if len(counts) > TOO_MANY else f"{len(counts):,}"
     way_out = "" if len(counts) > 254 else " If each is a class, name them all there."
     raise InputError(
@@ -230,6 +230,8 @@ def _lines(counts: dict[int, Counts], kind: str, has_palette: bool) -> list[str]
     found = sorted(counts)
     if found in ([0, 255], [0, WHITE]):
         return ["background 0 0 0", "object 255 255 255"]
+    if kind == "colours" and all(colour % 0x10101 == 0 for colour in found):  # ids, three times
+        return [f"class {colour & 255} {_rgb(colour)}" for colour in found]
     if kind == "colours":
         return [f"{_name(colour)} {_rgb(colour)}" for colour in found if colour != VOID]
     ids = [value for value in found if value != IGNORE_INDEX]

@@ -15,7 +15,7 @@ Parts = dict[str, tuple[Path, Path]]
 
 # How folders of images and of masks are called, in lower case, without hyphens and the like.
 IMAGES = {
-    *("images", "image", "imgs", "img", "photos", "photo", "pictures", "frames", "input", "inputs"),
+    *("images", "image", "imgs", "img", "photos", "photo", "frames", "input", "inputs"),
     *("jpegimages", "pngimages", "originals", "original"),
 }
 MASKS = {

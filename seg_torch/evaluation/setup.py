@@ -16,7 +16,7 @@ from seg_torch.checkpoints.trusted import DATA, instantiate_trusted
 from seg_torch.configuration import instantiate, plain
 from seg_torch.data import SegmentationDataModule
 from seg_torch.datasets.base import SPLITS, BaseDataset
-from seg_torch.datasets.class_map import MappedDataset, as_text
+from seg_torch.datasets.class_map import Groups, MappedDataset, as_text
 from seg_torch.distributed import Processes
 from seg_torch.errors import InputError
 from seg_torch.evaluation.scorer import Scorer
@@ -120,27 +120,27 @@ def with_labels(model: Model, data: SegmentationDataModule, split: str) -> Model
         raise InputError(
             f"{model.name} knows the {len(model.labels)} classes {first_names(model.labels)}, the "
             f"data has the {len(labels)} classes {first_names(labels)}"
-            + _how_to_match(model, dataset, data.classes or {})
+            + _how_to_match(model, dataset, data.classes)
         )
     return model
 
 
-def _how_to_match(model: Model, dataset: BaseDataset, given: Mapping[str, Any]) -> str:
+def _how_to_match(model: Model, dataset: BaseDataset, given: Groups | None) -> str:
     """Return the `data.classes` that groups classes of the data as those of a model, if any do.
 
     Args:
         model: Its classes are looked for by their names and, where it was trained with
             `data.classes`, by those of that.
         dataset: The data, with whichever classes.
-        given: The `data.classes` that led to them.
+        given: The `data.classes` that led to them, if any.
     """
     own = (dataset.dataset if isinstance(dataset, MappedDataset) else dataset).labels
     groups, left = {}, {name.casefold(): name for name in own.names}
     for name in model.labels.names:
         names = [name]
-        for known in (model.config["data"].get("classes") or {}, given):
-            old = known.get(name, [])
-            names += [old] if isinstance(old, str) else old
+        for known in (model.config["data"].get("classes"), given):
+            old = known.get(name, []) if isinstance(known, Mapping) else []
+            names += map(str, old if isinstance(old, list) else [old])
         groups[name] = [left.pop(n.casefold()) for n in names if n.casefold() in left]
     if not any(groups.values()):
         return "; data.classes='{NEW: [OLD, OLD]}' says which of them are the same"

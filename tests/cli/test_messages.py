@@ -1,12 +1,13 @@
 """Which errors are the user's, and which of several processes prints them."""
 
 from datetime import timedelta
+from io import StringIO
 
 import pytest
 from ports import free_port
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from seg_torch.cli.messages import LOST, explain, print_error
+from seg_torch.cli.messages import LOST, explain, print_error, wrapped
 
 
 def test_only_the_first_process_of_torchrun_reports_a_mistake(run_as):
@@ -52,3 +53,12 @@ def test_processes_that_do_not_find_each_other_are_told_apart_from_bugs():
         assert explain(error).startswith(LOST)
         assert len(explain(error).splitlines()) == 3
     assert explain(RuntimeError("a bug")) is None
+
+
+def test_a_command_in_a_message_stays_on_one_line_of_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    command = "  cp /a/long/path/classes.txt /another/long/path/classes.txt"
+    terminal = StringIO()
+    terminal.isatty = lambda: True
+    lines = wrapped(f"For other names, change them in a copy of the list:\n{command}", terminal)
+    assert lines.splitlines()[1:] == ["  of the list:", command]

@@ -158,12 +158,12 @@ def test_e10_our_own_augmentation_is_given_no_copies(own_folder):
             assert torch.equal(samples.samples.content, before)
 
 
-def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
+def test_d24_cached_samples_reach_a_spawned_worker_through_few_files(anew):
     module = SegmentationDataModule(
         lambda split: shapes(split, size=32, train=700), batch_size=100, cache="ram", num_workers=1
     )
     loader = module.train_dataloader()
-    loader.multiprocessing_context = "spawn"
+    loader.multiprocessing_context = anew
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
@@ -176,7 +176,7 @@ def test_d24_cached_samples_reach_a_spawned_worker_through_few_files():
     assert equal([batches[-1][0][-1], batches[-1][1][-1]], list(expected))
 
 
-def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
+def test_d24_the_processes_of_a_machine_share_one_copy(anew, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = tmp_path / "seg_torch-a-name-0"
 
@@ -197,7 +197,7 @@ def test_d24_the_processes_of_a_machine_share_one_copy(tmp_path, monkeypatch):
     samples = module(0, other_process)._samples("val", resize_labels=False)
     assert not path.exists()
     monkeypatch.undo()
-    spawned = DataLoader(others[0], None, num_workers=1, multiprocessing_context="spawn")
+    spawned = DataLoader(others[0], None, num_workers=1, multiprocessing_context=anew)
     assert len(pickle.dumps(others[0])) < 2000  # no copy of the samples
     for index, by_worker in enumerate(spawned):
         for sample in (samples[index], others[0][index], by_worker):
@@ -235,13 +235,13 @@ def test_samples_on_disk_are_decoded_once_and_anew_when_a_file_changes(own_folde
     assert equal(anew, epoch(plain, 0))
 
 
-def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(own_folder):
+def test_samples_on_disk_reach_a_spawned_worker_as_the_name_of_their_folder(anew, own_folder):
     module = SegmentationDataModule(
         folder, str(own_folder), batch_size=2, cache="disk", num_workers=1
     )
     loader = module.train_dataloader()
     assert len(pickle.dumps(loader.dataset)) < 2000
-    loader.multiprocessing_context = "spawn"
+    loader.multiprocessing_context = anew
     plain = SegmentationDataModule(folder, str(own_folder), batch_size=2, num_workers=0)
     assert equal([part for batch in loader for part in batch], epoch(plain, 0))
 

@@ -143,8 +143,14 @@ def test_all_files_without_a_partner_are_reported_and_the_terminal_shows_five(ow
     code, printed = command("inspect", f"data.root={own}", "output_dir=report")
     assert code == 1
     report = json.loads((own.parent / "report/inspect.json").read_text())
-    expected = [f"{own}/images/photo_{i}.jpg: no mask" for i in range(4)]
-    expected += [f"{own}/masks/photo_{i}.png: no image" for i in range(5, 8)]
+    expected = [
+        f"{own}/images/photo_{i}.jpg: no mask; add {own}/masks/photo_{i}.png, "
+        "or move the image away"
+        for i in range(4)
+    ]
+    expected += [
+        f"{own}/masks/photo_{i}.png: no image; add it, or move the mask away" for i in range(5, 8)
+    ]
     assert [p["message"] for p in report["problems"]] == expected
     assert "and 2 more" in printed
     page = (own.parent / "report/inspect.html").read_text()

@@ -198,6 +198,10 @@ def test_workers_processes_and_caches_draw_and_paste_the_same():
     module.num_workers = 2
     assert equal(epoch(module, 1), reference)
     assert not equal(epoch(shapes_module(sample=None), 1), reference)
+    resumed = shapes_module()
+    resumed.load_state_dict({"epoch": 1, "batch": 2})
+    rest = [tensor for batch in resumed.train_dataloader() for tensor in batch]
+    assert equal(rest, reference[4:])
     shares = []
     for rank in range(2):
         module = shapes_module()

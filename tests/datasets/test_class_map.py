@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision import tv_tensors
@@ -114,7 +115,9 @@ def test_what_is_remembered_of_one_grouping_is_not_taken_for_another(root, new_c
     """Neither of the check nor of the decoded samples; each is remembered by itself."""
     settings = [{}, *({"classes": GROUPS, "rest": rest} for rest in RESTS)]
     settings.append({"classes": {"a": "sky", "b": ["Car", "truck", "road", "tree", "lane"]}})
+    settings.append({"classes": {"a": ["sky", "Car"], "b": ["truck", "road", "tree", "lane"]}})
     all_ids = [[*range(6)], *(ids for _, ids in RESTS.values()), [0, 1, 1, 1, 1, 1]]
+    all_ids.append([0, 0, 1, 1, 1, 1])
     for _ in range(2):  # the second time they are remembered
         for setting, ids in zip(settings, all_ids, strict=True):
             data = SegmentationDataModule(partial(folder, root), cache="disk", **setting)
@@ -228,9 +231,7 @@ def test_val_still_stands_in_for_test(root):
 
 
 def test_groups_as_text_are_read_as_they_were():
-    import yaml
-
     groups = {"way": ["lane", "road"], "a: b": ["it's", 'say "x"', "x,y", "Löwe 1"], "none": []}
     text = as_text(groups)
     assert yaml.load(text, yaml.BaseLoader) == groups
-    assert text.startswith('{way: [lane, road], "a: b": ["it\'s", ')
+    assert text.startswith('{way:[lane,road],"a: b":["it\'s",')

@@ -146,6 +146,9 @@ def test_e48_what_may_mean_two_things_is_refused_and_the_patterns_are_named(own)
         datasets.folder(own, "train")
     (own / "gt").rename(own / "masks")  # as the message says
     numbers_of(own)
+    (own / "images").rename(own / "img")  # masks/ is still the one that is meant
+    numbers_of(own)
+    (own / "img").rename(own / "images")
     (own / "masks").rename(own / "gt")
     shutil.rmtree(own / "labels")
     shutil.rmtree(own / "gt")

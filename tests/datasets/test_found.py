@@ -82,6 +82,11 @@ KINDS = {
     "greys": (with_values(0, 128, 255, 0), ["class 0", "class 128", "class 255"], (0, 1, 2, 0)),
     "a palette": (with_palette(0, 1, 2, 255), ["class 0", "class 1", "class 2"], (0, 1, 2, 255)),
     "one of VOC": (with_palette(0, 15, 0, 255), [f"class {i}" for i in range(16)], (0, 15, 0, 255)),
+    "ids, three times": (
+        with_colours((0, 0, 0), (1, 1, 1), (5, 5, 5), (0, 0, 0)),
+        ["class 0", "class 1", "class 5"],
+        (0, 1, 2, 0),
+    ),
     "colours": (with_colours(RED, BLUE, BLACK, VOID), ["black", "#0080c0", "red"], (2, 1, 0, 255)),
     "alpha": (
         with_colours(RED, BLUE, BLACK, RED, mode="RGBA"),

@@ -34,13 +34,11 @@ from seg_torch.training import build
 def slow(small):
     """`slow("key=value", training=..., length=..., decoding=...)`: settings, data, processes."""
 
-    def slow(*overrides, length=40, decoding=0.0, workers=0, cache="none", batch_size=2, **model):
+    def slow(*overrides, length=40, decoding=0.0, empty_split="", workers=0, cache="none", **model):
         cfg = small("train", *overrides)
         OmegaConf.update(cfg, "model", {"_target_": "slow_parts.SlowModel", **model}, merge=False)
-        dataset = partial(SlowImages, length=length, seconds=decoding)
-        data = SegmentationDataModule(
-            dataset, batch_size=batch_size, num_workers=workers, cache=cache
-        )
+        dataset = partial(SlowImages, length=length, seconds=decoding, empty_split=empty_split)
+        data = SegmentationDataModule(dataset, batch_size=2, num_workers=workers, cache=cache)
         SlowModel.batches = 0
         return cfg, data, Processes(cfg.trainer)
 
@@ -103,7 +101,12 @@ def test_workers_that_are_too_slow_are_seen_although_the_first_batches_are_ready
 
 def test_a_long_step_is_taken_twice_and_what_is_kept_is_decoded_once(slow):
     cfg, data, processes = slow(
-        "trainer.limit_test_batches=0", length=100, decoding=0.02, cache="ram", training=0.3
+        "trainer.limit_test_batches=0",
+        length=100,
+        decoding=0.02,
+        cache="ram",
+        training=0.3,
+        empty_split="val",  # of a real split a few images may have no label
     )
     found = trial(cfg, data, processes, 0.2)
     assert SlowModel.batches == 2
@@ -231,7 +234,7 @@ def test_on_a_cpu_a_batch_may_take_half_of_the_memory_and_large_ones_are_not_tri
 
     measured(monkeypatch, not_one)
     assert batch_size_that_fits(*slow(), sizes) == 5
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="cannot train on one"):
         batch_size_that_fits(*slow(), [1])
 
 
@@ -245,6 +248,16 @@ def test_on_a_gpu_batches_grow_until_one_does_not_fit_or_leaves_no_tenth(monkeyp
     assert tried == [1, 2, 4, 8]
     measured(monkeypatch, lambda n: n * 23 * 10**8)
     assert batch_size_that_fits(None, None, gpu, sizes) == 2  # 4 would take 9.2 of 10 GB
+
+    def not_one(n):
+        if n == 1:
+            raise InputError("this network cannot train on one image")
+        return n * 10**9
+
+    measured(monkeypatch, not_one)
+    assert batch_size_that_fits(None, None, gpu, sizes) == 8
+    with pytest.raises(InputError, match="cannot train on one"):
+        batch_size_that_fits(None, None, gpu, [1])
     measured(monkeypatch, lambda n: None)
     with pytest.raises(InputError, match=r"batch_size=1"):
         batch_size_that_fits(None, None, gpu, sizes)

@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import output_in_new_process
+from forked import Forked
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.segmentation._utils import _SimpleSegmentationModel
@@ -420,8 +420,9 @@ print("took", peak() - before)
 def megabytes_of_evaluation(tile: int, batch_size: int, folder: Path, images: int) -> int:
     """The growth of memory while images of 2048 x 1024 are scored; 0 stands for `None`."""
     numbers = (str(tile), str(batch_size), str(folder), str(images))
-    command = [sys.executable, "-c", EVALUATION, *numbers]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    (folder / "evaluation.py").write_text(EVALUATION)
+    code, output = Forked([folder / "evaluation.py", *numbers], folder).finish()
+    assert code == 0, output
     return int(output.split("took ")[1])
 
 

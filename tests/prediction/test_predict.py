@@ -1,9 +1,9 @@
 """predict.py: what becomes of a folder of images, whatever is in it and whatever happens."""
 
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import output_in_new_process, run_command
+from forked import Forked
 from lightning.fabric.accelerators import CPUAccelerator
 from PIL import Image
 from predictions import LABELS, Threshold, bomb, files, random_checkpoint, table
@@ -586,8 +587,8 @@ def test_an_output_that_was_damaged_meanwhile_is_named(compose, threshold, tmp_p
     assert predict(compose("predict", *arguments)) == 0
 
 
-def line(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "predict.py"), "trainer.accelerator=cpu", *arguments]
+def start(folder: Path, *arguments: str) -> Forked:
+    return Forked([ROOT / "predict.py", "trainer.accelerator=cpu", *arguments], folder)
 
 
 @pytest.fixture
@@ -608,15 +609,13 @@ def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
         places = [f"input={many}", f"output={tmp_path / output}", f"checkpoint={weights}"]
         return [*places, "save=[mask,overlay,coco,legend]", f"batch_size={batch_size}"]
 
-    # A shell lets what it starts in the background ignore Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(line(*arguments("stopped")), cwd=tmp_path)
-    signal.signal(signal.SIGINT, handler)
+    process = start(tmp_path, *arguments("stopped"))
     masks = tmp_path / "stopped/mask"
-    while process.poll() is None and len(list(masks.glob("[0-9]*.png"))) < 60:
+    while process.code is None and len(list(masks.glob("[0-9]*.png"))) < 60:
         time.sleep(0.005)
-    process.send_signal(signal_number)
-    assert process.wait() == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
+    os.kill(process.pid, signal_number)
+    code, _ = process.finish()
+    assert code == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
     complete = {p.name: p.stat().st_mtime_ns for p in masks.glob("[0-9]*.png")}
     assert 60 <= len(complete) < 200
     noted = [record["name"] for record in read_journals(tmp_path / "stopped")]
@@ -636,14 +635,10 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
     for path in sorted(many.iterdir())[50:]:
         path.unlink()
     (many / "bad.jpg").write_text("no image")
-    result = subprocess.run(
-        line(*places, f"output={tmp_path / 'two'}", "trainer.devices=2"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1, result.stderr
-    assert result.stdout.count("bad.jpg") == 1
+    two = start(tmp_path, *places, f"output={tmp_path / 'two'}", "trainer.devices=2")
+    code, output = two.finish()
+    assert code == 1, output
+    assert output.count("bad.jpg") == 1
     predict(compose("predict", *places, f"output={tmp_path / 'one'}", "trainer.accelerator=cpu"))
     assert files(tmp_path / "two") == files(tmp_path / "one")
     shares = [
@@ -659,16 +654,10 @@ def test_two_processes_do_each_file_once(many, weights, compose, tmp_path):
 def test_d20_with_two_real_processes_the_reason_is_printed_once(weights, images, tmp_path):
     (tmp_path / "out").write_text("in the way")
     places = [f"input={images}", f"checkpoint={weights}", f"output={tmp_path / 'out'}"]
-    result = subprocess.run(
-        line(*places, "trainer.devices=2"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2
-    assert result.stderr.count("cannot be written") == 1
-    assert "Traceback" not in result.stderr
+    code, output = start(tmp_path, *places, "trainer.devices=2").finish()
+    assert code == 2
+    assert output.count("cannot be written") == 1
+    assert "Traceback" not in output
 
 
 def memory_by_height(folder: Path) -> None:

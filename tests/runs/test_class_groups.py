@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
         for split, seed in (("train", 0), ("val", 1)):
             write_folder(samples(seed), Labels(names), home / folder / split)
             (home / folder / split / "classes.txt").rename(home / folder / "classes.txt")
-    line = ["train", "data=folder", "data.root=data", f"data.classes={GROUPS}", *ALL]
+    line = ["train", "recipe=null", "data=folder", "data.root=data", f"data.classes={GROUPS}", *ALL]
     line += ["data.rest=background", "data.augment=null", "output_dir=run", "loss=weighted_ce"]
     line += [*SMALL_TRAINER, *SMALL_UNET, "model.weights=null", "data.batch_size=2"]
     assert run_command([*line, "trainer.max_epochs=1"], home) == 0
@@ -93,7 +93,7 @@ def test_on_data_with_other_names_the_message_has_the_line_to_type(trained, caps
     message = capsys.readouterr().err
     settings = shlex.split(re.search(r"\n  (.*)", message)[1])
     assert settings == [
-        'data.classes={background: [], "_Straße 1.a": [Tree], vehicle: [Vehicle, TRUCK]}',
+        'data.classes={background:[],"_Straße 1.a":[Tree],vehicle:[Vehicle,TRUCK]}',
         "data.rest=background",
     ]
     assert run_command([*line, *settings, "output_dir=other_scores"], trained) == 0

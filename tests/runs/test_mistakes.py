@@ -102,7 +102,8 @@ def test_two_classes_train_and_predict_by_default_and_one_channel_is_refused(
 ):
     line = (
         f"train data=folder data.root={photos} model=unet_random data.augment.crop=[32,32] "
-        "data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu"
+        "data.num_workers=0 trainer.max_epochs=1 trainer.accelerator=cpu "
+        "model.encoder=mobilenetv3_small_050 model.decoder_channels=[8,8,8,8,8]"
     )
     assert command(f"{line} output_dir=two")[0] == 0
     assert command("predict checkpoint=two input=photos/images output=out save=[mask]")[0] == 0

@@ -1,12 +1,11 @@
 """The same seed gives the same run, and trainer.deterministic keeps its word."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from models_for_tests import Calls
 from test_training import plain_content
 from torch import Tensor, nn
@@ -72,7 +71,8 @@ def test_a_seed_gives_the_same_checkpoint_twice_and_with_0_1_and_4_workers(compo
         return results(tmp_path / name)
 
     line = [ROOT / "train.py", *RUN, "data.num_workers=1", f"output_dir={tmp_path / 'process'}"]
-    subprocess.run([sys.executable, *line], check=True, timeout=300)
+    code, output = Forked(line).finish()
+    assert code == 0, output
     reference = results(tmp_path / "process")
     for workers in (0, 4):
         assert not different(run(f"workers_{workers}", f"data.num_workers={workers}"), reference)

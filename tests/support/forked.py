@@ -7,6 +7,7 @@ there on they are what a user starts: processes with their own arguments, enviro
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import uuid
@@ -16,6 +17,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
@@ -43,7 +45,7 @@ class Forked:
         run = ([*map(str, arguments)], str(folder or Path.cwd()), environment)
         run = (*run, terminal or self.file.name)
         self.process: Any = SERVER.Process(target=_run, args=run)
-        with mock.patch.dict(os.environ, environment):  # of the server, which has to find this file
+        with mock.patch.dict(os.environ, PYTHONPATH=paths):  # the server has to find this file
             self.process.start()
         self.pid: int = self.process.pid
 
@@ -72,6 +74,7 @@ class Forked:
 
 def _run(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
     multiprocessing.set_start_method(None, force=True)  # that of the system, for its workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
     os.setsid()  # a group of its own, to which signals can be sent
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
@@ -79,6 +82,8 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], output:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):  # else those of the server, and of pytest
+        torch.set_num_threads(int(threads))
     _execute(*arguments)
 
 

@@ -13,12 +13,19 @@ LABELS = Labels(("a", "b"))
 
 
 class SlowImages(Dataset):
-    """Images of 32 x 32 pixels, each of which takes some seconds to decode."""
+    """Images of 32 x 32 pixels, each of which takes some seconds to decode.
+
+    Args:
+        split: Of `empty_split` no pixel is labelled.
+        length: Their number.
+        seconds: Of decoding one.
+        empty_split: A split, or none.
+    """
 
     labels = LABELS
 
-    def __init__(self, split: str, length: int, seconds: float) -> None:
-        self.length, self.seconds = length, seconds
+    def __init__(self, split: str, length: int, seconds: float, empty_split: str = "") -> None:
+        self.length, self.seconds, self.empty = length, seconds, split == empty_split
 
     def __len__(self) -> int:
         return self.length
@@ -27,7 +34,8 @@ class SlowImages(Dataset):
         time.sleep(self.seconds)
         rng = np.random.default_rng(index)
         image = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        return base.as_sample(image, (image[..., 0] > 127).astype(np.uint8))
+        mask = (image[..., 0] > 127).astype(np.uint8)
+        return base.as_sample(image, np.full_like(mask, 255) if self.empty else mask)
 
 
 class SlowModel(nn.Module):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,12 +317,14 @@ def test_a_job_that_slurm_stops_goes_on_by_the_same_command(undisturbed, tmp_pat
     assert not list(folder.rglob("hpc_ckpt*"))
 
 
-# Where a signal comes, from which epoch on (counted from 0), and the steps that are saved by then.
+# Two runs: where signals come, from which epoch on (counted from 0), and the steps saved by then.
 MOMENTS = (
-    (SegmentationTask, "validation_step", 1, 6),
-    (SegmentationTask, "on_train_epoch_end", 1, 6),
-    (SegmentationTask, "on_train_epoch_end", 2, 9),
-    (Scorer, "test_step", 0, 9),
+    (
+        (SegmentationTask, "validation_step", 1, 6),
+        (SegmentationTask, "on_train_epoch_end", 2, 9),
+        (Scorer, "test_step", 0, 9),
+    ),
+    ((SegmentationTask, "on_train_epoch_end", 1, 6),),
 )
 
 
@@ -329,23 +332,26 @@ MOMENTS = (
 def test_d16_a_signal_at_any_other_moment_loses_no_step(small, tmp_path, monkeypatch):
     options = ("trainer.max_epochs=3", "scheduler=plateau", "scheduler.patience=0")
     train(small("train", f"output_dir={tmp_path / 'whole'}", *options))
-    for module, moment, epoch, steps in MOMENTS:
-        plain = getattr(module, moment)
+    for number, moments in enumerate(MOMENTS):
+        folder = tmp_path / f"stopped_{number}"
+        go = partial(train, small("train", f"output_dir={folder}", *options))
+        for module, moment, epoch, steps in moments:
+            plain = getattr(module, moment)
 
-        def signalled(task, *arguments, plain=plain, epoch=epoch):
-            if task.current_epoch >= epoch and not task.trainer.sanity_checking:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return plain(task, *arguments)
+            def signalled(task, *arguments, plain=plain, epoch=epoch):
+                if task.current_epoch >= epoch and not task.trainer.sanity_checking:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return plain(task, *arguments)
 
-        folder = tmp_path / f"{moment}_{epoch}"
-        with monkeypatch.context() as patch:
-            patch.setattr(module, moment, signalled)
-            with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
-                train(small("train", f"output_dir={folder}", *options))
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"] == steps
-        assert not (folder / "test_metrics.json").exists()
-        resume(folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, moment, signalled)
+                with pytest.raises(StoppedError, match=f"go on with resume={folder}"):
+                    go()
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert checkpoint.read(folder / "checkpoints/last.ckpt")["global_step"] == steps
+            assert not (folder / "test_metrics.json").exists()
+            go = partial(resume, folder)
+        go()
         assert_same_run(folder, tmp_path / "whole")
 
 

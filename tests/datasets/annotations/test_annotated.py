@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import multiprocessing
 import shutil
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -74,14 +73,13 @@ def assert_drawn(mask: np.ndarray, number: int, value: int, index: int) -> None:
     assert (mask[own] == value).all()
 
 
-def test_spawned_workers_read_the_same_samples(tmp_path, table):
+def test_spawned_workers_read_the_same_samples(anew, tmp_path, table):
     parts = [datasets.hf(str(table()), "val")]
     for name in FORMATS:
         getattr(make_data, f"make_{name}")(tmp_path / name)
         parts.append(getattr(datasets, name)(tmp_path / name, "val"))
     together = ConcatDataset(parts)
-    spawn = multiprocessing.get_context("spawn")
-    loader = DataLoader(together, None, num_workers=1, multiprocessing_context=spawn, timeout=120)
+    loader = DataLoader(together, None, num_workers=1, multiprocessing_context=anew, timeout=120)
     for (image, mask), (expected_image, expected_mask) in zip(loader, together, strict=True):
         assert (image == expected_image).all()
         assert (mask == expected_mask).all()
