@@ -26,6 +26,7 @@ from seg_torch.checkpoints.exported import Graph, load_network, open_exported, w
 from seg_torch.datasets import shapes
 from seg_torch.datasets.shapes import SHAPES_LABELS
 from seg_torch.errors import InputError
+from seg_torch.images.resize import Resize
 from seg_torch.models.network import Network
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -55,7 +56,7 @@ class Tiny(nn.Module):
         return self.classifier(self.convolution(x).relu())
 
 
-def saved(folder: Path, resize: tuple[int, int] | None = None) -> Path:
+def saved(folder: Path, resize: Resize = None) -> Path:
     """A checkpoint of `Tiny`."""
     torch.manual_seed(0)
     network = Network(Tiny(len(SHAPES_LABELS)), MEAN, STD)
@@ -305,6 +306,28 @@ def test_a_graph_resizes_images_as_the_network_saw_them(tmp_path):
     scaled = Segmenter.load(tmp_path / "b.onnx", device="cpu", scales=[0.5, 1.0])
     with pytest.raises(InputError, match="scales of tta"):
         scaled.predict(image[0])
+
+
+def test_a_graph_of_openvino_reduces_images_of_every_shape(tmp_path):
+    """That of ONNX is in tests/runs/test_max_side.py."""
+    pytest.importorskip("openvino")
+    path = saved(tmp_path, resize=64)
+    network, _, about = load_network(path, [__name__])
+    write(Graph(network.eval(), 64), tmp_path / "b.xml", "openvino", about)
+    run, _ = open_exported(tmp_path / "b.xml")
+    for size, seen in {
+        (100, 150): (43, 64),
+        (150, 100): (64, 43),
+        (50, 40): (50, 40),
+        (64, 64): (64, 64),
+        (65, 64): (64, 63),
+        (90, 400): (32, 64),
+    }.items():
+        image = random_images(1, 3, *size)
+        (mask,) = run(image, ["classes"])
+        small = F.interpolate(image.float(), seen, mode="bilinear", antialias=True).round()
+        expected, _ = reference(path, small, size)
+        assert (mask == expected).double().mean() > 0.999, size
 
 
 def test_int8_is_calibrated_and_scored_with_the_validation_images(folder, capsys):
