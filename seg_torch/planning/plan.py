@@ -16,6 +16,7 @@ from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.hardware import total_memory
+from seg_torch.images.resize import in_words
 from seg_torch.planning import rules
 from seg_torch.planning.budget import as_time, seconds_of
 from seg_torch.planning.fingerprint import Fingerprint, fingerprint
@@ -187,14 +188,12 @@ def _length(cfg: DictConfig, images: int, processes: int) -> tuple[float, float]
 def describe(plan: Plan, cfg: DictConfig) -> list[str]:
     """Return the essence of a plan, in lines."""
     data = cfg.data
-    resize, crop = data.get("resize"), (data.get("augment") or {}).get("crop")
-    seen = f"{resize[0]} x {resize[1]}" if resize else "their own size"
-    if data.get("max_side"):
-        seen = f"at most {data.max_side} a side"
-    seen += f", crops of {crop[0]} x {crop[1]}" if crop else ", whole"
+    crop = (data.get("augment") or {}).get("crop")
+    window = f"crops of {crop[0]} x {crop[1]}" if crop else "whole images"
     network = cfg.model.get("encoder") or cfg.model.get("backbone") or cfg.model._target_
+    seen = in_words(data.get("max_side") or data.get("resize"))
     return [
-        f"plan: {network}, images at {seen}, batches of {data.batch_size}, rate {cfg.optimizer.lr}",
+        f"plan: {network}, {window} {seen}, batches of {data.batch_size}, rate {cfg.optimizer.lr}",
         f"plan: {plan.steps:.0f} steps in {cfg.trainer.max_epochs} epochs, about "
         f"{as_time(plan.seconds)} in all, {plan.peak_bytes / 1e9:.1f} GB of memory",
         "plan: config.yaml has the reasons; recipe=null leaves the settings as they are",

@@ -95,6 +95,11 @@ def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
     found = sizes(cfg, situation(data, seconds=240.0))
     assert "data.resize" not in found
     assert found["data.augment.crop"].value == [288, 288]
+    assert found["data.augment.scale"].value is None
+    data = replace(data, sizes=2 * data.sizes)
+    more = sizes(cfg, situation(data, seconds=24000.0))
+    assert more["data.augment.crop"].value == [512, 512]
+    assert more["data.augment.scale"].value == [0.75, 1.5]
     assert decided(rules.augmentation, cfg, situation(data))["data.augment.turn"].value is True
 
 
