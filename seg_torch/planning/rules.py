@@ -77,8 +77,7 @@ RATES = {
     "seg_torch.models.fcn": 5e-4,
     "seg_torch.models.lraspp": 1e-3,
     "seg_torch.models.vit": 2e-4,
-    "seg_torch.models.transformers.segformer": 1e-4,
-    "seg_torch.models.transformers.mask2former": 1e-4,
+    "seg_torch.models.transformers": 1e-4,
 }
 
 

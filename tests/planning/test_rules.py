@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.planning import rules
 from seg_torch.planning.fingerprint import Fingerprint
 from seg_torch.planning.rules import Decision, Situation, is_given
@@ -244,3 +245,9 @@ def test_long_runs_are_averaged(cfg):
     assert length(cfg, long)["ema"] == 0.999
     cfg.recipe = None
     assert "ema" not in length(cfg, long)
+
+
+@pytest.mark.parametrize("model", sorted(p.stem for p in (CONFIG_FOLDER / "model").glob("*.yaml")))
+def test_every_model_has_a_rate(model):
+    function = OmegaConf.load(CONFIG_FOLDER / f"model/{model}.yaml")._target_
+    assert model in ("hub", "unet_random") or function in rules.RATES
