@@ -43,7 +43,7 @@ def plan(cfg: DictConfig) -> None:
     processes = Processes(cfg.trainer)
     data: SegmentationDataModule = instantiate(cfg.data)
     processes.first(data.check_files)
-    made, _ = make_plan(cfg, data, processes, started)
+    made, _ = make_plan(cfg, data, processes, started, measure=True)
     if not processes.is_first:
         return
     if cfg.json:
@@ -57,10 +57,10 @@ def plan(cfg: DictConfig) -> None:
     elif not cfg.recipe:
         log.info("nothing is decided: experiment= and recipe=null have settings of their own")
     steps = f"{made.steps:.0f} steps" if made.steps < math.inf else "steps without end"
-    log.info(
-        "%s, about %s in all on this machine, up to %.1f GB of memory",
-        *(steps, as_time(made.seconds), made.peak_bytes / 1e9),
-    )
+    if made.seconds is not None and made.peak_bytes is not None:
+        steps += f", about {as_time(made.seconds)} in all on this machine"
+        steps += f", up to {made.peak_bytes / 1e9:.1f} GB of memory"
+    log.info("%s", steps)
     log.info("train writes into %s: %s", cfg.output_dir, FILES)
 
 
@@ -104,7 +104,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         },
         "settings": [d._asdict() for d in made.decisions],
         "steps": made.steps if made.steps < math.inf else None,
-        "seconds": made.seconds if made.seconds < math.inf else None,
+        "seconds": None if made.steps == math.inf else made.seconds,
         "peak_bytes": made.peak_bytes,
         "files": FILES.split(", "),
     }

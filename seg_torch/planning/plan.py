@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,7 @@ from seg_torch.data.sampling import EpochSampler
 from seg_torch.distributed import Processes
 from seg_torch.files import CONFIG_FOLDER
 from seg_torch.hardware import total_memory
+from seg_torch.images.resize import in_words
 from seg_torch.planning import rules
 from seg_torch.planning.budget import as_time, seconds_of
 from seg_torch.planning.fingerprint import Fingerprint, fingerprint
@@ -42,15 +44,23 @@ class Plan:
         data: What is in the dataset.
         decisions: Settings, in the order in which they were decided.
         steps: Optimizer steps; infinite where nothing ends the run.
-        seconds: Of the whole run, its start included.
-        peak_bytes: Most memory that it takes.
+        seconds: Of the whole run, its start included; `None` where nothing was measured.
+        peak_bytes: Most memory that it takes, likewise.
     """
 
     data: Fingerprint
     decisions: list[Decision]
     steps: float
-    seconds: float
-    peak_bytes: int
+    seconds: float | None
+    peak_bytes: int | None
+
+
+class Times(NamedTuple):
+    """Seconds of a step, of a validation with what else an epoch takes, and of start and end."""
+
+    step: float
+    validation: float
+    rest: float
 
 
 def is_wanted(cfg: DictConfig) -> bool:
@@ -70,7 +80,11 @@ def follow(
 
 
 def make_plan(
-    cfg: DictConfig, data: SegmentationDataModule, processes: Processes, started: float
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    processes: Processes,
+    started: float,
+    measure: bool = False,
 ) -> tuple[Plan, SegmentationDataModule]:
     """Decide what the user has not, and put it into the configuration.
 
@@ -79,6 +93,7 @@ def make_plan(
         data: Its data.
         processes: Those that train.
         started: `time.monotonic()` at the start of the command.
+        measure: Find out how long the run takes also where its length is the user's.
 
     Returns:
         The plan, and the data with its settings.
@@ -101,23 +116,36 @@ def make_plan(
         if now.device != "cpu":
             sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= cfg.data.batch_size]
             fitting = batch_size_that_fits(cfg, data, processes, sizes)
-            fitting_batch = partial(rules.fitting_batch, fitting=fitting)
-            decide([fitting_batch, rules.learning_rate], now)
+            decide([partial(rules.fitting_batch, fitting=fitting), rules.learning_rate], now)
             data = _with_settings(cfg, data)
-    seconds = 4.0 if budget is None else min(30.0, max(4.0, 0.03 * budget))
-    measured = processes.same(trial(cfg, data, processes, seconds))
-    spent = processes.same(time.monotonic() - started) + measured.start_seconds + END
-    images = now.data.images
-    validation = images["val"] * measured.val_seconds + measured.epoch_seconds
-    test = images.get("test", images["val"]) * measured.test_seconds
-    if budget is not None or (cfg.recipe and not _ends(cfg)):
-        times = (measured.step_seconds, validation, spent + test)
-        decide([partial(rules.length, times=times)], now)
-    steps, validations = _length(cfg, images["train"], processes.count)
-    total = spent + steps * measured.step_seconds + validations * validation + test
-    plan = Plan(now.data, decisions, steps, total, measured.peak_bytes)
+    open_end = budget is not None or (cfg.recipe and not _ends(cfg))
+    seconds = peak_bytes = None
+    if open_end or measure:
+        times, peak_bytes = _measured(cfg, data, processes, now, started)
+        if open_end:
+            decide([partial(rules.length, times=times)], now)
+    steps, validations = _length(cfg, now.data.images["train"], processes.count)
+    if peak_bytes is not None:
+        seconds = times.rest + steps * times.step + validations * times.validation
     OmegaConf.update(cfg, "plan", escaped({s: why for s, _, why in decisions}), force_add=True)
-    return plan, _with_settings(cfg, data)
+    return Plan(now.data, decisions, steps, seconds, peak_bytes), _with_settings(cfg, data)
+
+
+def _measured(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    processes: Processes,
+    now: Situation,
+    started: float,
+) -> tuple[Times, int]:
+    """Return what the parts of a run take, and the bytes of its memory."""
+    seconds = 4.0 if now.seconds is None else min(30.0, max(4.0, 0.03 * now.seconds))
+    found = trial(cfg, data, processes, seconds)
+    images = now.data.images
+    rest = processes.same(time.monotonic() - started) + found.start_seconds + END
+    rest += images.get("test", images["val"]) * found.test_seconds
+    validation = images["val"] * found.val_seconds + found.epoch_seconds
+    return Times(found.step_seconds, validation, rest), found.peak_bytes
 
 
 def _decide(
@@ -187,15 +215,15 @@ def _length(cfg: DictConfig, images: int, processes: int) -> tuple[float, float]
 def describe(plan: Plan, cfg: DictConfig) -> list[str]:
     """Return the essence of a plan, in lines."""
     data = cfg.data
-    resize, crop = data.get("resize"), (data.get("augment") or {}).get("crop")
-    seen = f"{resize[0]} x {resize[1]}" if resize else "their own size"
-    if data.get("max_side"):
-        seen = f"at most {data.max_side} a side"
-    seen += f", crops of {crop[0]} x {crop[1]}" if crop else ", whole"
+    crop = (data.get("augment") or {}).get("crop")
+    window = f"crops of {crop[0]} x {crop[1]}" if crop else "whole images"
     network = cfg.model.get("encoder") or cfg.model.get("backbone") or cfg.model._target_
+    seen = in_words(data.get("max_side") or data.get("resize"))
+    length = f"{plan.steps:.0f} steps in {cfg.trainer.max_epochs} epochs"
+    if plan.seconds is not None and plan.peak_bytes is not None:
+        length += f", about {as_time(plan.seconds)}, {plan.peak_bytes / 1e9:.1f} GB of memory"
     return [
-        f"plan: {network}, images at {seen}, batches of {data.batch_size}, rate {cfg.optimizer.lr}",
-        f"plan: {plan.steps:.0f} steps in {cfg.trainer.max_epochs} epochs, about "
-        f"{as_time(plan.seconds)} in all, {plan.peak_bytes / 1e9:.1f} GB of memory",
+        f"plan: {network}, {window} {seen}, batches of {data.batch_size}, rate {cfg.optimizer.lr}",
+        f"plan: {length}",
         "plan: config.yaml has the reasons; recipe=null leaves the settings as they are",
     ]

@@ -55,6 +55,9 @@ UNET = "seg_torch.models.unet"
 LEAST_WIDTH, GOOD_WIDTH = 4, 12
 # Training images, each time augmented anew, from which on more help less than more pixels of each.
 ENOUGH = 2400
+# Training images from which on a random scale is worth it.
+MANY = 10_000
+DESERVED = 1000  # training images for each root of the number of different ones
 # Pixels of a training image at most: on a CPU a step takes long, and a GPU holds several.
 LARGEST = {"cpu": 512 * 512, "cuda": 768 * 768, "mps": 512 * 512}
 SMALLEST_CROP = 128
@@ -74,8 +77,7 @@ RATES = {
     "seg_torch.models.fcn": 5e-4,
     "seg_torch.models.lraspp": 1e-3,
     "seg_torch.models.vit": 2e-4,
-    "seg_torch.models.transformers.segformer": 1e-4,
-    "seg_torch.models.transformers.mask2former": 1e-4,
+    "seg_torch.models.transformers": 1e-4,
 }
 
 
@@ -137,20 +139,33 @@ def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     if height * width > 1.2 * pixels:
         factor = math.sqrt(pixels / (height * width))
         window = [_rounded(side * factor) for side in (height, width)]
-        why = "the budget has time for" if now.seconds else "is enough for"
-        yield Decision("data.augment.crop", window, f"of {height} x {width}: what {why} a step")
+        why = "the budget has time for" if now.seconds else "is enough"
+        why = f"of {height} x {width}: what {why}"
     elif data.one_size or resize:
         yield Decision("data.augment.crop", None, "whole images: they are small enough")
+        return
     else:
-        side = max(height, width)
-        window = [height, width] if data.one_shape else [side, side]
-        because = "images of several sizes: what sticks out is cut, what is missing padded"
-        yield Decision("data.augment.crop", [_rounded(s) for s in window], because)
-        yield Decision("data.augment.scale", [0.75, 1.5], "objects keep about their size")
+        longer = max(height, width)
+        sides = (height, width) if data.one_shape else (longer, longer)
+        window = [_rounded(side) for side in sides]
+        why = "images of several sizes: what sticks out is cut, what is missing padded"
+    yield Decision("data.augment.crop", window, why)
+    images = _images(now, window[0] * window[1])
+    if images < MANY:
+        yield Decision("data.augment.scale", None, f"in {images:.0f} images it teaches little")
+    else:
+        yield Decision("data.augment.scale", [0.75, 1.5], f"{images:.0f} images are many")
 
 
 def _crop(cfg: DictConfig) -> Any:
     return OmegaConf.select(cfg, "data.augment.crop")
+
+
+def _images(now: Situation, pixels: int) -> float:
+    """Return how many training images of so many pixels there will be, each time augmented."""
+    if now.seconds is None:
+        return DESERVED * math.sqrt(now.data.images["train"])
+    return 0.8 * now.seconds * now.pixel_rate * now.processes / pixels
 
 
 def _pixels(now: Situation) -> float:
@@ -263,7 +278,6 @@ BY_THE_SPEED: Sequence[Rule] = (
 )
 
 VALIDATIONS = 20  # at most
-DESERVED = 1000  # training images for each root of the number of different ones
 EMA_STEPS = 5000
 
 

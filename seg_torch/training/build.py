@@ -37,7 +37,7 @@ from seg_torch.training.optimizers import PARTS, build_optimizer
 from seg_torch.training.patience import StopWithoutImprovement
 from seg_torch.training.schedulers import check_scheduler
 from seg_torch.training.task import SegmentationTask
-from seg_torch.training.trainer import build_trainer
+from seg_torch.training.trainer import build_trainer, check_options
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def check_settings(cfg: DictConfig) -> None:
         )
     if cfg.trainer.get("limit_train_batches") == 0:
         raise InputError("trainer.limit_train_batches=0: nothing would be trained; use 1 or more")
+    check_options(plain(cfg.trainer))
     make_optimizer, make_scheduler = _optimizer_and_scheduler(cfg)
     options = {k: v for k, v in make_optimizer.keywords.items() if k not in PARTS}
     groups = [{"params": [nn.Parameter(torch.zeros(1))]}]

@@ -144,12 +144,7 @@ def build_trainer(
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("max_steps", None)  # left to the task: Lightning's own skips an epoch on resuming
-    check_repeatable(options)
-    if any(way in str(options.get("strategy")) for way in ("spawn", "fork", "notebook")):
-        raise InputError(
-            f"trainer.strategy={options['strategy']}: the processes of a run are started by its "
-            "command line; use trainer.strategy=ddp, and in a notebook start the command by !"
-        )
+    check_options(options)
     # The task sets the one, for training alone, and the network does the other.
     options.pop("benchmark", None), options.pop("compile", None)
     options |= processes.settings
@@ -189,12 +184,20 @@ def build_trainer(
         )
 
 
-def check_repeatable(options: dict[str, Any]) -> None:
-    """Refuse what may choose other operations each time beside `trainer.deterministic=true`.
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse settings that Lightning knows and a run cannot have.
+
+    These are strategies that do not start processes by the command line, and what may choose other
+    operations each time beside `trainer.deterministic=true`.
 
     Raises:
-        InputError: Two such settings, or an unknown value.
+        InputError: There is one, or an unknown value.
     """
+    if any(way in str(options.get("strategy")) for way in ("spawn", "fork", "notebook")):
+        raise InputError(
+            f"trainer.strategy={options['strategy']}: the processes of a run are started by its "
+            "command line; use trainer.strategy=ddp, and in a notebook start the command by !"
+        )
     check_choice("trainer.benchmark", options.get("benchmark"), (None, False, True))
     check_choice("trainer.compile", options.get("compile"), (None, *COMPILE_MODES))
     for name in ("benchmark", "compile"):

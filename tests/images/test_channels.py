@@ -34,7 +34,7 @@ from seg_torch.models.weights import adapt_first_conv
 
 SMALL = (
     "model.encoder=resnet10t model.decoder_channels=[8,8,8,8,8] model.weights=null logger=none "
-    "data.batch_size=2 data.augment.crop=[32,32] trainer.accelerator=cpu"
+    "data.batch_size=2 data.augment.crop=[32,32] trainer.accelerator=cpu recipe=null"
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
+from seg_torch.files import CONFIG_FOLDER
 from seg_torch.planning import rules
 from seg_torch.planning.fingerprint import Fingerprint
 from seg_torch.planning.rules import Decision, Situation, is_given
@@ -95,6 +96,11 @@ def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
     found = sizes(cfg, situation(data, seconds=240.0))
     assert "data.resize" not in found
     assert found["data.augment.crop"].value == [288, 288]
+    assert found["data.augment.scale"].value is None
+    data = replace(data, sizes=2 * data.sizes)
+    more = sizes(cfg, situation(data, seconds=24000.0))
+    assert more["data.augment.crop"].value == [512, 512]
+    assert more["data.augment.scale"].value == [0.75, 1.5]
     assert decided(rules.augmentation, cfg, situation(data))["data.augment.turn"].value is True
 
 
@@ -239,3 +245,9 @@ def test_long_runs_are_averaged(cfg):
     assert length(cfg, long)["ema"] == 0.999
     cfg.recipe = None
     assert "ema" not in length(cfg, long)
+
+
+@pytest.mark.parametrize("model", sorted(p.stem for p in (CONFIG_FOLDER / "model").glob("*.yaml")))
+def test_every_model_has_a_rate(model):
+    function = OmegaConf.load(CONFIG_FOLDER / f"model/{model}.yaml").get("_target_")
+    assert model in ("hub", "unet_random") or function in rules.RATES

@@ -276,7 +276,7 @@ def test_e19_white_is_in_the_checkpoint(tmp_path, capsys):
     small = (
         "model.encoder=resnet10t model.decoder_channels=[8,8,8,8,8] model.weights=null logger=none"
         " data.batch_size=2 data.augment=null trainer.accelerator=cpu trainer.max_epochs=1"
-        " data.num_workers=0 scheduler=none"
+        " data.num_workers=0 scheduler=none recipe=null"
     )
     for root, settings in (("data", "data.white=4095"), ("plain", "")):
         line = f"train data=folder data.root={root} output_dir=run-{root} {settings} {small}"

@@ -220,7 +220,7 @@ TRUST = f"trust=[{__name__}] trainer.accelerator=cpu"
 TRAIN = (
     "train --config-dir=mine model=own data=folder data.root=data output_dir=run data.augment=null "
     "data.batch_size=1 optimizer=sgd optimizer.lr=0 scheduler=none trainer.accelerator=cpu "
-    f"preprocessing.mean={MEAN.tolist()} preprocessing.std={STD.tolist()}"
+    f"recipe=null preprocessing.mean={MEAN.tolist()} preprocessing.std={STD.tolist()}"
 ).replace(", ", ",")
 
 
