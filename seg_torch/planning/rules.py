@@ -8,6 +8,7 @@ cores, docs/planning.md says which.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +100,7 @@ def encoder(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     if weights != "imagenet":
         name = encoder_of_file(weights, [*ENCODERS["cpu"], *ENCODERS["gpu"]])
         if name is not None:
-            yield Decision("model.encoder", name, f"{weights} holds its weights")
+            yield Decision("model.encoder", name, f"{Path(weights).name} holds its weights")
         return
     why = "small enough for a CPU" if now.device == "cpu" else "a GPU has time for it"
     name = next((name for name in wanted if is_at_hand(name)), wanted[0])
