@@ -15,6 +15,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
+from seg_torch.images.resize import seen_size
 from seg_torch.models.weights import encoder_of_file, is_at_hand
 from seg_torch.planning.budget import as_time
 from seg_torch.planning.fingerprint import Fingerprint
@@ -129,20 +130,13 @@ def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     """Choose whether training sees images whole."""
     if cfg.data.get("augment") is None:
         return
-    data, (height, width) = now.data, now.data.size
-    resize, longest = cfg.data.get("resize"), cfg.data.get("max_side")
-    if longest:
-        reduced = min(1.0, longest / max(height, width))
-        height, width = round(height * reduced), round(width * reduced)
-    if resize:
-        height, width = resize
-    pixels = _pixels(now)
+    data, (height, width), pixels = now.data, _seen(cfg, now), _pixels(now)
     if height * width > 1.2 * pixels:
         factor = math.sqrt(pixels / (height * width))
         window = [_rounded(side * factor) for side in (height, width)]
         why = "the budget has time for" if now.seconds else "is enough"
         why = f"of {height} x {width}: what {why}"
-    elif data.one_size or resize:
+    elif data.one_size or cfg.data.get("resize"):
         yield Decision("data.augment.crop", None, "whole images: they are small enough")
         return
     else:
@@ -156,6 +150,12 @@ def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
         yield Decision("data.augment.scale", None, f"in {images:.0f} images it teaches little")
     else:
         yield Decision("data.augment.scale", [0.75, 1.5], f"{images:.0f} images are many")
+
+
+def _seen(cfg: DictConfig, now: Situation) -> tuple[int, int]:
+    """Return height and width at which the network sees the median image."""
+    resize = cfg.data.get("resize") or cfg.data.get("max_side")
+    return seen_size(resize, *now.data.size)
 
 
 def _crop(cfg: DictConfig) -> Any:
@@ -235,10 +235,11 @@ def augmentation(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
 
 
 def sampling(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
-    """Choose how images and crops are drawn."""
-    name, share = now.data.rarest
-    if share < 0.01 and len(now.data.names) > 2:
-        yield Decision("data.sample", "rare", f"{name} has {100 * share:.2g} % of the pixels")
+    """Choose how images and crops are drawn: crops that seldom show a class aim at it."""
+    (name, share), window = now.data.rarest, _crop(cfg)
+    if window and share < 0.01 and 2 * np.prod(window) < np.prod(_seen(cfg, now)):
+        why = f"{name} has {100 * share:.2g} % of the pixels, and crops show less than half of them"
+        yield Decision("data.sample", "rare", why)
 
 
 def cache(cfg: DictConfig, now: Situation) -> Iterator[Decision]:

@@ -251,3 +251,13 @@ def test_long_runs_are_averaged(cfg):
 def test_every_model_has_a_rate(model):
     function = OmegaConf.load(CONFIG_FOLDER / f"model/{model}.yaml").get("_target_")
     assert model in ("hub", "unet_random") or function in rules.RATES
+
+
+def test_small_crops_aim_at_rare_classes(cfg):
+    rare = situation(made((512, 512), shares=(0.995, 0.005)))
+    cfg.data.augment.crop = [256, 256]
+    assert decided(rules.sampling, cfg, rare)["data.sample"].value == "rare"
+    assert not decided(rules.sampling, cfg, situation(made((512, 512), shares=(0.98, 0.02))))
+    for window in ([384, 384], None):  # more than half of an image, all of it
+        cfg.data.augment.crop = window
+        assert not decided(rules.sampling, cfg, rare)
