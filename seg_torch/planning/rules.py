@@ -56,7 +56,7 @@ UNET = "seg_torch.models.unet"
 # Mean width of the classes as the network sees them, in pixels: what they need, what is enough.
 LEAST_WIDTH, GOOD_WIDTH = 4, 12
 # Training images, each time augmented anew, from which on more help less than more pixels of each.
-ENOUGH = 2400
+ENOUGH = 4500
 # Training images from which on a random scale is worth it.
 MANY = 10_000
 DESERVED = 1000  # training images for each root of the number of different ones
