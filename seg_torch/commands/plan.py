@@ -23,6 +23,7 @@ from seg_torch.training import build
 
 log = logging.getLogger(__name__)
 
+TRIAL = 2.5  # seconds; train itself takes more, within a budget
 FILES = "config.yaml, checkpoints/best.ckpt, checkpoints/last.ckpt, metrics.csv, times.csv, "
 FILES += "curves.png, samples/, test_metrics.json, test_images.csv, test_confusion_matrix.png"
 
@@ -43,7 +44,7 @@ def plan(cfg: DictConfig) -> None:
     processes = Processes(cfg.trainer)
     data: SegmentationDataModule = instantiate(cfg.data)
     processes.first(data.check_files)
-    made, _ = make_plan(cfg, data, processes, started, measure=True)
+    made, _ = make_plan(cfg, data, processes, started, TRIAL)
     if not processes.is_first:
         return
     if cfg.json:

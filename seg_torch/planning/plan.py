@@ -84,7 +84,7 @@ def make_plan(
     data: SegmentationDataModule,
     processes: Processes,
     started: float,
-    measure: bool = False,
+    trial_seconds: float | None = None,
 ) -> tuple[Plan, SegmentationDataModule]:
     """Decide what the user has not, and put it into the configuration.
 
@@ -93,7 +93,8 @@ def make_plan(
         data: Its data.
         processes: Those that train.
         started: `time.monotonic()` at the start of the command.
-        measure: Find out how long the run takes also where its length is the user's.
+        trial_seconds: Of the trial that finds out how long a run takes. By default it is as long
+            as the budget allows, and there is none where the length of the run is the user's.
 
     Returns:
         The plan, and the data with its settings.
@@ -120,8 +121,8 @@ def make_plan(
             data = _with_settings(cfg, data)
     open_end = budget is not None or (cfg.recipe and not _ends(cfg))
     seconds = peak_bytes = None
-    if open_end or measure:
-        times, peak_bytes = _measured(cfg, data, processes, now, started)
+    if open_end or trial_seconds is not None:
+        times, peak_bytes = _measured(cfg, data, processes, now, started, trial_seconds)
         if open_end:
             decide([partial(rules.length, times=times)], now)
     steps, validations = _length(cfg, now.data.images["train"], processes.count)
@@ -137,10 +138,12 @@ def _measured(
     processes: Processes,
     now: Situation,
     started: float,
+    trial_seconds: float | None,
 ) -> tuple[Times, int]:
     """Return what the parts of a run take, and the bytes of its memory."""
-    seconds = 4.0 if now.seconds is None else min(30.0, max(4.0, 0.03 * now.seconds))
-    found = trial(cfg, data, processes, seconds)
+    if trial_seconds is None:  # a few per cent of the budget
+        trial_seconds = min(30.0, max(4.0, 0.03 * (now.seconds or 0)))
+    found = trial(cfg, data, processes, trial_seconds)
     images = now.data.images
     rest = processes.same(time.monotonic() - started) + found.start_seconds + END
     rest += images.get("test", images["val"]) * found.test_seconds

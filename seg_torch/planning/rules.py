@@ -8,12 +8,14 @@ cores, docs/planning.md says which.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from seg_torch.errors import InputError
+from seg_torch.images.resize import seen_size
 from seg_torch.models.weights import encoder_of_file, is_at_hand
 from seg_torch.planning.budget import as_time
 from seg_torch.planning.fingerprint import Fingerprint
@@ -54,7 +56,7 @@ UNET = "seg_torch.models.unet"
 # Mean width of the classes as the network sees them, in pixels: what they need, what is enough.
 LEAST_WIDTH, GOOD_WIDTH = 4, 12
 # Training images, each time augmented anew, from which on more help less than more pixels of each.
-ENOUGH = 2400
+ENOUGH = 4500
 # Training images from which on a random scale is worth it.
 MANY = 10_000
 DESERVED = 1000  # training images for each root of the number of different ones
@@ -99,7 +101,7 @@ def encoder(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     if weights != "imagenet":
         name = encoder_of_file(weights, [*ENCODERS["cpu"], *ENCODERS["gpu"]])
         if name is not None:
-            yield Decision("model.encoder", name, f"{weights} holds its weights")
+            yield Decision("model.encoder", name, f"{Path(weights).name} holds its weights")
         return
     why = "small enough for a CPU" if now.device == "cpu" else "a GPU has time for it"
     name = next((name for name in wanted if is_at_hand(name)), wanted[0])
@@ -128,20 +130,13 @@ def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
     """Choose whether training sees images whole."""
     if cfg.data.get("augment") is None:
         return
-    data, (height, width) = now.data, now.data.size
-    resize, longest = cfg.data.get("resize"), cfg.data.get("max_side")
-    if longest:
-        reduced = min(1.0, longest / max(height, width))
-        height, width = round(height * reduced), round(width * reduced)
-    if resize:
-        height, width = resize
-    pixels = _pixels(now)
+    data, (height, width), pixels = now.data, _seen(cfg, now), _pixels(now)
     if height * width > 1.2 * pixels:
         factor = math.sqrt(pixels / (height * width))
         window = [_rounded(side * factor) for side in (height, width)]
         why = "the budget has time for" if now.seconds else "is enough"
         why = f"of {height} x {width}: what {why}"
-    elif data.one_size or resize:
+    elif data.one_size or cfg.data.get("resize"):
         yield Decision("data.augment.crop", None, "whole images: they are small enough")
         return
     else:
@@ -155,6 +150,12 @@ def crop(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
         yield Decision("data.augment.scale", None, f"in {images:.0f} images it teaches little")
     else:
         yield Decision("data.augment.scale", [0.75, 1.5], f"{images:.0f} images are many")
+
+
+def _seen(cfg: DictConfig, now: Situation) -> tuple[int, int]:
+    """Return height and width at which the network sees the median image."""
+    resize = cfg.data.get("resize") or cfg.data.get("max_side")
+    return seen_size(resize, *now.data.size)
 
 
 def _crop(cfg: DictConfig) -> Any:
@@ -234,10 +235,11 @@ def augmentation(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
 
 
 def sampling(cfg: DictConfig, now: Situation) -> Iterator[Decision]:
-    """Choose how images and crops are drawn."""
-    name, share = now.data.rarest
-    if share < 0.01 and len(now.data.names) > 2:
-        yield Decision("data.sample", "rare", f"{name} has {100 * share:.2g} % of the pixels")
+    """Choose how images and crops are drawn: crops that seldom show a class aim at it."""
+    (name, share), window = now.data.rarest, _crop(cfg)
+    if window and share < 0.01 and 2 * np.prod(window) < np.prod(_seen(cfg, now)):
+        why = f"{name} has {100 * share:.2g} % of the pixels, and crops show less than half of them"
+        yield Decision("data.sample", "rare", why)
 
 
 def cache(cfg: DictConfig, now: Situation) -> Iterator[Decision]:

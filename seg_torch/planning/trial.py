@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 import torch
 from lightning import Callback
@@ -200,7 +201,8 @@ def _no_trace(device: torch.device) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.WARNING)
     try:
-        with isolate_rng(device.type == "cuda"), hardware.restored_flags():
+        with isolate_rng(device.type == "cuda"), hardware.restored_flags(), catch_warnings():
+            simplefilter("ignore")  # the run itself warns
             yield
     finally:
         log.setLevel(level)

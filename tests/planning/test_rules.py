@@ -92,10 +92,10 @@ def test_the_mean_width_is_that_of_the_thin_ones(cfg):
 
 def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
     data = made((512, 512), thickness=(8.0, 10.0), upright=False)
-    # 240 s x 1 MP/s x 0.8 for 2,400 images: 80,000 pixels of each.
+    # 240 s x 1 MP/s x 0.8 for 4,500 images: 43,000 pixels of each.
     found = sizes(cfg, situation(data, seconds=240.0))
     assert "data.resize" not in found
-    assert found["data.augment.crop"].value == [288, 288]
+    assert found["data.augment.crop"].value == [192, 192]
     assert found["data.augment.scale"].value is None
     data = replace(data, sizes=2 * data.sizes)
     more = sizes(cfg, situation(data, seconds=24000.0))
@@ -107,7 +107,7 @@ def test_images_without_an_upright_direction_are_cropped_at_their_size(cfg):
 def test_upright_ones_are_reduced_as_far_as_the_budget_asks(cfg):
     data = made((512, 512), thickness=(20.0, 20.0))
     found = sizes(cfg, situation(data, seconds=240.0))
-    assert found["data.resize"].value == [288, 288]
+    assert found["data.resize"].value == [192, 192]
     cfg.data.resize = None
     more = sizes(cfg, situation(data, seconds=2400.0))
     assert more["data.resize"].value == [320, 320]  # 12 pixels of 20 are enough
@@ -117,7 +117,7 @@ def test_no_class_becomes_thinner_than_it_may(cfg):
     data = made((512, 512), thickness=(8.0, 8.0))
     found = sizes(cfg, situation(data, seconds=60.0))
     assert found["data.resize"].value == [256, 256]  # 4 pixels
-    # 60 s x 1 MP/s x 0.8 / 2,400 = 20,000 pixels
+    # 60 s x 1 MP/s x 0.8 / 4,500 = 11,000 pixels, but no smaller ones
     assert found["data.augment.crop"].value == [128, 128]
 
 
@@ -251,3 +251,13 @@ def test_long_runs_are_averaged(cfg):
 def test_every_model_has_a_rate(model):
     function = OmegaConf.load(CONFIG_FOLDER / f"model/{model}.yaml").get("_target_")
     assert model in ("hub", "unet_random") or function in rules.RATES
+
+
+def test_small_crops_aim_at_rare_classes(cfg):
+    rare = situation(made((512, 512), shares=(0.995, 0.005)))
+    cfg.data.augment.crop = [256, 256]
+    assert decided(rules.sampling, cfg, rare)["data.sample"].value == "rare"
+    assert not decided(rules.sampling, cfg, situation(made((512, 512), shares=(0.98, 0.02))))
+    for window in ([384, 384], None):  # more than half of an image, all of it
+        cfg.data.augment.crop = window
+        assert not decided(rules.sampling, cfg, rare)
