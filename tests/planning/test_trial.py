@@ -91,9 +91,10 @@ def test_the_seconds_are_those_of_steps_and_images_whatever_the_run_is_limited_t
     )
     settings, attributes, before = cfg.copy(), vars(data).copy(), state_of_the_process()
     found = trial(cfg, data, processes, 1.0)
-    assert 0.1 <= found.step_seconds < 0.2
-    assert 0.05 <= found.val_seconds < 0.1
-    assert 0.05 <= found.test_seconds < 0.1
+    # Above: what a busy machine adds; the clock's arithmetic is tested with times that are given.
+    assert 0.1 <= found.step_seconds < 0.5
+    assert 0.05 <= found.val_seconds < 0.25
+    assert 0.05 <= found.test_seconds < 0.25
     assert 0 < found.epoch_seconds < 5
     assert 0 < found.start_seconds < 20
     assert SlowModel.batches >= 4
@@ -108,25 +109,25 @@ def test_workers_that_are_too_slow_are_seen_although_the_first_batches_are_ready
     )
     found = trial(cfg, data, processes, 1.0)
     # Two workers prepare two batches of two images in 0.2 s; a step takes three batches.
-    assert 0.29 <= found.step_seconds < 0.6
+    assert 0.29 <= found.step_seconds < 1.5
     assert multiprocessing.active_children() == []
 
 
 def test_a_long_step_is_taken_twice_and_what_is_kept_is_decoded_once(slow):
     cfg, data, processes = slow(
         "trainer.limit_test_batches=0",
-        length=100,
-        decoding=0.02,
+        length=80,
+        decoding=0.04,
         cache="ram",
         training=0.3,
         empty_split="val",  # of a real split a few images may have no label
     )
     found = trial(cfg, data, processes, 0.2)
     assert SlowModel.batches == 2
-    assert 0.3 <= found.step_seconds < 0.34  # nothing of it is decoding
-    assert found.val_seconds < 0.02
+    assert 0.3 <= found.step_seconds < 0.38  # nothing of it is decoding: two images take 0.08 s
+    assert found.val_seconds < 0.04
     assert found.test_seconds == 0
-    decoding = 200 * 0.02 / hardware.available_cpus()  # of train and val, in threads
+    decoding = 160 * 0.04 / hardware.available_cpus()  # of train and val, in threads
     assert 0.9 * decoding < found.start_seconds < 3 * decoding + 10
 
 
@@ -191,7 +192,7 @@ def test_a_sample_takes_what_a_worker_takes_for_it_once_it_is_in_memory():
             assert torch.get_num_threads() == 1
 
     threads = torch.get_num_threads()
-    assert 0.02 <= seconds_of_sample(Samples(), [5, 6, 7, 8]) < 0.1
+    assert 0.02 <= seconds_of_sample(Samples(), [5, 6, 7, 8]) < 0.2
     assert taken == [5, 6, 7] * 2
     assert torch.get_num_threads() == threads
 
