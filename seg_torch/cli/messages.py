@@ -92,10 +92,12 @@ def _is_first_with(message: str) -> bool:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=3))
         return store.add(f"{os.environ['GROUP_RANK']}: {message}", 1) == 1
-    except RuntimeError:  # the machine of the first process is gone
-        return True
+    except RuntimeError:
+        # Elsewhere the first machine is gone, which nobody has said. On the first one torchrun has
+        # ended, since another process has failed, which has said why.
+        return os.environ["GROUP_RANK"] != "0"
 
 
 def explain(error: BaseException) -> str | None:

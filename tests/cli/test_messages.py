@@ -36,6 +36,9 @@ def test_under_torchrun_a_message_is_printed_once_and_another_one_always(monkeyp
     assert printed("no space left", "0") == "error: no space left\n"
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # the machine of the store is gone
     assert printed("no space left", "1") == "error: no space left\n"
+    # Of the first machine that is torchrun, which has ended since a process failed and said why.
+    monkeypatch.setenv("GROUP_RANK", "0")
+    assert printed("no space left", "1") == ""
     # Nobody is left out by it: the lost process is not among those that notice.
     assert printed(LOST, "1") == ""
     assert printed(LOST, "0") == f"error: {LOST}\n"
