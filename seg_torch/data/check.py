@@ -119,22 +119,7 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
     bar = count >= MANY and sys.stdout.isatty()
     if count >= MANY:
         log.info("checking the %d samples of %s; with data.check=false train does not", count, name)
-    result = DatasetStatistics(
-        pixels=np.zeros(256, np.int64),
-        images=np.zeros(256, np.int64),
-        moments=np.zeros((2, 1)),
-        sizes=np.zeros((count, 2), np.int64),
-        digests=np.zeros(count, "S64"),
-        thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
-        measured=np.zeros((), np.int64),
-        largest=np.zeros(count, np.int64),
-        bands=np.zeros(count, bool),
-        turns=np.zeros(count, np.uint8),
-        regions=np.zeros((0, 7), np.int32),
-        grey=np.zeros(count, bool),
-        upper=np.zeros(256, np.int64),
-        outlines=np.zeros(256, np.int64),
-    )
+    result = _nothing(count)
     found = [result.regions]
     with closing(in_threads(partial(_examine, dataset), range(count))) as samples:  # for Ctrl-C
         progress = track(samples, f"Checking {name}", count, transient=True, disable=not bar)
@@ -162,6 +147,26 @@ def check(dataset: BaseDataset, name: str = "the dataset") -> DatasetStatistics:
         with suppress(OSError):  # the home folder may be read-only
             write_atomically(remembered, lambda path: np.savez(path, **content))
     return result
+
+
+def _nothing(count: int) -> DatasetStatistics:
+    """Return the statistics of so many samples of which none has been looked at."""
+    return DatasetStatistics(
+        pixels=np.zeros(256, np.int64),
+        images=np.zeros(256, np.int64),
+        moments=np.zeros((2, 1)),
+        sizes=np.zeros((count, 2), np.int64),
+        digests=np.zeros(count, "S64"),
+        thumbnails=np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8),
+        measured=np.zeros((), np.int64),
+        largest=np.zeros(count, np.int64),
+        bands=np.zeros(count, bool),
+        turns=np.zeros(count, np.uint8),
+        regions=np.zeros((0, 7), np.int32),
+        grey=np.zeros(count, bool),
+        upper=np.zeros(256, np.int64),
+        outlines=np.zeros(256, np.int64),
+    )
 
 
 def _examine(dataset: BaseDataset, index: int) -> tuple | list[Problem]:

@@ -45,7 +45,7 @@ class Plan:
         decisions: Settings, in the order in which they were decided.
         steps: Optimizer steps; infinite where nothing ends the run.
         seconds: Of the whole run, its start included; `None` where nothing was measured.
-        peak_bytes: Most memory that it takes, likewise.
+        peak_bytes: Most memory that it takes; `None` in the same case.
     """
 
     data: Fingerprint

@@ -53,7 +53,7 @@ class Trial(NamedTuple):
             what first steps take longer than later ones; once.
         step_seconds: Of an optimizer step, its data included.
         val_seconds: Of a validation image, in all processes together: seconds by images.
-        test_seconds: Of a test image, likewise.
+        test_seconds: Of a test image, in the same way.
         epoch_seconds: Of an epoch beside its steps and its validation: checkpoints, tables,
             figures, and waiting for the first batch.
         peak_bytes: Memory at most: on CUDA, of the tensors on the device; elsewhere of this process
